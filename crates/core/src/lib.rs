@@ -1,0 +1,12 @@
+//! Page frames: what they are, who owns them, and how a device gets them.
+//!
+//! Here live the frame and its state word, the memory map, `memremap_pages` and its teardown, and the
+//! RAM budget. `mm` and the drivers call this crate. It knows no operating system: memory for its
+//! tables comes from the [`Platform`](platform::Platform) that it is given.
+#![cfg_attr(not(feature = "std"), no_std)]
+
+extern crate alloc;
+
+pub mod addr;
+pub mod driver;
+pub mod platform;
