@@ -42,7 +42,10 @@ impl Pfn {
     pub const fn new(number: u64) -> Option<Self> {
         if number < MAX_PFN {
             // INVARIANT: just compared; the cast loses nothing below 2^32.
-            #[allow(clippy::cast_possible_truncation, reason = "compared with MAX_PFN above")]
+            #[allow(
+                clippy::cast_possible_truncation,
+                reason = "compared with MAX_PFN above"
+            )]
             Some(Self(number as u32))
         } else {
             None

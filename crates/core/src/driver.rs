@@ -44,7 +44,10 @@ impl<'a> Store<'a> {
     /// A page that is still to be stored.
     #[must_use]
     pub fn new(page: &'a Page) -> Self {
-        Self { page, outcome: Err(DeviceError::Gone) }
+        Self {
+            page,
+            outcome: Err(DeviceError::Gone),
+        }
     }
 }
 
@@ -63,7 +66,11 @@ impl<'a> Load<'a> {
     /// A page that is still to be loaded.
     #[must_use]
     pub fn new(data: DeviceData, page: &'a mut Page) -> Self {
-        Self { data, page, outcome: Err(DeviceError::Gone) }
+        Self {
+            data,
+            page,
+            outcome: Err(DeviceError::Gone),
+        }
     }
 }
 

@@ -3,10 +3,16 @@
 //! Here live the frame and its state word, the memory map, `memremap_pages` and its teardown, and the
 //! RAM budget. `mm` and the drivers call this crate. It knows no operating system: memory for its
 //! tables comes from the [`Platform`](platform::Platform) that it is given.
-#![cfg_attr(not(feature = "std"), no_std)]
+#![cfg_attr(not(any(feature = "std", test)), no_std)]
 
 extern crate alloc;
 
 pub mod addr;
 pub mod driver;
+pub mod holders;
+pub mod memremap;
+pub mod page;
 pub mod platform;
+pub mod ram;
+mod resource;
+pub mod vmemmap;

@@ -31,4 +31,42 @@ pub unsafe trait Platform: Send + Sync + fmt::Debug {
     ///
     /// `memory` came from `reserve_zeroed` with the same `bytes`, and nobody uses it any more.
     unsafe fn release(&self, memory: NonNull<u8>, bytes: usize);
+
+    /// Nanoseconds since some moment that stays the same.
+    fn now_ns(&self) -> u64;
+}
+
+/// Tables from the heap, for tests and models.
+#[cfg(feature = "std")]
+#[derive(Clone, Copy, Debug)]
+pub struct HeapPlatform;
+
+#[cfg(feature = "std")]
+impl HeapPlatform {
+    fn layout(bytes: usize) -> Option<core::alloc::Layout> {
+        core::alloc::Layout::from_size_align(bytes.max(1), 4096).ok()
+    }
+}
+
+// SAFETY: `alloc_zeroed` returns zeroed memory of the layout's size and alignment, which is nobody else's until it
+// is deallocated.
+#[cfg(feature = "std")]
+unsafe impl Platform for HeapPlatform {
+    fn reserve_zeroed(&self, bytes: usize) -> Result<NonNull<u8>, OutOfAddressSpace> {
+        let layout = Self::layout(bytes).ok_or(OutOfAddressSpace { bytes })?;
+        // SAFETY: the layout's size is not zero.
+        let memory = unsafe { alloc::alloc::alloc_zeroed(layout) };
+        NonNull::new(memory).ok_or(OutOfAddressSpace { bytes })
+    }
+
+    unsafe fn release(&self, memory: NonNull<u8>, bytes: usize) {
+        if let Some(layout) = Self::layout(bytes) {
+            // SAFETY: by this function's contract the memory came from `reserve_zeroed` with the same size.
+            unsafe { alloc::alloc::dealloc(memory.as_ptr(), layout) };
+        }
+    }
+
+    fn now_ns(&self) -> u64 {
+        0
+    }
 }

@@ -1,1 +1,14 @@
-//! Under construction.
+//! Linux as the machine: what core and mm ask for, made of system calls.
+//!
+//! The modules are named after the kernel's interfaces. Everything here uses raw system calls (rustix), never the C
+//! library's `mmap` and friends: this crate is linked into a library that interposes those. What must never
+//! happen here: an allocation, a log line or a managed address on the fault path.
+
+pub mod affinity;
+pub mod event;
+pub mod mmu;
+pub mod platform;
+pub mod probe;
+pub mod thread;
+mod uffd;
+pub mod uring;

@@ -1,9 +1,25 @@
 //! Address spaces: the page table, faults, reclaim, pins, and migration to and from devices.
 //!
-//! The four flows that this crate is about are one readable function each: `fault`, `reclaim`, `pin`,
-//! `unplug`. It knows no operating system: the machine's page tables are behind [`mmu::Mmu`].
-#![cfg_attr(not(feature = "std"), no_std)]
+//! The four flows that this crate is about are one readable function each: [`AddressSpace::fault`](space::AddressSpace::fault),
+//! [`AddressSpace::reclaim`](space::AddressSpace::reclaim), [`gup::pin_user_pages`] and
+//! [`AddressSpace::evacuate`](space::AddressSpace::evacuate) (unplug). It knows no operating system: the machine's page
+//! tables are behind [`mmu::Mmu`].
+#![cfg_attr(not(any(feature = "std", test)), no_std)]
 
 extern crate alloc;
 
+pub mod discard;
+pub mod fault;
+pub mod fork;
+pub mod gup;
 pub mod mmu;
+pub mod page_table;
+pub mod policy;
+pub mod pte;
+pub mod readahead;
+pub mod reclaim;
+pub mod space;
+pub mod staging;
+pub mod stats;
+pub mod unplug;
+pub mod vma;

@@ -53,7 +53,10 @@ pub struct Progress {
 impl Progress {
     /// All `count` pages were done.
     pub const fn complete(count: usize) -> Self {
-        Self { done: count, stop: None }
+        Self {
+            done: count,
+            stop: None,
+        }
     }
 }
 

@@ -1,0 +1,165 @@
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::driver::{Latency, Load, Store, Usage};
+use crate::platform::HeapPlatform;
+
+/// A device that counts how often its pages are freed.
+#[derive(Debug, Default)]
+struct Counting {
+    freed: Mutex<Vec<u64>>,
+}
+
+impl PrivateOps for Counting {
+    fn name(&self) -> &'static str {
+        "counting"
+    }
+    fn latency(&self) -> Latency {
+        Latency::Memory
+    }
+    fn migrate_to_device(&self, _: &mut [Store<'_>]) {}
+    fn migrate_to_ram(&self, _: &mut [Load<'_>]) {}
+    fn page_free(&self, data: DeviceData) {
+        self.freed.lock().push(data.0);
+    }
+    fn usage(&self) -> Usage {
+        Usage::default()
+    }
+}
+
+fn map(frames: u64) -> Arc<MemoryMap> {
+    MemoryMap::new(&HeapPlatform, frames).unwrap()
+}
+
+fn range(start: u64, count: u64) -> PfnRange {
+    PfnRange::new(Pfn::new(start).unwrap(), count).unwrap()
+}
+
+/// MAP-5: lookup is exact at both ends, and MAP-6: it fails once the mapping is dying.
+#[test]
+fn lookup_is_exact_and_ends_with_kill() {
+    let map = map(8192);
+    let device = map
+        .memremap_pages(&[range(1024, 600)], MemoryType::Generic)
+        .unwrap();
+    let found = |pfn| map.get_dev_pagemap(Pfn::new(pfn).unwrap()).is_some();
+    assert!(!found(1023) && found(1024) && found(1623) && !found(1624));
+    let killed = device.kill();
+    assert!(!found(1024));
+    killed.drain(None).unwrap().remove();
+    assert!(!found(1024));
+}
+
+/// REF-2, MAP-6: pages in use keep a mapping from being removed, and nothing of them is lost meanwhile.
+#[test]
+fn a_mapping_with_pages_in_use_is_not_removed() {
+    let map = map(8192);
+    let ops = Arc::new(Counting::default());
+    let device = map.memremap_private(ops.clone(), 100).unwrap();
+    let page = device.alloc().unwrap();
+    device.set_data(page, DeviceData(77));
+    let still = device
+        .clone()
+        .kill()
+        .drain(Some(Duration::from_millis(5)))
+        .unwrap_err();
+    assert_eq!((still.users, device.data(page)), (1, DeviceData(77)));
+    assert_eq!(device.alloc(), None);
+    device.put_page(page);
+    assert_eq!(*ops.freed.lock(), [77]);
+    still.killed.drain(None).unwrap().remove();
+}
+
+/// 71389703839e: any number of cycles leaves the count of users as it was.
+#[test]
+fn cycles_of_use_leave_no_trace_on_the_count() {
+    let map = map(8192);
+    let device = map
+        .memremap_private(Arc::new(Counting::default()), 4)
+        .unwrap();
+    let page = device.alloc().unwrap();
+    for _ in 0..1000 {
+        map.frame(page).try_get().unwrap();
+        drop(map.get_dev_pagemap(page));
+        device.put_page(page);
+    }
+    assert_eq!(device.users_now(), 1);
+    device.put_page(page);
+    assert_eq!(device.users_now(), 0);
+}
+
+/// MAP-2, MAP-3, 77dd66a3c67c: a refused mapping leaves the others as they are.
+#[test]
+fn a_refused_mapping_leaves_the_others_alone() {
+    let map = map(16384);
+    let _ram = map.add_ram(1000).unwrap();
+    let first = map
+        .memremap_pages(&[range(4096, 512)], MemoryType::Generic)
+        .unwrap();
+    let refused = map.memremap_pages(&[range(8192, 512), range(4500, 512)], MemoryType::Generic);
+    assert_eq!(refused.unwrap_err(), MapError::Conflict(range(4096, 512)));
+    let refused = map.memremap_pages(&[range(1023, 512)], MemoryType::Generic);
+    assert_eq!(
+        refused.unwrap_err(),
+        MapError::IntersectsRam(range(1023, 512))
+    );
+    assert!(map.get_dev_pagemap(Pfn::from_u32(4096)).is_some());
+    assert!(map.get_dev_pagemap(Pfn::from_u32(8192)).is_none());
+    first.kill().drain(None).unwrap().remove();
+    let both = map.memremap_pages(&[range(8192, 512), range(4500, 512)], MemoryType::Generic);
+    assert!(both.is_ok());
+}
+
+/// MAP-10: private memory needs no hole among the physical addresses.
+#[test]
+fn private_memory_has_numbers_of_its_own() {
+    let map = map(1 << 20);
+    let ram = map.add_ram(700).unwrap();
+    let a = map
+        .memremap_private(Arc::new(Counting::default()), 1000)
+        .unwrap();
+    let b = map
+        .memremap_private(Arc::new(Counting::default()), 1000)
+        .unwrap();
+    let (a, b) = (a.ranges()[0], b.ranges()[0]);
+    assert!(!a.intersects(b) && a.start().get() >= ram.capacity());
+}
+
+proptest! {
+    /// MAP-2 to MAP-5: mapping, unmapping and lookup agree with a list of ranges.
+    #[test]
+    fn lookup_agrees_with_a_list(steps in prop::collection::vec((0u64..14, 1u64..1500, any::<bool>()), 1..40)) {
+        let map = map(16384);
+        let mut model: BTreeMap<u64, (PfnRange, DevPagemap)> = BTreeMap::new();
+        for (start, count, remove) in steps {
+            let new = range(start * 700, count);
+            if remove {
+                if let Some((_, (_, device))) = model.pop_first() {
+                    device.kill().drain(None).unwrap().remove();
+                }
+                continue;
+            }
+            let (low, high) = aligned(new);
+            let free = high <= 16384 && model.values().all(|(other, _)| {
+                let (start, end) = aligned(*other);
+                high <= start || end <= low
+            });
+            let mapped = map.memremap_pages(&[new], MemoryType::Generic);
+            prop_assert_eq!(mapped.is_ok(), free && model.len() < MAX_PGMAPS);
+            if let Ok(device) = mapped {
+                model.insert(new.start().get(), (new, device));
+            }
+            for (other, _) in model.values() {
+                for pfn in [other.start().get().wrapping_sub(1), other.start().get(), other.end() - 1, other.end()] {
+                    let Some(pfn) = Pfn::new(pfn).filter(|pfn| pfn.get() < 16384) else { continue };
+                    let expected = model.values().any(|(range, _)| range.contains(pfn));
+                    prop_assert_eq!(map.get_dev_pagemap(pfn).is_some(), expected);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,203 @@
+//! Frames of RAM, and the budget: how many may be used at once.
+
+use alloc::sync::Arc;
+
+use pgmap_sync::Mutex;
+use pgmap_sync::atomic::{AtomicU64, Ordering};
+
+use crate::addr::Pfn;
+use crate::memremap::MemoryMap;
+use crate::page::Put;
+
+/// Frames `0..count` of a pool that are free: those never used, and a list of those given back.
+#[derive(Debug, Default)]
+pub(crate) struct FreeList {
+    /// Frames below this, counted from the pool's first, have been used.
+    fresh: u64,
+    /// One more than the first free frame given back, counted from the pool's first; 0 if there is none.
+    head: u32,
+}
+
+impl FreeList {
+    /// Takes a free frame of the pool `first..first+count`.
+    pub(crate) fn take(&mut self, map: &MemoryMap, first: Pfn, count: u64) -> Option<Pfn> {
+        let pfn = if let Some(index) = self.head.checked_sub(1) {
+            let pfn = first.checked_add(u64::from(index))?;
+            self.head = map.frame(pfn).link();
+            pfn
+        } else if self.fresh < count {
+            self.fresh += 1;
+            first.checked_add(self.fresh - 1)?
+        } else {
+            return None;
+        };
+        assert!(
+            map.frame(pfn).allocate(),
+            "{pfn:?} was on the free list and in use"
+        );
+        Some(pfn)
+    }
+
+    /// Gives back a frame whose last hold was dropped.
+    pub(crate) fn give(&mut self, map: &MemoryMap, first: Pfn, pfn: Pfn) {
+        map.frame(pfn).set_link(self.head);
+        self.head = pfn.as_u32() - first.as_u32() + 1;
+    }
+}
+
+/// The RAM that pgmap may use.
+#[derive(Debug)]
+pub struct Ram {
+    map: Arc<MemoryMap>,
+    free: Mutex<FreeList>,
+    capacity: u64,
+    limit: AtomicU64,  // A
+    in_use: AtomicU64, // changed under `free`'s lock, read by anybody
+}
+
+impl Ram {
+    pub(crate) const fn new(map: Arc<MemoryMap>, capacity: u64, free: Mutex<FreeList>) -> Self {
+        Self {
+            map,
+            free,
+            capacity,
+            limit: AtomicU64::new(capacity),
+            in_use: AtomicU64::new(0),
+        }
+    }
+
+    /// The most frames that the limit can be raised to.
+    #[must_use]
+    pub const fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    /// Frames that may be in use.
+    #[must_use]
+    pub fn limit(&self) -> u64 {
+        // Relaxed: a number that others may change at any time.
+        self.limit.load(Ordering::Relaxed)
+    }
+
+    /// Changes how many frames may be in use, up to the capacity. Frames above a lower limit stay in use until
+    /// somebody frees them: see [`deficit`](Self::deficit).
+    pub fn set_limit(&self, frames: u64) {
+        // Relaxed: as in `limit`.
+        self.limit
+            .store(frames.min(self.capacity), Ordering::Relaxed);
+    }
+
+    /// Frames in use.
+    #[must_use]
+    pub fn in_use(&self) -> u64 {
+        // Relaxed: as in `limit`.
+        self.in_use.load(Ordering::Relaxed)
+    }
+
+    /// Frames that can still be had.
+    #[must_use]
+    pub fn free_count(&self) -> u64 {
+        self.limit().saturating_sub(self.in_use())
+    }
+
+    /// Frames in use above the limit.
+    #[must_use]
+    pub fn deficit(&self) -> u64 {
+        self.in_use().saturating_sub(self.limit())
+    }
+
+    /// Takes frames, one reference each, as many as there are up to the length of `out`. Says how many.
+    pub fn alloc(&self, out: &mut [Pfn]) -> usize {
+        let mut free = self.free.lock();
+        let most = usize::try_from(self.free_count())
+            .unwrap_or(usize::MAX)
+            .min(out.len());
+        let mut taken = 0;
+        for place in &mut out[..most] {
+            let Some(pfn) = free.take(&self.map, Pfn::from_u32(0), self.capacity) else {
+                break;
+            };
+            *place = pfn;
+            taken += 1;
+        }
+        // Relaxed: changed under the lock only.
+        self.in_use.fetch_add(taken as u64, Ordering::Relaxed);
+        taken
+    }
+
+    /// Drops one reference of each frame; those that nobody else holds are free.
+    pub fn free(&self, pfns: &[Pfn]) {
+        if pfns.is_empty() {
+            return;
+        }
+        let mut free = self.free.lock();
+        let mut freed = 0;
+        for pfn in pfns {
+            if self.map.frame(*pfn).put() == Put::Last {
+                free.give(&self.map, Pfn::from_u32(0), *pfn);
+                freed += 1;
+            }
+        }
+        // Relaxed: changed under the lock only.
+        self.in_use.fetch_sub(freed, Ordering::Relaxed);
+    }
+
+    /// Drops one pin of a frame; if its owner has let go meanwhile, the frame is free now.
+    pub fn unpin(&self, pfn: Pfn) {
+        if self.map.frame(pfn).unpin() == Put::Last {
+            self.free.lock().give(&self.map, Pfn::from_u32(0), pfn);
+            // Relaxed: only ever read as a snapshot.
+            self.in_use.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::platform::HeapPlatform;
+    use proptest::prelude::*;
+    use std::collections::BTreeSet;
+
+    proptest! {
+        /// The allocator agrees with a set: no frame is handed out twice, none is lost, and the limit holds.
+        #[test]
+        fn the_allocator_agrees_with_a_set(steps in prop::collection::vec((0u8..3, 1usize..40), 1..80)) {
+            let map = MemoryMap::new(&HeapPlatform, 256).unwrap();
+            let ram = map.add_ram(256).unwrap();
+            let mut used = BTreeSet::new();
+            for (step, count) in steps {
+                match step {
+                    0 => {
+                        let mut out = vec![Pfn::from_u32(0); count];
+                        let taken = ram.alloc(&mut out);
+                        let room = usize::try_from(ram.limit()).unwrap().saturating_sub(used.len());
+                        prop_assert_eq!(taken, count.min(room));
+                        prop_assert!(out[..taken].iter().all(|pfn| used.insert(*pfn)));
+                    }
+                    1 => {
+                        let some: Vec<Pfn> = used.iter().copied().take(count).collect();
+                        ram.free(&some);
+                        used.retain(|pfn| !some.contains(pfn));
+                    }
+                    _ => ram.set_limit(count as u64 * 8),
+                }
+                prop_assert_eq!(ram.in_use(), used.len() as u64);
+            }
+        }
+    }
+
+    /// GUP-3: a pinned frame is not handed out again before its last pin is dropped.
+    #[test]
+    fn a_pinned_frame_is_not_reused() {
+        let map = MemoryMap::new(&HeapPlatform, 1).unwrap();
+        let ram = map.add_ram(1).unwrap();
+        let mut out = [Pfn::from_u32(0)];
+        assert_eq!(ram.alloc(&mut out), 1);
+        map.frame(out[0]).try_pin().unwrap();
+        ram.free(&out);
+        assert_eq!(ram.alloc(&mut [Pfn::from_u32(0)]), 0);
+        ram.unpin(out[0]);
+        assert_eq!(ram.alloc(&mut out), 1);
+    }
+}

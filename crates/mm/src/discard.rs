@@ -1,0 +1,132 @@
+//! Pages that nobody wants any more: `munmap`, `MADV_DONTNEED`.
+//!
+//! Called by the program's threads. What must never happen here: a page's bytes seen again after it was
+//! discarded (FLT-2), a frame used again while the machine still maps it, or a pinned page taken away (GUP-3).
+
+use core::ops::Range;
+
+use pgmap_core::addr::{Pfn, VirtAddr};
+
+use crate::mmu::Slot;
+use crate::page_table::{BLOCK_PAGES, BlockIndex, Cursor, PageIndex};
+use crate::pte::{Copy, Pte};
+use crate::space::AddressSpace;
+use crate::stats::Stats;
+
+/// A page that somebody has pinned: it cannot be discarded now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("the page at {at:?} is pinned; drop its pins first")]
+pub struct Pinned {
+    /// The first such page. Those before it have been discarded.
+    pub at: VirtAddr,
+}
+
+impl AddressSpace {
+    /// Drops the bytes of `pages` pages from `at` on: they read as zeros from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`Pinned`] if somebody has one of them pinned.
+    pub fn discard(&self, at: VirtAddr, pages: u32) -> Result<(), Pinned> {
+        let Some(first) = self.page_at(at) else {
+            return Ok(());
+        };
+        let end = first.0.saturating_add(pages).min(self.table.pages());
+        let mut next = first.0;
+        while next < end {
+            let block = PageIndex(next).block();
+            let block_end = block.pages().end.min(end);
+            self.discard_in_block(block, next, block_end)?;
+            next = block_end;
+        }
+        Ok(())
+    }
+
+    /// Drops the bytes, and gives the addresses back. An access that comes too late finds no area, so that
+    /// nothing is left behind for the next owner of the addresses.
+    ///
+    /// # Errors
+    ///
+    /// [`Pinned`] if somebody has one of the pages pinned; the addresses stay taken then.
+    pub fn unmap(&self, at: VirtAddr, pages: u32) -> Result<(), Pinned> {
+        let Some(range) = self.retire(at, pages) else {
+            return Ok(());
+        };
+        self.discard(at, pages)?;
+        self.areas.lock().taken.remove(range);
+        Ok(())
+    }
+
+    /// Says that nobody may touch these addresses any more, and that they are never to be handed out again until
+    /// [`unmap`](Self::unmap).
+    pub fn retire(&self, at: VirtAddr, pages: u32) -> Option<Range<u32>> {
+        let first = self.page_at(at)?.0;
+        let range = first..first.saturating_add(pages).min(self.table.pages());
+        self.areas.lock().live.remove(range.clone());
+        Some(range)
+    }
+
+    fn discard_in_block(&self, block: BlockIndex, start: u32, end: u32) -> Result<(), Pinned> {
+        let mut cursor = self.table.lock(block);
+        let pinned = (start..end).find(|page| match cursor.get(PageIndex(*page)) {
+            Pte::Present { frame, .. } => self.map.frame(frame).is_pinned(),
+            _ => false,
+        });
+        if let Some(page) = pinned {
+            return Err(Pinned {
+                at: self.table.address(PageIndex(page)),
+            });
+        }
+        let mut frames = [Pfn::from_u32(0); BLOCK_PAGES as usize];
+        let (mut freed, mut mapped) = (0, false);
+        for page in (start..end).map(PageIndex) {
+            mapped |= matches!(cursor.get(page), Pte::Present { .. } | Pte::Poisoned);
+            if let Some(frame) = self.forget(&mut cursor, page) {
+                frames[freed] = frame;
+                freed += 1;
+            }
+        }
+        if mapped {
+            self.mmu
+                .zap(self.table.address(PageIndex(start)), (end - start) as usize);
+        }
+        // Only now does nobody map the frames any more.
+        self.ram.free(&frames[..freed]);
+        Stats::add(&self.stats.pages_discarded, freed as u64);
+        Ok(())
+    }
+
+    /// Empties one entry. Answers the frame that accounted for the page.
+    fn forget(&self, cursor: &mut Cursor<'_>, page: PageIndex) -> Option<Pfn> {
+        let pte = cursor.get(page);
+        if pte != Pte::None {
+            cursor.set(page, Pte::None);
+        }
+        match pte {
+            Pte::None | Pte::Poisoned => None,
+            Pte::Present { frame, copy, .. } => {
+                self.forget_frame(frame, copy);
+                Some(frame)
+            }
+            Pte::Staged { frame, copy } => {
+                let slot = Slot(self.map.frame(frame).link());
+                // Who stores the page now sees that its entry has changed, and empties the slot itself.
+                if self.staging.claim(slot) {
+                    self.mmu.empty(slot, 1);
+                    self.staging.release(slot);
+                }
+                self.forget_frame(frame, copy);
+                Some(frame)
+            }
+            Pte::Device { page, .. } => {
+                self.put_device_page(page);
+                None
+            }
+        }
+    }
+
+    fn forget_frame(&self, frame: Pfn, copy: Copy) {
+        self.drop_copy(frame, copy);
+        self.map.frame(frame).set_mapping(0);
+    }
+}

@@ -1,0 +1,230 @@
+//! The software page table: one flat, lazily populated array of entries, locked by the block.
+//!
+//! A [`Cursor`] is the lock of one block of [`BLOCK_PAGES`] pages: who has it may look at and change the
+//! block's entries, and nobody else can. That is also the generation check of FLT-2: bytes are read,
+//! checked against the entry and installed under one cursor, so what was removed never comes back.
+
+use alloc::boxed::Box;
+use core::ops::Range;
+
+use pgmap_core::addr::{PAGE_SHIFT, VirtAddr};
+use pgmap_core::platform::{OutOfAddressSpace, Platform};
+use pgmap_core::vmemmap::ZeroedSlice;
+use pgmap_sync::atomic::{AtomicU64, Ordering};
+use pgmap_sync::{Mutex, MutexGuard};
+
+use crate::pte::Pte;
+
+/// Pages that share one lock: 64, which is 256 KiB of addresses.
+pub const BLOCK_PAGES: u32 = 64;
+/// Locks, shared by blocks whose numbers are equal modulo this.
+const LOCKS: usize = 1024;
+
+/// A page of the address space, counted from its base.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct PageIndex(pub u32);
+
+impl PageIndex {
+    /// The block that holds the page.
+    #[must_use]
+    pub const fn block(self) -> BlockIndex {
+        BlockIndex(self.0 / BLOCK_PAGES)
+    }
+}
+
+/// A block of pages, counted from the base of the address space.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BlockIndex(pub u32);
+
+impl BlockIndex {
+    /// The block's pages.
+    #[must_use]
+    pub const fn pages(self) -> Range<u32> {
+        self.0 * BLOCK_PAGES..self.0 * BLOCK_PAGES + BLOCK_PAGES
+    }
+}
+
+/// The page table of one address space.
+#[derive(Debug)]
+pub struct PageTable {
+    entries: ZeroedSlice<AtomicU64>, // B: the lock of the entry's block
+    locks: Box<[Mutex<()>]>,
+    base: VirtAddr,
+    pages: u32,
+}
+
+impl PageTable {
+    /// The table for `pages` pages from `base` on; it costs memory only where it is used.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfAddressSpace`] if the machine has no room for 8 bytes a page.
+    pub fn new(
+        platform: &'static dyn Platform,
+        base: VirtAddr,
+        pages: u32,
+    ) -> Result<Self, OutOfAddressSpace> {
+        let pages = pages.next_multiple_of(BLOCK_PAGES);
+        let entries = ZeroedSlice::new(platform, pages as usize)?;
+        let locks = (0..LOCKS).map(|_| Mutex::new(())).collect();
+        Ok(Self {
+            entries,
+            locks,
+            base,
+            pages,
+        })
+    }
+
+    /// How many pages the table describes.
+    #[must_use]
+    pub const fn pages(&self) -> u32 {
+        self.pages
+    }
+
+    /// The page that holds an address, if the table describes it.
+    #[must_use]
+    pub fn page_at(&self, at: VirtAddr) -> Option<PageIndex> {
+        let page = at.checked_offset_from(self.base)? >> PAGE_SHIFT;
+        u32::try_from(page)
+            .ok()
+            .filter(|page| *page < self.pages)
+            .map(PageIndex)
+    }
+
+    /// The address of a page.
+    ///
+    /// # Panics
+    ///
+    /// If the table does not describe the page.
+    #[must_use]
+    pub fn address(&self, page: PageIndex) -> VirtAddr {
+        assert!(page.0 < self.pages, "{page:?} is outside the page table");
+        let offset = (page.0 as usize) << PAGE_SHIFT;
+        self.base.checked_add(offset).unwrap_or(self.base)
+    }
+
+    /// Waits for the lock of a block.
+    pub fn lock(&self, block: BlockIndex) -> Cursor<'_> {
+        let guard = self.locks[block.0 as usize % LOCKS].lock();
+        Cursor {
+            table: self,
+            block,
+            _guard: guard,
+        }
+    }
+}
+
+/// The lock of one block, and the only way to its entries.
+#[derive(Debug)]
+pub struct Cursor<'a> {
+    table: &'a PageTable,
+    block: BlockIndex,
+    _guard: MutexGuard<'a, ()>,
+}
+
+impl Cursor<'_> {
+    /// The block's pages.
+    #[must_use]
+    pub const fn pages(&self) -> Range<u32> {
+        self.block.pages()
+    }
+
+    /// The entry of a page of this block.
+    #[must_use]
+    pub fn get(&self, page: PageIndex) -> Pte {
+        // Relaxed: the block's lock orders every access to the entry.
+        Pte::from_word(self.word(page).load(Ordering::Relaxed))
+    }
+
+    /// Replaces the entry of a page of this block.
+    pub fn set(&mut self, page: PageIndex, pte: Pte) {
+        // Relaxed: the block's lock orders every access to the entry.
+        self.word(page).store(pte.to_word(), Ordering::Relaxed);
+    }
+
+    /// The longest run of pages around `page`, inside `limit` and this block, whose entries `wanted` accepts;
+    /// empty if it does not accept `page`.
+    #[must_use]
+    pub fn run(&self, page: u32, limit: &Range<u32>, wanted: impl Fn(Pte) -> bool) -> Range<u32> {
+        let block = self.pages();
+        let (low, high) = (limit.start.max(block.start), limit.end.min(block.end));
+        let wanted = |page: u32| wanted(self.get(PageIndex(page)));
+        if page < low || page >= high || !wanted(page) {
+            return page..page;
+        }
+        let end = (page + 1..high).find(|page| !wanted(*page)).unwrap_or(high);
+        let start = (low..page)
+            .rev()
+            .take_while(|page| wanted(*page))
+            .last()
+            .unwrap_or(page);
+        start..end
+    }
+
+    fn word(&self, page: PageIndex) -> &AtomicU64 {
+        assert!(
+            page.block() == self.block,
+            "{page:?} is not in the locked {:?}",
+            self.block
+        );
+        &self.table.entries[page.0 as usize]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pgmap_core::addr::Pfn;
+    use pgmap_core::platform::HeapPlatform;
+    use proptest::prelude::*;
+    use std::collections::HashMap;
+
+    use crate::pte::Stamp;
+
+    fn table(pages: u32) -> PageTable {
+        PageTable::new(&HeapPlatform, VirtAddr::new(1 << 30), pages).unwrap()
+    }
+
+    proptest! {
+        /// The page table holds what was set last, and nothing else.
+        #[test]
+        fn the_table_agrees_with_a_map(sets in prop::collection::vec((0u32..4096, any::<u32>()), 0..200)) {
+            let table = table(4096);
+            let mut model = HashMap::new();
+            for (page, pfn) in sets {
+                let pte = Pte::Device { page: Pfn::from_u32(pfn), stamp: Stamp::new(pfn) };
+                table.lock(PageIndex(page).block()).set(PageIndex(page), pte);
+                model.insert(page, pte);
+            }
+            for page in 0..4096 {
+                let expected = model.get(&page).copied().unwrap_or(Pte::None);
+                prop_assert_eq!(table.lock(PageIndex(page).block()).get(PageIndex(page)), expected);
+            }
+        }
+    }
+
+    /// A run stops at its limit, at the block's edges, and at the first entry that is not wanted.
+    #[test]
+    fn a_run_ends_at_limits_blocks_and_other_entries() {
+        let table = table(256);
+        let mut cursor = table.lock(BlockIndex(1));
+        cursor.set(PageIndex(70), Pte::Poisoned);
+        let none = |pte| pte == Pte::None;
+        assert_eq!(cursor.run(80, &(0..256), none), 71..128);
+        assert_eq!(cursor.run(80, &(75..90), none), 75..90);
+        assert_eq!(cursor.run(70, &(0..256), none), 70..70);
+        assert_eq!(cursor.run(64, &(0..256), none), 64..70);
+    }
+
+    /// Addresses outside the table belong to no page.
+    #[test]
+    fn addresses_outside_have_no_page() {
+        let table = table(64);
+        assert_eq!(table.page_at(VirtAddr::new((1 << 30) - 1)), None);
+        assert_eq!(table.page_at(VirtAddr::new((1 << 30) + 64 * 4096)), None);
+        assert_eq!(
+            table.page_at(VirtAddr::new((1 << 30) + 4097)),
+            Some(PageIndex(1))
+        );
+    }
+}

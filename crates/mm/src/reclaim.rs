@@ -1,0 +1,394 @@
+//! Reclaim: cold pages leave the address space, wait in staging, and go to a device.
+//!
+//! Called by the reclaimer, and by the fault path when there is no frame (direct reclaim). Failure at any
+//! step leaves the page where it was. What must never happen here: the last copy of a page dropped before
+//! the device has the other (FLT-4); a pinned page moved (GUP-3); two cursors held at once.
+
+use pgmap_core::addr::{Page, Pfn};
+use pgmap_core::driver::{DeviceData, DeviceError, Store};
+use pgmap_core::memremap::DevPagemap;
+use pgmap_sync::atomic::Ordering;
+
+use crate::mmu::{Slot, Stop};
+use crate::page_table::{Cursor, PageIndex};
+use crate::pte::{Copy, Heat, Pte};
+use crate::space::{AddressSpace, BATCH};
+use crate::stats::Stats;
+
+/// Who reclaims.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Caller {
+    /// A thread whose own faults are served by another.
+    Reclaimer,
+    /// The thread that serves faults: it may not do anything that faults.
+    FaultHandler,
+}
+
+/// A staged page on its way to a device.
+#[derive(Clone, Copy, Debug)]
+struct Leaving {
+    slot: Slot,
+    page: PageIndex,
+    frame: Pfn,
+}
+
+/// What stands in a batch where there is no page.
+static NO_PAGE: Page = Page::ZERO;
+
+/// Slots that are done with, and the frames that become free with them.
+#[derive(Debug)]
+struct Done {
+    slots: [Slot; BATCH],
+    slots_len: usize,
+    frames: [Pfn; BATCH],
+    frames_len: usize,
+}
+
+impl Done {
+    const fn new() -> Self {
+        let frames = [Pfn::from_u32(0); BATCH];
+        Self {
+            slots: [Slot(0); BATCH],
+            slots_len: 0,
+            frames,
+            frames_len: 0,
+        }
+    }
+
+    const fn push(&mut self, slot: Slot, frame: Option<Pfn>) {
+        self.slots[self.slots_len] = slot;
+        self.slots_len += 1;
+        if let Some(frame) = frame {
+            self.frames[self.frames_len] = frame;
+            self.frames_len += 1;
+        }
+    }
+}
+
+impl AddressSpace {
+    /// Frees at least `want` frames if that is possible; says how many it freed.
+    pub fn reclaim(&self, caller: Caller, want: usize) -> usize {
+        let mut freed = 0;
+        // Blocks that may give up nothing before we believe that no block will.
+        let mut patience = self.queues.len() + 1;
+        while freed < want {
+            if patience > 0 && self.staging.waiting() <= self.inactive_target() {
+                match self.take_out_block(caller) {
+                    Some(0) => patience -= 1,
+                    Some(_) => {}
+                    None => patience = 0,
+                }
+                continue;
+            }
+            match self.store_oldest() {
+                0 => break,
+                stored => freed += stored,
+            }
+        }
+        freed
+    }
+
+    /// Pages that wait in staging, so that a touch can show that they are used.
+    fn inactive_target(&self) -> u32 {
+        u32::try_from(self.ram.limit() / 16)
+            .unwrap_or(u32::MAX)
+            .min(self.inactive_most)
+    }
+
+    /// Takes the next block's cold pages out of the address space. Says how many; `None` if no block is left.
+    fn take_out_block(&self, caller: Caller) -> Option<usize> {
+        let (block, class) = self.queues.pop()?;
+        let mut cursor = self.table.lock(block);
+        let pages = cursor.pages();
+        let (mut next, mut taken, mut stays) = (pages.start, 0, false);
+        let mut busy = None;
+        while next < pages.end {
+            let page = PageIndex(next);
+            let run = cursor.run(next, &(next..pages.end), |pte| self.is_cold(pte));
+            if run.is_empty() {
+                stays |= Self::cool(&mut cursor, page);
+                next += 1;
+                continue;
+            }
+            let (done, stop) = self.take_out_run(&mut cursor, run.start, run.end - run.start);
+            taken += done as usize;
+            next += done;
+            stays |= next < run.end;
+            match stop {
+                Some(Stop::Busy) => {
+                    Stats::add(&self.stats.busy_skipped, 1);
+                    busy = busy.or(Some(PageIndex(next)));
+                    next += 1;
+                }
+                Some(Stop::NoMemory) => break,
+                Some(_) => {
+                    Stats::add(&self.stats.unevictable_skipped, 1);
+                    next += 1;
+                }
+                None => {}
+            }
+        }
+        if stays {
+            self.queues.push(block, class);
+        }
+        drop(cursor);
+        if let Some(page) = busy {
+            self.unshare(caller, page);
+        }
+        Some(taken)
+    }
+
+    /// Moves up to `count` pages into staging. Says how many, and why not all: [`Stop::NoMemory`] if staging is full.
+    fn take_out_run(&self, cursor: &mut Cursor<'_>, start: u32, count: u32) -> (u32, Option<Stop>) {
+        let Some((first, slots)) = self.staging.reserve(count) else {
+            return (0, Some(Stop::NoMemory));
+        };
+        let at = self.table.address(PageIndex(start));
+        let progress = self.mmu.take_out(at, slots as usize, first);
+        #[allow(clippy::cast_possible_truncation, reason = "at most `slots`")]
+        let done = progress.done as u32;
+        for nth in 0..slots {
+            let (slot, page) = (Slot(first.0 + nth), PageIndex(start + nth));
+            match cursor.get(page) {
+                Pte::Present { frame, copy, .. } if nth < done => {
+                    self.map.frame(frame).set_link(slot.0);
+                    cursor.set(page, Pte::Staged { frame, copy });
+                    self.staging.fill(slot, page);
+                }
+                _ => self.staging.release(slot),
+            }
+        }
+        Stats::add(&self.stats.pages_taken_out, u64::from(done));
+        (done, progress.stop)
+    }
+
+    fn is_cold(&self, pte: Pte) -> bool {
+        match pte {
+            Pte::Present {
+                frame,
+                heat: Heat::Cold,
+                ..
+            } => !self.map.frame(frame).is_pinned(),
+            _ => false,
+        }
+    }
+
+    /// Takes a page's second chance away. Whether the page is one that may leave later.
+    fn cool(cursor: &mut Cursor<'_>, page: PageIndex) -> bool {
+        let Pte::Present { frame, copy, .. } = cursor.get(page) else {
+            return false;
+        };
+        cursor.set(
+            page,
+            Pte::Present {
+                frame,
+                heat: Heat::Cold,
+                copy,
+            },
+        );
+        true
+    }
+
+    /// After a fork the machine moves no page that is still shared with the child. One page per block is made private at
+    /// a time: the others of a block that matters follow at its next turn.
+    fn unshare(&self, caller: Caller, page: PageIndex) {
+        // Relaxed: a hint; a page that is shared unseen only stays where it is.
+        if caller == Caller::Reclaimer && self.forked.load(Ordering::Relaxed) {
+            self.mmu.unshare(self.table.address(page));
+        }
+    }
+
+    /// Sends the pages that have waited longest to the devices. Says how many frames became free.
+    fn store_oldest(&self) -> usize {
+        let mut oldest = [(Slot(0), PageIndex(0)); BATCH];
+        let count = self.staging.take_oldest(&mut oldest);
+        let mut done = Done::new();
+        let mut leaving = [None; BATCH];
+        let mut left = 0;
+        for (slot, page) in oldest[..count].iter().copied() {
+            if let Some(item) = self.choose(slot, page, &mut done) {
+                leaving[left] = Some(item);
+                left += 1;
+            }
+        }
+        for device in &self.devices {
+            if left == 0 {
+                break;
+            }
+            left = self.store_on(device, &mut leaving, left, &mut done);
+        }
+        for item in leaving[..left].iter().flatten() {
+            self.staging.fill(item.slot, item.page);
+        }
+        self.finish(&mut done);
+        if left > 0 {
+            // Every device is full or failing: copies that only save work have to go.
+            self.shed_copies(left);
+        }
+        done.frames_len
+    }
+
+    /// Looks at a page that is to be stored: one whose copy is on the device already is done with, and so is the slot
+    /// of a page that has been touched or discarded.
+    fn choose(&self, slot: Slot, page: PageIndex, done: &mut Done) -> Option<Leaving> {
+        let mut cursor = self.table.lock(page.block());
+        match cursor.get(page) {
+            Pte::Staged { frame, copy } if self.map.frame(frame).link() == slot.0 => match copy {
+                Copy::None => return Some(Leaving { slot, page, frame }),
+                Copy::Kept => {
+                    let page_there = self.kept_copy(frame);
+                    cursor.set(
+                        page,
+                        Pte::Device {
+                            page: page_there,
+                            stamp: self.queues.stamp(),
+                        },
+                    );
+                    Stats::add(&self.stats.pages_stored_clean, 1);
+                    done.push(slot, Some(frame));
+                }
+            },
+            _ => done.push(slot, None),
+        }
+        None
+    }
+
+    /// Stores pages on one device. Those that it did not take are moved to the front; says how many.
+    fn store_on(
+        &self,
+        device: &DevPagemap,
+        leaving: &mut [Option<Leaving>; BATCH],
+        count: usize,
+        done: &mut Done,
+    ) -> usize {
+        let Some(ops) = device.ops() else {
+            return count;
+        };
+        let mut stores = leaving.map(|item| {
+            Store::new(item.map_or(&NO_PAGE, |item| {
+                // SAFETY: the page's entry said that the slot is filled, and `take_oldest` claimed it, so
+                // nobody gives it back or empties it before `finish` or `fill`.
+                unsafe { self.mmu.staged(item.slot) }
+            }))
+        });
+        let stores = &mut stores[..count];
+        ops.migrate_to_device(stores);
+        let mut left = 0;
+        for nth in 0..count {
+            let Some(item) = leaving[nth] else { continue };
+            match stores[nth].outcome {
+                Ok(data) if self.commit(device, item, data, done) => {}
+                Ok(data) => {
+                    // The device is being taken away.
+                    ops.page_free(data);
+                    leaving[left] = Some(item);
+                    left += 1;
+                }
+                Err(error) => {
+                    if error != DeviceError::Full {
+                        Stats::add(&self.stats.device_errors_write, 1);
+                    }
+                    leaving[left] = Some(item);
+                    left += 1;
+                }
+            }
+        }
+        left
+    }
+
+    /// A device has a page's bytes: if the page was not touched meanwhile, the device's copy is now the page. False if the
+    /// device has no frame for it.
+    fn commit(
+        &self,
+        device: &DevPagemap,
+        item: Leaving,
+        data: DeviceData,
+        done: &mut Done,
+    ) -> bool {
+        let Some(device_page) = device.alloc() else {
+            return false;
+        };
+        device.set_data(device_page, data);
+        let mut cursor = self.table.lock(item.page.block());
+        match cursor.get(item.page) {
+            // The slot is the generation: it was ours all the time, so an entry that names it has not changed (FLT-2).
+            Pte::Staged { frame, .. }
+                if frame == item.frame && self.map.frame(frame).link() == item.slot.0 =>
+            {
+                let stamp = self.queues.stamp();
+                cursor.set(
+                    item.page,
+                    Pte::Device {
+                        page: device_page,
+                        stamp,
+                    },
+                );
+                Stats::add(&self.stats.pages_stored, 1);
+                done.push(item.slot, Some(frame));
+            }
+            _ => {
+                drop(cursor);
+                self.put_device_page(device_page);
+                done.push(item.slot, None);
+            }
+        }
+        true
+    }
+
+    /// Empties slots, in runs, and only then gives them and their frames back.
+    fn finish(&self, done: &mut Done) {
+        let slots = &mut done.slots[..done.slots_len];
+        slots.sort_unstable();
+        for run in slots.chunk_by(|a, b| a.0 + 1 == b.0) {
+            self.mmu.empty(run[0], run.len());
+        }
+        for slot in slots {
+            self.staging.release(*slot);
+        }
+        self.ram.free(&done.frames[..done.frames_len]);
+    }
+
+    /// Gives up copies that devices keep of pages that are in RAM, to make room there; `want` of them, if there are so many.
+    fn shed_copies(&self, want: usize) {
+        let mut shed = 0;
+        for number in 0..self.ram.capacity() {
+            let Some(frame) = Pfn::new(number) else {
+                return;
+            };
+            let Some(page) = self.map.frame(frame).mapping().checked_sub(1) else {
+                continue;
+            };
+            let Ok(page) = u32::try_from(page) else {
+                continue;
+            };
+            shed += usize::from(self.shed_copy(frame, PageIndex(page)));
+            if shed == want {
+                return;
+            }
+        }
+    }
+
+    fn shed_copy(&self, frame: Pfn, page: PageIndex) -> bool {
+        let mut cursor = self.table.lock(page.block());
+        match cursor.get(page) {
+            Pte::Present {
+                frame: here,
+                heat,
+                copy: Copy::Kept,
+            } if here == frame => {
+                cursor.set(
+                    page,
+                    Pte::Present {
+                        frame,
+                        heat,
+                        copy: Copy::None,
+                    },
+                );
+                self.mmu.unprotect(self.table.address(page), 1);
+                self.drop_copy(frame, Copy::Kept);
+                true
+            }
+            _ => false,
+        }
+    }
+}

@@ -1,0 +1,340 @@
+//! One address space: its page table, its queues, its devices, and what a thread needs to work on it.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::fmt;
+use core::ops::Range;
+
+use pgmap_core::addr::{Page, Pfn, VirtAddr};
+use pgmap_core::memremap::{DevPagemap, MemoryMap};
+use pgmap_core::platform::{OutOfAddressSpace, Platform};
+use pgmap_core::ram::Ram;
+use pgmap_sync::Mutex;
+use pgmap_sync::atomic::AtomicBool;
+
+use crate::mmu::Mmu;
+use crate::page_table::{PageIndex, PageTable};
+use crate::policy::Queues;
+use crate::pte::Copy;
+use crate::readahead::{MAX_WINDOW, Readahead};
+use crate::staging::Staging;
+use crate::stats::Stats;
+use crate::vma::Vmas;
+
+/// Pages that move to a device, or out of the address space, in one go.
+pub(crate) const BATCH: usize = 32;
+
+/// What an address space is made of.
+#[derive(Debug)]
+pub struct Parts {
+    /// Memory for tables.
+    pub platform: &'static dyn Platform,
+    /// All frames.
+    pub map: Arc<MemoryMap>,
+    /// The RAM budget.
+    pub ram: Ram,
+    /// Where pages go, tried in this order.
+    pub devices: Vec<DevPagemap>,
+    /// The machine's page tables.
+    pub mmu: Arc<dyn Mmu>,
+    /// The addresses that `mmu` manages.
+    pub base: VirtAddr,
+    /// How many pages of them.
+    pub pages: u32,
+    /// How many staging slots `mmu` has.
+    pub slots: u32,
+    /// Where events are counted.
+    pub stats: &'static Stats,
+}
+
+/// Memory that a program uses, of which only a part is in RAM.
+///
+/// # Invariants
+///
+/// The machine maps a page only if its entry is `Present`. A frame of RAM belongs to exactly one entry that is
+/// `Present` or `Staged`, or to a [`Worker`]'s cache; a device page to exactly one entry that is `Device`, or
+/// that keeps it as a copy.
+#[derive(Debug)]
+pub struct AddressSpace {
+    pub(crate) map: Arc<MemoryMap>,
+    pub(crate) ram: Ram,
+    pub(crate) devices: Vec<DevPagemap>,
+    pub(crate) mmu: Arc<dyn Mmu>,
+    pub(crate) table: PageTable,
+    pub(crate) queues: Queues,
+    pub(crate) staging: Staging,
+    pub(crate) areas: Mutex<Areas>,
+    pub(crate) stats: &'static Stats,
+    /// The most pages that wait in staging by choice; the rest of the slots is for those being stored.
+    pub(crate) inactive_most: u32,
+    /// Whether a child may share pages with us, which the machine then does not move.
+    pub(crate) forked: AtomicBool,
+}
+
+impl AddressSpace {
+    /// An address space without areas.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfAddressSpace`] if the machine has no room for the tables.
+    pub fn new(parts: Parts) -> Result<Self, OutOfAddressSpace> {
+        let table = PageTable::new(parts.platform, parts.base, parts.pages)?;
+        let queues = Queues::new(parts.platform, parts.pages)?;
+        Ok(Self {
+            map: parts.map,
+            ram: parts.ram,
+            devices: parts.devices,
+            mmu: parts.mmu,
+            table,
+            queues,
+            staging: Staging::new(parts.slots),
+            areas: Mutex::new(Areas {
+                live: Vmas::new(parts.pages),
+                taken: Vmas::new(parts.pages),
+            }),
+            stats: parts.stats,
+            inactive_most: parts.slots / 2,
+            forked: AtomicBool::new(false),
+        })
+    }
+
+    /// The RAM budget.
+    #[must_use]
+    pub const fn ram(&self) -> &Ram {
+        &self.ram
+    }
+
+    /// The devices, in the order in which they are tried.
+    #[must_use]
+    pub fn devices(&self) -> &[DevPagemap] {
+        &self.devices
+    }
+
+    /// The machine's page tables.
+    #[must_use]
+    pub fn mmu(&self) -> &dyn Mmu {
+        &*self.mmu
+    }
+
+    /// What happened so far.
+    #[must_use]
+    pub const fn stats(&self) -> &'static Stats {
+        self.stats
+    }
+
+    /// Takes fresh addresses for `pages` pages, aligned to `align` pages. They read as zeros.
+    pub fn map(&self, pages: u32, align: u32) -> Option<VirtAddr> {
+        let mut areas = self.areas.lock();
+        let range = areas.taken.allocate(pages, align)?;
+        areas.live.insert(range.clone());
+        Some(self.table.address(PageIndex(range.start)))
+    }
+
+    /// Adds the `more` pages behind a mapping to it, if they are free.
+    #[must_use]
+    pub fn extend(&self, at: VirtAddr, pages: u32, more: u32) -> bool {
+        let Some(page) = self.page_at(at) else {
+            return false;
+        };
+        let Some(start) = page.0.checked_add(pages) else {
+            return false;
+        };
+        let Some(end) = start
+            .checked_add(more)
+            .filter(|end| *end <= self.table.pages())
+        else {
+            return false;
+        };
+        let mut areas = self.areas.lock();
+        let free = !areas.taken.overlaps(&(start..end));
+        if free {
+            areas.taken.insert(start..end);
+            areas.live.insert(start..end);
+        }
+        free
+    }
+
+    /// The page that holds an address, if it is one of this address space's.
+    #[must_use]
+    pub fn page_at(&self, at: VirtAddr) -> Option<PageIndex> {
+        self.table.page_at(at)
+    }
+
+    /// The area around an address, in pages.
+    #[must_use]
+    pub fn area_at(&self, at: VirtAddr) -> Option<Range<u32>> {
+        self.areas.lock().live.find(self.page_at(at)?.0)
+    }
+
+    /// The device that a device page is on.
+    pub(crate) fn device_of(&self, page: Pfn) -> Option<&DevPagemap> {
+        self.devices.iter().find(|device| device.contains(page))
+    }
+
+    /// Gives up a page of a device (REF-3).
+    pub(crate) fn put_device_page(&self, page: Pfn) {
+        if let Some(device) = self.device_of(page) {
+            device.put_page(page);
+        }
+    }
+
+    /// Forgets the device's copy of the bytes in a RAM frame, if it keeps one.
+    pub(crate) fn drop_copy(&self, frame: Pfn, copy: Copy) {
+        if copy == Copy::Kept {
+            self.put_device_page(self.kept_copy(frame));
+        }
+    }
+
+    /// The device page that holds the same bytes as a RAM frame whose entry says that there is one.
+    pub(crate) fn kept_copy(&self, frame: Pfn) -> Pfn {
+        #[allow(
+            clippy::cast_possible_truncation,
+            reason = "`keep_copy` stored a frame number"
+        )]
+        Pfn::from_u32(self.map.frame(frame).private() as u32)
+    }
+
+    /// Notes that a device page holds the same bytes as a RAM frame.
+    pub(crate) fn keep_copy(&self, frame: Pfn, page: Pfn) {
+        self.map.frame(frame).set_private(page.get());
+    }
+}
+
+/// Who owns which addresses.
+#[derive(Debug)]
+pub(crate) struct Areas {
+    /// Addresses that may be touched.
+    pub(crate) live: Vmas,
+    /// Addresses that are not to be handed out: the live ones, and those whose pages are being dropped.
+    pub(crate) taken: Vmas,
+}
+
+/// What one thread needs to serve faults or to reclaim: buffers, frames at hand, and its view of streams.
+///
+/// Everything is allocated when it is made: the fault path allocates nothing.
+pub struct Worker {
+    pub(crate) readahead: Readahead,
+    pub(crate) pages: Box<[Page; MAX_WINDOW as usize]>,
+    pub(crate) frames: FrameCache,
+    pub(crate) write_back: WriteBack,
+}
+
+impl Worker {
+    /// A worker with empty hands.
+    #[must_use]
+    pub fn new() -> Self {
+        let pages = Box::new([const { Page::ZERO }; MAX_WINDOW as usize]);
+        Self {
+            readahead: Readahead::default(),
+            pages,
+            frames: FrameCache::new(),
+            write_back: WriteBack::default(),
+        }
+    }
+
+    /// Gives back the frames at hand; to be called before the worker is dropped.
+    pub fn release(&mut self, space: &AddressSpace) {
+        self.frames.give_all(&space.ram);
+    }
+}
+
+impl Default for Worker {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for Worker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Worker")
+            .field("frames", &self.frames.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// Frames of RAM at hand, so that a fault seldom takes the allocator's lock.
+#[derive(Debug)]
+pub(crate) struct FrameCache {
+    frames: [Pfn; Self::SIZE],
+    len: usize,
+}
+
+impl FrameCache {
+    const SIZE: usize = MAX_WINDOW as usize;
+
+    const fn new() -> Self {
+        Self {
+            frames: [Pfn::from_u32(0); Self::SIZE],
+            len: 0,
+        }
+    }
+
+    pub(crate) const fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Has at least `count` frames at hand if there are so many; says how many there are, up to `count`.
+    pub(crate) fn prepare(&mut self, ram: &Ram, count: usize) -> usize {
+        let count = count.min(Self::SIZE);
+        if self.len < count {
+            self.len += ram.alloc(&mut self.frames[self.len..count]);
+        }
+        self.len.min(count)
+    }
+
+    /// One of the frames at hand.
+    ///
+    /// # Panics
+    ///
+    /// If there is none; `prepare` says how many there are.
+    pub(crate) fn take(&mut self) -> Pfn {
+        assert!(self.len > 0, "took more frames than were prepared");
+        self.len -= 1;
+        self.frames[self.len]
+    }
+
+    pub(crate) fn give(&mut self, ram: &Ram, frame: Pfn) {
+        if self.len == Self::SIZE {
+            ram.free(&[frame]);
+            return;
+        }
+        self.frames[self.len] = frame;
+        self.len += 1;
+    }
+
+    pub(crate) fn give_all(&mut self, ram: &Ram) {
+        ram.free(&self.frames[..self.len]);
+        self.len = 0;
+    }
+}
+
+/// Whether pages that were read are worth keeping clean: write faults are the price.
+#[derive(Debug, Default)]
+pub(crate) struct WriteBack {
+    read_installs: u32,
+    write_faults: u32,
+}
+
+impl WriteBack {
+    /// Whether the next page that is read should keep its device copy.
+    pub(crate) const fn keep_copies(&self) -> bool {
+        self.write_faults * 3 <= self.read_installs + 64
+    }
+
+    pub(crate) const fn note_read_install(&mut self) {
+        self.read_installs += 1;
+        if self.read_installs >= 4096 {
+            self.read_installs /= 2;
+            self.write_faults /= 2;
+        }
+    }
+
+    pub(crate) const fn note_write_fault(&mut self) {
+        self.write_faults += 1;
+        if self.write_faults >= 4096 {
+            self.read_installs /= 2;
+            self.write_faults /= 2;
+        }
+    }
+}

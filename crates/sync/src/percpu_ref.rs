@@ -1,0 +1,266 @@
+//! `PercpuRef`: a reference count that is taken often and killed once.
+//!
+//! Every thread counts in a slot of its own, so that get and put are two plain additions. Only who kills the count
+//! pays: it forces a barrier on every thread (`membarrier`), and from then on gets fail and the sum of all
+//! slots goes down to zero.
+//!
+//! ```
+//! let users = pgmap_sync::PercpuRef::new();
+//! assert!(users.try_get_live());
+//! users.kill();
+//! assert!(!users.try_get_live());
+//! users.put();
+//! assert!(users.wait_for_zero(None));
+//! ```
+//!
+//! A put may happen on another thread than its get: slots wrap, and only their sum means something.
+
+use core::time::Duration;
+
+use crate::WaitQueue;
+use crate::atomic::{AtomicBool, AtomicU64, Ordering};
+
+/// Slots; threads beyond this many share.
+#[cfg(not(any(loom, shuttle)))]
+const SLOTS: usize = 32;
+#[cfg(any(loom, shuttle))]
+const SLOTS: usize = 3;
+
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Slot(AtomicU64);
+
+/// A count of users that can be told to end.
+///
+/// # Invariants
+///
+/// The wrapping sum of all slots is the number of gets that succeeded less the number of puts, except that a get
+/// which finds the count dead adds and subtracts one within itself.
+#[derive(Debug)]
+pub struct PercpuRef {
+    dead: AtomicBool,
+    slots: [Slot; SLOTS],
+    drained: WaitQueue,
+}
+
+impl Default for PercpuRef {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl PercpuRef {
+    /// A live count without users.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            dead: AtomicBool::new(false),
+            slots: core::array::from_fn(|_| Slot::default()),
+            drained: WaitQueue::new(),
+        }
+    }
+
+    /// A count that has been killed already, for users that will come later.
+    #[must_use]
+    pub fn new_dead() -> Self {
+        Self {
+            dead: AtomicBool::new(true),
+            ..Self::new()
+        }
+    }
+
+    /// Adds a user, unless the count has been killed.
+    #[must_use]
+    pub fn try_get_live(&self) -> bool {
+        self.add(1);
+        barrier::light();
+        // Relaxed: ordered after the addition by the barrier, which pairs with the heavy one in `kill`: either we
+        // see `dead`, or `kill` sees our addition.
+        if !self.dead.load(Ordering::Relaxed) {
+            return true;
+        }
+        self.put();
+        false
+    }
+
+    /// Adds `count` users to a count that is kept live by one that the caller holds.
+    pub fn get_many(&self, count: u64) {
+        self.add(count);
+    }
+
+    /// Takes a user away.
+    pub fn put(&self) {
+        self.put_many(1);
+    }
+
+    /// Takes `count` users away.
+    pub fn put_many(&self, count: u64) {
+        self.add(count.wrapping_neg());
+        barrier::light();
+        // Relaxed: as in `try_get_live`.
+        if self.dead.load(Ordering::Relaxed) {
+            self.drained.wake_all();
+        }
+    }
+
+    /// Makes every later [`try_get_live`](Self::try_get_live) fail. Users that there are stay.
+    pub fn kill(&self) {
+        // Release: what the killer did before is seen by who finds the count dead and asks why.
+        self.dead.store(true, Ordering::Release);
+        barrier::heavy();
+    }
+
+    /// Makes the count live again.
+    pub fn resurrect(&self) {
+        // Release: pairs with nothing but the reader's own later accesses; a late get may still fail.
+        self.dead.store(false, Ordering::Release);
+    }
+
+    /// Whether the count has been killed.
+    #[must_use]
+    pub fn is_dying(&self) -> bool {
+        // Acquire: pairs with the release in `kill`.
+        self.dead.load(Ordering::Acquire)
+    }
+
+    /// Users now, if the count is dead; otherwise a guess.
+    #[must_use]
+    pub fn count(&self) -> u64 {
+        // Acquire: pairs with the releasing additions, so that who sees zero sees what the users did.
+        self.slots.iter().fold(0, |sum, slot| {
+            sum.wrapping_add(slot.0.load(Ordering::Acquire))
+        })
+    }
+
+    /// Waits until a dead count has no users, at most `patience`. Says whether it has none.
+    #[must_use]
+    pub fn wait_for_zero(&self, patience: Option<Duration>) -> bool {
+        debug_assert!(self.is_dying(), "a live count may get users at any time");
+        self.drained.wait_until(patience, || self.count() == 0)
+    }
+
+    fn add(&self, count: u64) {
+        let (slot, own) = slot::mine();
+        let slot = &self.slots[slot].0;
+        if own {
+            // Relaxed load: nobody else writes this slot. Release store: pairs with `count`.
+            let sum = slot.load(Ordering::Relaxed).wrapping_add(count);
+            slot.store(sum, Ordering::Release);
+        } else {
+            // Release: pairs with `count`.
+            slot.fetch_add(count, Ordering::Release);
+        }
+    }
+}
+
+/// The asymmetric barrier: nearly free for users, dear for who kills.
+mod barrier {
+    #[cfg(not(any(loom, shuttle)))]
+    use core::sync::atomic::AtomicPtr;
+
+    use crate::atomic::{Ordering, compiler_fence, fence};
+
+    #[cfg(not(any(loom, shuttle)))]
+    static HEAVY: AtomicPtr<()> = AtomicPtr::new(core::ptr::null_mut());
+
+    /// Installs the barrier that [`heavy`] issues; see [`set_heavy_barrier`](super::set_heavy_barrier).
+    #[cfg(not(any(loom, shuttle)))]
+    pub(super) fn install(barrier: fn()) {
+        // Release: pairs with the acquire in `heavy`. From here on light barriers may be light.
+        HEAVY.store(barrier as *mut (), Ordering::Release);
+    }
+
+    /// Orders this thread's earlier stores before its later loads, as seen by who issues `heavy`.
+    pub(super) fn light() {
+        #[cfg(not(any(loom, shuttle)))]
+        // Relaxed: the pointer is set once; until a thread sees it, it uses the stronger fence.
+        if !HEAVY.load(Ordering::Relaxed).is_null() {
+            compiler_fence(Ordering::SeqCst);
+            return;
+        }
+        #[cfg(any(loom, shuttle))]
+        let _ = compiler_fence;
+        // Pairs with the fence in `heavy`.
+        fence(Ordering::SeqCst);
+    }
+
+    /// Makes every thread's `light` a full fence.
+    pub(super) fn heavy() {
+        // Pairs with the fence in `light`.
+        fence(Ordering::SeqCst);
+        #[cfg(not(any(loom, shuttle)))]
+        {
+            // Acquire: pairs with the release in `install`.
+            let barrier = HEAVY.load(Ordering::Acquire);
+            if !barrier.is_null() {
+                // SAFETY: `install` stored a `fn()`, and function pointers and data pointers have the same
+                // size and validity on every supported machine.
+                let barrier = unsafe { core::mem::transmute::<*mut (), fn()>(barrier) };
+                barrier();
+            }
+        }
+    }
+}
+
+/// Installs a barrier that makes every running thread of the process execute a full fence (`membarrier`). Until then
+/// every get and put executes one itself.
+///
+/// Call it before other threads use a [`PercpuRef`].
+#[cfg(not(any(loom, shuttle)))]
+pub fn set_heavy_barrier(barrier: fn()) {
+    barrier::install(barrier);
+}
+
+/// The models have no asymmetric barrier: both sides use a fence.
+#[cfg(any(loom, shuttle))]
+pub fn set_heavy_barrier(_: fn()) {}
+
+mod slot {
+    use super::SLOTS;
+
+    /// This thread's slot, and whether no other thread uses it.
+    #[cfg(all(feature = "std", not(any(loom, shuttle))))]
+    pub(super) fn mine() -> (usize, bool) {
+        use core::cell::Cell;
+        use core::sync::atomic::{AtomicUsize, Ordering};
+
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        std::thread_local! {
+            // No destructor and a constant start: nothing is allocated or registered at first use.
+            static MINE: Cell<usize> = const { Cell::new(usize::MAX) };
+        }
+        let slot = MINE.get();
+        if slot < SLOTS - 1 {
+            return (slot, true);
+        }
+        if slot == usize::MAX {
+            // Relaxed: only uniqueness matters. Slots of threads that have ended are not handed out again: the
+            // count in them may not be zero, and their owner would have to be known to be gone.
+            MINE.set(NEXT.fetch_add(1, Ordering::Relaxed).min(SLOTS - 1));
+            return mine();
+        }
+        (SLOTS - 1, false)
+    }
+
+    #[cfg(loom)]
+    pub(super) fn mine() -> (usize, bool) {
+        use core::sync::atomic::{AtomicUsize, Ordering};
+
+        loom::thread_local! {
+            static MINE: core::cell::Cell<usize> = core::cell::Cell::new(usize::MAX);
+        }
+        // Threads of one model differ modulo the number of slots: loom numbers them from 0.
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        MINE.with(|mine| {
+            if mine.get() == usize::MAX {
+                mine.set(NEXT.fetch_add(1, Ordering::Relaxed) % SLOTS);
+            }
+            (mine.get(), false)
+        })
+    }
+
+    #[cfg(all(not(loom), any(shuttle, not(feature = "std"))))]
+    pub(super) fn mine() -> (usize, bool) {
+        (SLOTS - 1, false)
+    }
+}
