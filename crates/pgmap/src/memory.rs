@@ -1,0 +1,234 @@
+//! A RAM budget, devices, and the pager that moves pages between them.
+
+use std::ops::Range;
+use std::slice;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use pgmap_core::addr::{MAX_PFN, PAGE_SIZE, VirtAddr};
+use pgmap_core::memremap::{MapError as DeviceMapError, MemoryMap};
+use pgmap_core::platform::OutOfAddressSpace;
+use pgmap_host::mmu::{HostError, HostMmu};
+use pgmap_host::platform::HostPlatform;
+use pgmap_mm::space::Parts;
+use pgmap_mm::stats::Stats;
+
+use crate::device::Device;
+use crate::pager::{Pager, Surroundings, kill_as_out_of_memory};
+use crate::space::{AddressSpace, MapError};
+
+/// The least budget, in bytes: 1 MiB. Below it the pager's own batches would not fit.
+pub const MIN_RAM_BYTES: u64 = 1 << 20;
+/// Staging slots that are for pages on their way to a device, whatever the budget.
+const SPARE_SLOTS: u64 = 256;
+/// Managed addresses, in bytes: 256 GiB.
+const ADDRESSES: usize = 256 << 30;
+
+static PLATFORM: HostPlatform = HostPlatform;
+
+/// Why a [`Memory`] could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The budget is too small to work with.
+    #[error("a RAM budget of {bytes} bytes is too small: give at least 1 MiB")]
+    TooLittleRam {
+        /// What was asked for.
+        bytes: u64,
+    },
+    /// The machine lacks what the pager needs; `pgmap doctor` says more.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// The machine has no room for the tables.
+    #[error(transparent)]
+    Tables(#[from] OutOfAddressSpace),
+    /// A device could not be mapped.
+    #[error(transparent)]
+    Device(#[from] DeviceMapError),
+    /// The pager's threads could not be started.
+    #[error("the pager's threads could not be started: {0}")]
+    Threads(#[from] std::io::Error),
+}
+
+/// What a [`Memory`] is to be made of.
+#[derive(Debug)]
+pub struct MemoryBuilder {
+    ram_bytes: u64,
+    devices: Vec<Device>,
+    stats: Option<&'static Stats>,
+    pub(crate) surroundings: Surroundings,
+}
+
+impl MemoryBuilder {
+    /// The most bytes that may be in RAM.
+    #[must_use]
+    pub const fn ram(mut self, bytes: u64) -> Self {
+        self.ram_bytes = bytes;
+        self
+    }
+
+    /// Adds a device; devices are tried in the order in which they are added.
+    #[must_use]
+    pub fn device(mut self, device: Device) -> Self {
+        self.devices.push(device);
+        self
+    }
+
+    /// Counts events there instead of in memory of its own.
+    #[must_use]
+    pub const fn stats(mut self, stats: &'static Stats) -> Self {
+        self.stats = Some(stats);
+        self
+    }
+
+    /// Builds the memory and starts its pager.
+    ///
+    /// # Errors
+    ///
+    /// See [`BuildError`].
+    pub fn build(self) -> Result<Memory, BuildError> {
+        if self.ram_bytes < MIN_RAM_BYTES {
+            return Err(BuildError::TooLittleRam {
+                bytes: self.ram_bytes,
+            });
+        }
+        let ram_frames = self.ram_bytes / PAGE_SIZE as u64;
+        let device_frames: u64 = self.devices.iter().map(|device| device.frames).sum();
+        let slots = u32::try_from(ram_frames / 8 + SPARE_SLOTS).unwrap_or(u32::MAX / 2);
+        let mmu = Arc::new(HostMmu::new(ADDRESSES, slots)?);
+        let map = MemoryMap::new(&PLATFORM, MAX_PFN)?;
+        let ram = map.add_ram(ram_frames)?;
+        let mut devices = Vec::with_capacity(self.devices.len());
+        for device in self.devices {
+            devices.push(map.memremap_private(device.ops, device.frames)?);
+        }
+        let addresses = mmu.range();
+        let inner = Arc::new(pgmap_mm::space::AddressSpace::new(Parts {
+            platform: &PLATFORM,
+            map,
+            ram,
+            devices,
+            mmu: mmu.clone(),
+            base: VirtAddr::new(addresses.start),
+            pages: u32::try_from(addresses.len() / PAGE_SIZE).unwrap_or(u32::MAX),
+            slots,
+            // One per memory, for the life of the process: its pager may outlive every other owner.
+            stats: self.stats.unwrap_or_else(|| Box::leak(Box::default())),
+        })?);
+        let most = (ram_frames + device_frames).saturating_mul(PAGE_SIZE as u64);
+        let most_bytes = usize::try_from(most).unwrap_or(usize::MAX);
+        let pager = Pager::new(Arc::clone(&inner), Arc::clone(&mmu));
+        let threads = pager.start(self.surroundings)?;
+        let space = Arc::new(AddressSpace::new(inner, mmu, most_bytes));
+        Ok(Memory {
+            space,
+            pager,
+            threads: Some(threads),
+        })
+    }
+}
+
+/// Memory of which only a part is in RAM.
+///
+/// Dropping it stops its pager; mappings keep it alive.
+#[derive(Debug)]
+pub struct Memory {
+    space: Arc<AddressSpace>,
+    pager: Arc<Pager>,
+    threads: Option<[JoinHandle<()>; 2]>,
+}
+
+impl Memory {
+    /// Starts to describe a memory: no RAM and no devices yet.
+    #[must_use]
+    pub fn builder() -> MemoryBuilder {
+        let surroundings = Surroundings {
+            cpu_of: |_| None,
+            on_full: kill_as_out_of_memory,
+            on_tick: |_| {},
+        };
+        MemoryBuilder {
+            ram_bytes: 0,
+            devices: Vec::new(),
+            stats: None,
+            surroundings,
+        }
+    }
+
+    /// The addresses that this memory manages.
+    #[must_use]
+    pub const fn space(&self) -> &Arc<AddressSpace> {
+        &self.space
+    }
+
+    /// What happened so far.
+    #[must_use]
+    pub fn stats(&self) -> &'static Stats {
+        self.space.inner().stats()
+    }
+
+    /// Maps `bytes` bytes, rounded up to pages, that read as zeros.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::OutOfMemory`] for more than RAM and devices could ever hold.
+    pub fn map(&self, bytes: usize) -> Result<Mapping<'_>, MapError> {
+        let at = self.space.map(bytes, PAGE_SIZE)?;
+        // INVARIANT: fresh addresses, which nobody else has.
+        Ok(Mapping {
+            memory: self,
+            range: at..at + bytes.next_multiple_of(PAGE_SIZE),
+        })
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        self.pager.stop();
+        for thread in self.threads.take().into_iter().flatten() {
+            // A pager thread that panicked has ended the process already.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A piece of managed memory; its addresses are given back when it is dropped.
+///
+/// # Invariants
+///
+/// The range is mapped in the memory's address space, and nobody else has it.
+#[derive(Debug)]
+pub struct Mapping<'a> {
+    memory: &'a Memory,
+    range: Range<usize>,
+}
+
+impl Mapping<'_> {
+    /// The mapped addresses.
+    #[must_use]
+    pub const fn range(&self) -> &Range<usize> {
+        &self.range
+    }
+
+    /// The bytes.
+    #[must_use]
+    pub fn as_slice(&self) -> &[u8] {
+        // SAFETY: by the type invariant the range is mapped, and `&self` keeps writers away; pages that are
+        // not in RAM come back when they are touched.
+        unsafe { slice::from_raw_parts(self.range.start as *const u8, self.range.len()) }
+    }
+
+    /// The bytes, to be changed.
+    #[must_use]
+    pub fn as_mut_slice(&mut self) -> &mut [u8] {
+        // SAFETY: by the type invariant the range is mapped and ours, and `&mut self` keeps everybody else away.
+        unsafe { slice::from_raw_parts_mut(self.range.start as *mut u8, self.range.len()) }
+    }
+}
+
+impl Drop for Mapping<'_> {
+    fn drop(&mut self) {
+        // It fails only while somebody has a page pinned; then the addresses stay taken, which is what the pin's
+        // holder needs.
+        let _ = self.memory.space.unmap(self.range.start, self.range.len());
+    }
+}

@@ -1,0 +1,217 @@
+//! The pager's two threads: one serves faults, one reclaims.
+//!
+//! The fault thread follows the CPU of the thread that faults, because waking a thread on the same CPU is
+//! several times quicker than on another. The reclaimer frees frames ahead of need, on whatever CPU is idle.
+//! Neither ever touches managed memory, and neither allocates once it runs.
+
+use std::mem;
+use std::process;
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
+
+use pgmap_core::addr::VirtAddr;
+use pgmap_host::affinity::Placement;
+use pgmap_host::event::{ChildSpace, Event};
+use pgmap_host::mmu::HostMmu;
+use pgmap_mm::fault::{Access, Outcome};
+use pgmap_mm::fork::ChildPage;
+use pgmap_mm::reclaim::Caller;
+use pgmap_mm::space::{AddressSpace, Worker};
+use pgmap_mm::stats::Stats;
+use pgmap_sync::atomic::{AtomicBool, Ordering};
+
+/// On which CPU a thread of the program runs, if that is known.
+pub type CpuOf = fn(tid: u32) -> Option<u32>;
+/// Who decides about a full machine: called with a sentence for people when nothing can be freed.
+pub type OnFull = fn(&str) -> !;
+
+/// Events read at once.
+const EVENTS: usize = 32;
+/// How long a fault may wait for memory before the machine counts as full.
+const PATIENCE: Duration = Duration::from_secs(3);
+/// How often the reclaimer looks around when nobody calls it.
+const TICK: Duration = Duration::from_millis(100);
+
+/// What both threads share.
+#[derive(Debug)]
+pub(crate) struct Pager {
+    pub(crate) space: Arc<AddressSpace>,
+    pub(crate) mmu: Arc<HostMmu>,
+    reclaimer: OnceLock<Thread>,
+    /// The reclaimer sleeps, or is about to.
+    asleep: AtomicBool,
+    stopping: AtomicBool,
+}
+
+/// What a pager is told about its surroundings.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Surroundings {
+    pub(crate) cpu_of: CpuOf,
+    pub(crate) on_full: OnFull,
+    /// Called by the reclaimer every [`TICK`].
+    pub(crate) on_tick: fn(&AddressSpace),
+}
+
+impl Pager {
+    pub(crate) fn new(space: Arc<AddressSpace>, mmu: Arc<HostMmu>) -> Arc<Self> {
+        let (asleep, stopping) = (AtomicBool::new(false), AtomicBool::new(false));
+        Arc::new(Self {
+            space,
+            mmu,
+            reclaimer: OnceLock::new(),
+            asleep,
+            stopping,
+        })
+    }
+
+    /// Starts both threads.
+    pub(crate) fn start(
+        self: &Arc<Self>,
+        surroundings: Surroundings,
+    ) -> std::io::Result<[thread::JoinHandle<()>; 2]> {
+        let pager = Arc::clone(self);
+        let reclaimer =
+            pgmap_host::thread::spawn("pgmap-reclaim", move || pager.reclaim(surroundings))?;
+        // INVARIANT: set once, here, before anybody may wake it.
+        let _ = self.reclaimer.set(reclaimer.thread().clone());
+        let pager = Arc::clone(self);
+        let faults = pgmap_host::thread::spawn("pgmap-fault", move || pager.serve(surroundings))?;
+        Ok([reclaimer, faults])
+    }
+
+    /// Tells both threads to end.
+    pub(crate) fn stop(&self) {
+        // Release: pairs with the acquire loads in both threads' loops.
+        self.stopping.store(true, Ordering::Release);
+        self.mmu.kick();
+        if let Some(reclaimer) = self.reclaimer.get() {
+            reclaimer.unpark();
+        }
+    }
+
+    fn stopping(&self) -> bool {
+        // Acquire: pairs with the release store in `stop`.
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    /// Frames that should be free before the next fault comes.
+    fn low_water(&self) -> u64 {
+        (self.space.ram().limit() / 32).clamp(32, 1024)
+    }
+
+    fn wake_reclaimer(&self) {
+        if self.space.ram().free_count() >= self.low_water() {
+            return;
+        }
+        // Relaxed is enough for the look: a reclaimer that falls asleep just now wakes at its next tick, and faults
+        // reclaim directly meanwhile. The swap makes one waker of many.
+        if self.asleep.load(Ordering::Relaxed)
+            && self.asleep.swap(false, Ordering::Relaxed)
+            && let Some(reclaimer) = self.reclaimer.get()
+        {
+            reclaimer.unpark();
+        }
+    }
+
+    /// The reclaimer: keeps frames free.
+    fn reclaim(&self, surroundings: Surroundings) {
+        let mut ticked = Instant::now();
+        while !self.stopping() {
+            let ram = self.space.ram();
+            let high = self.low_water() * 2;
+            let short = (ram.deficit() + high).saturating_sub(ram.free_count());
+            let progress = short == 0
+                || self
+                    .space
+                    .reclaim(Caller::Reclaimer, (short as usize).min(256))
+                    > 0;
+            if ticked.elapsed() >= TICK {
+                ticked = Instant::now();
+                (surroundings.on_tick)(&self.space);
+            }
+            if !progress {
+                // Everything is busy or full: not worth a CPU.
+                thread::park_timeout(Duration::from_millis(2));
+            } else if short == 0 {
+                // Relaxed: see `wake_reclaimer`.
+                self.asleep.store(true, Ordering::Relaxed);
+                if ram.free_count() >= self.low_water() {
+                    thread::park_timeout(TICK);
+                }
+                self.asleep.store(false, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// The fault thread.
+    fn serve(&self, surroundings: Surroundings) {
+        let mut worker = Worker::new();
+        let mut placement = Placement::new();
+        let mut events = [const { Event::Kick }; EVENTS];
+        while !self.stopping() {
+            let count = self.mmu.next_events(&mut events, None);
+            for event in &mut events[..count] {
+                match mem::replace(event, Event::Kick) {
+                    Event::Kick => {}
+                    Event::Fork(child) => self.serve_fork(&mut worker, child),
+                    Event::Fault { at, access, tid } => {
+                        if let Some(cpu) = (surroundings.cpu_of)(tid) {
+                            placement.follow(cpu);
+                        }
+                        self.serve_fault(&mut worker, at, access, surroundings.on_full);
+                    }
+                }
+            }
+        }
+        worker.release(&self.space);
+    }
+
+    fn serve_fault(&self, worker: &mut Worker, at: VirtAddr, access: Access, on_full: OnFull) {
+        let start = Instant::now();
+        let stats = self.space.stats();
+        loop {
+            match self.space.fault(worker, at, access) {
+                Outcome::Resolved => break,
+                Outcome::BadAddress => {
+                    // The program touched what it does not own; SIGBUS tells it so.
+                    let _ = self.space.mmu().poison(at.page_start(), 1);
+                    break;
+                }
+                Outcome::NoMemory if start.elapsed() < PATIENCE => {
+                    self.wake_reclaimer();
+                    thread::sleep(Duration::from_millis(1));
+                }
+                Outcome::NoMemory => {
+                    Stats::add(&stats.out_of_memory, 1);
+                    on_full("RAM and devices are full, and nothing can be freed");
+                }
+            }
+        }
+        stats
+            .fault_latency
+            .record(start.elapsed().as_nanos().try_into().unwrap_or(u64::MAX));
+        self.wake_reclaimer();
+    }
+
+    /// A fork's child gets every byte that is not mapped, and then runs on without us.
+    fn serve_fork(&self, worker: &mut Worker, child: ChildSpace) {
+        Stats::add(&self.space.stats().forks, 1);
+        self.space.for_each_missing(worker, |at, page| match page {
+            ChildPage::Bytes(bytes) => {
+                let _ = child.install(at, bytes);
+            }
+            ChildPage::Lost => child.poison(at),
+        });
+        // Dropping the child's descriptor ends its registration: what is still missing there reads as zeros, as it
+        // should.
+    }
+}
+
+/// Ends the process as a machine that runs out of memory would.
+pub(crate) fn kill_as_out_of_memory(message: &str) -> ! {
+    eprintln!("pgmap: out of memory: {message}; the program is killed, as a full machine would do");
+    let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
+    process::abort()
+}

@@ -1,0 +1,271 @@
+//! The addresses that a [`Memory`](crate::Memory) manages, with the calls that programs know: map, unmap, discard,
+//! protect, remap.
+//!
+//! Called by the program's threads, through the library or through the preloaded interposers. These calls take
+//! the locks that the fault path takes: a signal handler that touches managed memory must not run during one.
+
+use std::borrow::Cow;
+use std::ops::Range;
+use std::ptr;
+use std::sync::Arc;
+
+use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
+use pgmap_host::mmu::HostMmu;
+use pgmap_mm::discard::Pinned;
+use pgmap_mm::gup::{Pin, PinAccess, PinError, pin_user_pages};
+use pgmap_mm::space::Worker;
+use pgmap_mm::vma::Vmas;
+use pgmap_sync::Mutex;
+use rustix::io::Errno;
+use rustix::mm::MprotectFlags;
+
+/// Why addresses could not be given.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum MapError {
+    /// More was asked for than RAM and devices could ever hold, or than there are addresses.
+    #[error("{bytes} bytes are more than RAM and devices together can hold")]
+    OutOfMemory {
+        /// What was asked for.
+        bytes: usize,
+    },
+    /// The range is not in managed memory, or not aligned to pages.
+    #[error("the range is not a range of managed pages")]
+    BadRange,
+    /// A page of the range is pinned.
+    #[error(transparent)]
+    Pinned(#[from] Pinned),
+    /// The machine refused.
+    #[error("the machine refused: {0}")]
+    Refused(#[from] Errno),
+}
+
+/// The addresses that one [`Memory`](crate::Memory) manages.
+#[derive(Debug)]
+pub struct AddressSpace {
+    inner: Arc<pgmap_mm::space::AddressSpace>,
+    mmu: Arc<HostMmu>,
+    /// Where the machine allows less than reading and writing.
+    restricted: Mutex<Vmas>,
+    /// The most bytes that one mapping may have.
+    most_bytes: usize,
+}
+
+impl AddressSpace {
+    pub(crate) fn new(
+        inner: Arc<pgmap_mm::space::AddressSpace>,
+        mmu: Arc<HostMmu>,
+        most_bytes: usize,
+    ) -> Self {
+        let pages = u32::try_from(mmu.range().len() / PAGE_SIZE).unwrap_or(u32::MAX);
+        Self {
+            inner,
+            mmu,
+            restricted: Mutex::new(Vmas::new(pages)),
+            most_bytes,
+        }
+    }
+
+    pub(crate) const fn inner(&self) -> &Arc<pgmap_mm::space::AddressSpace> {
+        &self.inner
+    }
+
+    /// All managed addresses.
+    #[must_use]
+    pub fn range(&self) -> Range<usize> {
+        self.mmu.range()
+    }
+
+    /// Fresh pages that read as zeros: at least `bytes` bytes, at an address that is a multiple of `align` bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::OutOfMemory`] for more than could ever be held, as a full machine would answer.
+    pub fn map(&self, bytes: usize, align: usize) -> Result<usize, MapError> {
+        let error = MapError::OutOfMemory { bytes };
+        if bytes == 0 || bytes > self.most_bytes {
+            return Err(error);
+        }
+        let pages = u32::try_from(bytes.div_ceil(PAGE_SIZE)).map_err(|_| error)?;
+        let align = u32::try_from(align.div_ceil(PAGE_SIZE)).map_err(|_| error)?;
+        self.inner.map(pages, align).map(VirtAddr::get).ok_or(error)
+    }
+
+    /// Drops the pages of a range and gives its addresses back.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::BadRange`] or [`MapError::Pinned`].
+    pub fn unmap(&self, at: usize, bytes: usize) -> Result<(), MapError> {
+        let (at, pages) = self.pages(at, bytes)?;
+        self.unrestrict(at, pages)?;
+        Ok(self.inner.unmap(at, pages)?)
+    }
+
+    /// Drops the pages of a range and never hands its addresses out again: the program maps something else there.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::BadRange`] or [`MapError::Pinned`].
+    pub fn give_away(&self, at: usize, bytes: usize) -> Result<(), MapError> {
+        let (at, pages) = self.pages(at, bytes)?;
+        self.inner.retire(at, pages);
+        Ok(self.inner.discard(at, pages)?)
+    }
+
+    /// Drops the pages of a range: they read as zeros from now on (`MADV_DONTNEED`).
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::BadRange`] or [`MapError::Pinned`].
+    pub fn discard(&self, at: usize, bytes: usize) -> Result<(), MapError> {
+        let (at, pages) = self.pages(at, bytes)?;
+        Ok(self.inner.discard(at, pages)?)
+    }
+
+    /// Allows or forbids access to a range (`mprotect`; `prot` is made of `PROT_READ`, `PROT_WRITE`, `PROT_EXEC`).
+    /// Pages that may not be written stay in RAM while that is so.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::BadRange`], or what the machine answers.
+    pub fn protect(&self, at: usize, bytes: usize, prot: i32) -> Result<(), MapError> {
+        let (start, pages) = self.pages(at, bytes)?;
+        let flags = MprotectFlags::from_bits_retain(prot.cast_unsigned());
+        let first = self.inner.page_at(start).ok_or(MapError::BadRange)?.0;
+        let writable = flags.contains(MprotectFlags::READ | MprotectFlags::WRITE);
+        let mut restricted = self.restricted.lock();
+        protect_raw(at, pages as usize * PAGE_SIZE, flags)?;
+        if writable {
+            restricted.remove(first..first + pages);
+        } else {
+            restricted.insert(first..first + pages);
+        }
+        Ok(())
+    }
+
+    /// Makes a mapping longer or shorter (`mremap`), at another address if it must and may.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::OutOfMemory`] if there is no room, [`MapError::BadRange`], [`MapError::Pinned`].
+    pub fn remap(
+        &self,
+        at: usize,
+        old: usize,
+        new: usize,
+        place: Place,
+    ) -> Result<usize, MapError> {
+        let (start, old_pages) = self.pages(at, old)?;
+        let new_bytes = new
+            .checked_next_multiple_of(PAGE_SIZE)
+            .ok_or(MapError::BadRange)?;
+        let old_bytes = old_pages as usize * PAGE_SIZE;
+        if new_bytes <= old_bytes {
+            if new_bytes < old_bytes {
+                self.unmap(at + new_bytes, old_bytes - new_bytes)?;
+            }
+            return Ok(at);
+        }
+        let error = MapError::OutOfMemory { bytes: new };
+        if new_bytes > self.most_bytes {
+            return Err(error);
+        }
+        let more = u32::try_from((new_bytes - old_bytes) / PAGE_SIZE).map_err(|_| error)?;
+        if self.inner.extend(start, old_pages, more) {
+            return Ok(at);
+        }
+        if place == Place::Fixed {
+            return Err(error);
+        }
+        let to = self.map(new_bytes, PAGE_SIZE)?;
+        // SAFETY: the caller owns the old mapping, the new one is fresh, and both are at least `old_bytes` long;
+        // pages that are missing are brought in by the pager, of whose locks we hold none.
+        unsafe { ptr::copy_nonoverlapping(at as *const u8, to as *mut u8, old_bytes) };
+        self.unmap(at, old_bytes)?;
+        Ok(to)
+    }
+
+    /// Brings a range into RAM as far as RAM goes (`MADV_POPULATE_READ`).
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::BadRange`].
+    pub fn populate(&self, at: usize, bytes: usize) -> Result<(), MapError> {
+        let (start, pages) = self.pages(at, bytes)?;
+        for page in 0..pages as usize {
+            let at = (start.get() + page * PAGE_SIZE) as *const u8;
+            // SAFETY: the caller maps the range, so its pages can be read; the value does not matter.
+            unsafe { at.read_volatile() };
+        }
+        Ok(())
+    }
+
+    /// Pins a range: its pages are in RAM and stay where they are until the guard is dropped.
+    ///
+    /// # Errors
+    ///
+    /// See [`PinError`].
+    #[track_caller]
+    pub fn pin_user_pages(
+        &self,
+        at: usize,
+        bytes: usize,
+        access: PinAccess,
+        label: impl Into<Cow<'static, str>>,
+    ) -> Result<Pin, PinError> {
+        let bad = PinError::BadAddress {
+            at: VirtAddr::new(at),
+        };
+        let (start, pages) = self.pages(at, bytes).map_err(|_| bad)?;
+        let mut worker = Worker::new();
+        let pin = pin_user_pages(&self.inner, &mut worker, start, pages, access, label.into());
+        worker.release(&self.inner);
+        pin
+    }
+
+    /// The pages of a range of bytes inside the managed addresses.
+    fn pages(&self, at: usize, bytes: usize) -> Result<(VirtAddr, u32), MapError> {
+        let start = VirtAddr::new(at);
+        let end = at
+            .checked_add(bytes)
+            .and_then(|end| end.checked_next_multiple_of(PAGE_SIZE));
+        let end = end
+            .filter(|end| *end <= self.range().end)
+            .ok_or(MapError::BadRange)?;
+        if bytes == 0 || at < self.range().start || !start.is_page_aligned() {
+            return Err(MapError::BadRange);
+        }
+        let pages = u32::try_from((end - at) / PAGE_SIZE).map_err(|_| MapError::BadRange)?;
+        Ok((start, pages))
+    }
+
+    /// Allows everything again where a range was restricted.
+    fn unrestrict(&self, at: VirtAddr, pages: u32) -> Result<(), MapError> {
+        let Some(first) = self.inner.page_at(at) else {
+            return Ok(());
+        };
+        let range = first.0..first.0 + pages;
+        let mut restricted = self.restricted.lock();
+        if restricted.overlaps(&range) {
+            let all = MprotectFlags::READ | MprotectFlags::WRITE;
+            protect_raw(at.get(), pages as usize * PAGE_SIZE, all)?;
+            restricted.remove(range);
+        }
+        Ok(())
+    }
+}
+
+/// Whether a mapping may go to another address when it grows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Place {
+    /// It has to stay.
+    Fixed,
+    /// It may move (`MREMAP_MAYMOVE`).
+    Anywhere,
+}
+
+fn protect_raw(at: usize, bytes: usize, flags: MprotectFlags) -> Result<(), Errno> {
+    // SAFETY: the range lies in the managed addresses, as `pages` has checked; taking rights from it is what
+    // the caller, who owns the mapping, asks for.
+    unsafe { rustix::mm::mprotect(at as *mut _, bytes, flags) }
+}
