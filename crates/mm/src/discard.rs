@@ -70,7 +70,7 @@ impl AddressSpace {
         let mut cursor = self.table.lock(block);
         let pinned = (start..end).find(|page| match cursor.get(PageIndex(*page)) {
             Pte::Present { frame, .. } => self.map.frame(frame).is_pinned(),
-            _ => false,
+            Pte::None | Pte::Staged { .. } | Pte::Device { .. } | Pte::Poisoned => false,
         });
         if let Some(page) = pinned {
             return Err(Pinned {

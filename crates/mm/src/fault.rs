@@ -8,13 +8,13 @@ use core::ops::Range;
 use core::slice;
 
 use pgmap_core::addr::{Pfn, VirtAddr};
-use pgmap_core::driver::{DeviceError, Load};
+use pgmap_core::driver::{DeviceData, DeviceError, Load};
 use pgmap_core::memremap::DevPagemap;
 
 use crate::mmu::{Progress, Protect, Slot, Stop};
 use crate::page_table::{Cursor, PageIndex};
 use crate::policy::Class;
-use crate::pte::{Copy, Heat, Pte, Stamp};
+use crate::pte::{Copy, Heat, Pte};
 use crate::readahead::Plan;
 use crate::reclaim::Caller;
 use crate::space::{AddressSpace, BATCH, Worker};
@@ -52,7 +52,7 @@ impl AddressSpace {
         };
         loop {
             let cursor = self.table.lock(page.block());
-            let needs_frame = match cursor.get(page) {
+            match cursor.get(page) {
                 Pte::Present { frame, heat, copy } => {
                     return self.present_fault(cursor, worker, page, (frame, heat, copy), access);
                 }
@@ -62,9 +62,8 @@ impl AddressSpace {
                     self.mmu.wake(self.table.address(page), 1);
                     return Outcome::Resolved;
                 }
-                Pte::None | Pte::Device { .. } => true,
-            };
-            debug_assert!(needs_frame);
+                Pte::None | Pte::Device { .. } => {}
+            }
             if worker.frames.prepare(&self.ram, 1) == 1 {
                 return self.missing_fault(cursor, worker, page, access);
             }
@@ -89,10 +88,10 @@ impl AddressSpace {
     ) -> Outcome {
         let plan = worker.readahead.plan(page);
         let outcome = match cursor.get(page) {
-            Pte::Device { stamp, .. } => {
-                self.bring_back(cursor, worker, page, &plan, access, stamp)
+            Pte::Device { .. } => self.bring_back(cursor, worker, page, &plan, access),
+            Pte::None | Pte::Present { .. } | Pte::Staged { .. } | Pte::Poisoned => {
+                return self.zero_fill(cursor, worker, page, &plan);
             }
-            _ => return self.zero_fill(cursor, worker, page, &plan),
         };
         if outcome == Outcome::Resolved {
             for ahead in plan.strided() {
@@ -236,10 +235,10 @@ impl AddressSpace {
         page: PageIndex,
         plan: &Plan,
         access: Access,
-        stamp: Stamp,
     ) -> Outcome {
         let Pte::Device {
-            page: device_page, ..
+            page: device_page,
+            stamp,
         } = cursor.get(page)
         else {
             return Outcome::Resolved;
@@ -307,7 +306,7 @@ impl AddressSpace {
         let mut loads = worker
             .pages
             .each_mut()
-            .map(|page| Load::new(Default::default(), page));
+            .map(|page| Load::new(DeviceData::default(), page));
         for (load, page) in loads.iter_mut().zip(run.clone()) {
             if let Pte::Device { page, .. } = cursor.get(PageIndex(page)) {
                 load.data = device.data(page);

@@ -104,6 +104,7 @@ impl PageTable {
     }
 
     /// Waits for the lock of a block.
+    #[must_use]
     pub fn lock(&self, block: BlockIndex) -> Cursor<'_> {
         let guard = self.locks[block.0 as usize % LOCKS].lock();
         Cursor {

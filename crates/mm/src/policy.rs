@@ -113,10 +113,10 @@ impl Queues {
     /// Takes the block that is to give up its pages next.
     pub fn pop(&self) -> Option<(BlockIndex, Class)> {
         let fifos = &mut *self.fifos.lock();
-        if fifos.stream.len > STREAM_BLOCKS || fifos.main.len == 0 {
-            if let Some(block) = fifos.stream.pop(&self.links) {
-                return Some((BlockIndex(block), Class::Stream));
-            }
+        if (fifos.stream.len > STREAM_BLOCKS || fifos.main.len == 0)
+            && let Some(block) = fifos.stream.pop(&self.links)
+        {
+            return Some((BlockIndex(block), Class::Stream));
         }
         fifos
             .main

@@ -73,17 +73,15 @@ impl AddressSpace {
         let mut patience = self.queues.len() + 1;
         while freed < want {
             if patience > 0 && self.staging.waiting() <= self.inactive_target() {
-                match self.take_out_block(caller) {
-                    Some(0) => patience -= 1,
-                    Some(_) => {}
-                    None => patience = 0,
-                }
+                let taken = self.take_out_block(caller);
+                patience = taken.map_or(0, |taken| patience - u32::from(taken == 0));
                 continue;
             }
-            match self.store_oldest() {
-                0 => break,
-                stored => freed += stored,
+            let stored = self.store_oldest();
+            if stored == 0 {
+                break;
             }
+            freed += stored;
         }
         freed
     }
@@ -155,7 +153,11 @@ impl AddressSpace {
                     cursor.set(page, Pte::Staged { frame, copy });
                     self.staging.fill(slot, page);
                 }
-                _ => self.staging.release(slot),
+                Pte::None
+                | Pte::Present { .. }
+                | Pte::Staged { .. }
+                | Pte::Device { .. }
+                | Pte::Poisoned => self.staging.release(slot),
             }
         }
         Stats::add(&self.stats.pages_taken_out, u64::from(done));
@@ -169,7 +171,11 @@ impl AddressSpace {
                 heat: Heat::Cold,
                 ..
             } => !self.map.frame(frame).is_pinned(),
-            _ => false,
+            Pte::None
+            | Pte::Present { .. }
+            | Pte::Staged { .. }
+            | Pte::Device { .. }
+            | Pte::Poisoned => false,
         }
     }
 
@@ -248,7 +254,11 @@ impl AddressSpace {
                     done.push(slot, Some(frame));
                 }
             },
-            _ => done.push(slot, None),
+            Pte::None
+            | Pte::Present { .. }
+            | Pte::Staged { .. }
+            | Pte::Device { .. }
+            | Pte::Poisoned => done.push(slot, None),
         }
         None
     }
@@ -276,21 +286,17 @@ impl AddressSpace {
         let mut left = 0;
         for nth in 0..count {
             let Some(item) = leaving[nth] else { continue };
-            match stores[nth].outcome {
-                Ok(data) if self.commit(device, item, data, done) => {}
-                Ok(data) => {
-                    // The device is being taken away.
-                    ops.page_free(data);
-                    leaving[left] = Some(item);
-                    left += 1;
+            let moved = match stores[nth].outcome {
+                Ok(data) => self.commit(device, item, data, done),
+                Err(DeviceError::Full) => false,
+                Err(DeviceError::Io(_) | DeviceError::Corrupt | DeviceError::Gone) => {
+                    Stats::add(&self.stats.device_errors_write, 1);
+                    false
                 }
-                Err(error) => {
-                    if error != DeviceError::Full {
-                        Stats::add(&self.stats.device_errors_write, 1);
-                    }
-                    leaving[left] = Some(item);
-                    left += 1;
-                }
+            };
+            if !moved {
+                leaving[left] = Some(item);
+                left += 1;
             }
         }
         left
@@ -306,6 +312,10 @@ impl AddressSpace {
         done: &mut Done,
     ) -> bool {
         let Some(device_page) = device.alloc() else {
+            // It is being taken away, or out of frames.
+            if let Some(ops) = device.ops() {
+                ops.page_free(data);
+            }
             return false;
         };
         device.set_data(device_page, data);
@@ -326,7 +336,11 @@ impl AddressSpace {
                 Stats::add(&self.stats.pages_stored, 1);
                 done.push(item.slot, Some(frame));
             }
-            _ => {
+            Pte::None
+            | Pte::Present { .. }
+            | Pte::Staged { .. }
+            | Pte::Device { .. }
+            | Pte::Poisoned => {
                 drop(cursor);
                 self.put_device_page(device_page);
                 done.push(item.slot, None);
@@ -388,7 +402,11 @@ impl AddressSpace {
                 self.drop_copy(frame, Copy::Kept);
                 true
             }
-            _ => false,
+            Pte::None
+            | Pte::Present { .. }
+            | Pte::Staged { .. }
+            | Pte::Device { .. }
+            | Pte::Poisoned => false,
         }
     }
 }

@@ -224,7 +224,11 @@ impl Worker {
     /// A worker with empty hands.
     #[must_use]
     pub fn new() -> Self {
-        let pages = Box::new([const { Page::ZERO }; MAX_WINDOW as usize]);
+        // Made on the heap: this is as large as some stacks.
+        let pages = alloc::vec![Page::ZERO; MAX_WINDOW as usize].into_boxed_slice();
+        let pages = pages
+            .try_into()
+            .unwrap_or_else(|_| unreachable!("a window of pages was made"));
         Self {
             readahead: Readahead::default(),
             pages,
@@ -292,15 +296,6 @@ impl FrameCache {
         assert!(self.len > 0, "took more frames than were prepared");
         self.len -= 1;
         self.frames[self.len]
-    }
-
-    pub(crate) fn give(&mut self, ram: &Ram, frame: Pfn) {
-        if self.len == Self::SIZE {
-            ram.free(&[frame]);
-            return;
-        }
-        self.frames[self.len] = frame;
-        self.len += 1;
     }
 
     pub(crate) fn give_all(&mut self, ram: &Ram) {

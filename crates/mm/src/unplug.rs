@@ -24,16 +24,24 @@ impl AddressSpace {
     ///
     /// [`NoRoom`] if there is no other place for them.
     pub fn evacuate(&self, worker: &mut Worker, device: &DevPagemap) -> Result<(), NoRoom> {
-        for block in 0..self.table.pages() / BLOCK_PAGES {
-            while let Some(page) = self.forget_copies(BlockIndex(block), device) {
-                match self.fault(worker, self.table.address(page), Access::Write) {
-                    Outcome::Resolved => {}
-                    Outcome::NoMemory | Outcome::BadAddress => {
-                        return Err(NoRoom {
-                            left_pages: device.users_now(),
-                        });
-                    }
-                }
+        let blocks = 0..self.table.pages() / BLOCK_PAGES;
+        blocks
+            .map(BlockIndex)
+            .try_for_each(|block| self.evacuate_block(worker, device, block))
+    }
+
+    fn evacuate_block(
+        &self,
+        worker: &mut Worker,
+        device: &DevPagemap,
+        block: BlockIndex,
+    ) -> Result<(), NoRoom> {
+        while let Some(page) = self.forget_copies(block, device) {
+            let outcome = self.fault(worker, self.table.address(page), Access::Write);
+            if outcome != Outcome::Resolved {
+                return Err(NoRoom {
+                    left_pages: device.users_now(),
+                });
             }
         }
         Ok(())

@@ -47,9 +47,9 @@ impl Vmas {
             }
             if start > gap {
                 first_gap.get_or_insert(gap);
-                if let Some(found) = fit(gap..start, count, align) {
-                    return Some(self.take(found, first_gap));
-                }
+            }
+            if let Some(found) = fit(gap..start.max(gap), count, align) {
+                return Some(self.take(found, first_gap));
             }
             gap = end;
         }
@@ -185,7 +185,7 @@ mod tests {
             for step in steps {
                 match step {
                     Step::Allocate(count, align) => {
-                        let fits = (0..512 - count + 1).step_by(align as usize).find(|start| {
+                        let fits = (0..=512 - count).step_by(align as usize).find(|start| {
                             (*start..start + count).all(|page| !model[page as usize])
                         });
                         let got = vmas.allocate(count, align);
