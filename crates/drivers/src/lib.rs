@@ -1,1 +1,19 @@
-//! Under construction.
+//! Device-private memory types: where pages go that are not in RAM.
+//!
+//! Here live the compressed pool, the file, and the text in which people name them. `mm` calls the
+//! devices through [`PrivateOps`](pgmap_core::driver::PrivateOps); `pgmap` builds them from a
+//! [`DeviceSpec`](spec::DeviceSpec). Nothing here calls back into `mm`, touches managed memory other
+//! than the pages that it is shown, or allocates while it loads a page.
+#![forbid(unsafe_code)]
+
+pub mod compressed;
+mod compression;
+//pub mod faulty;
+//pub mod file;
+//mod io;
+//mod medium;
+pub mod quota;
+//pub mod size;
+//pub mod slots;
+//pub mod spec;
+pub mod zsmalloc;
