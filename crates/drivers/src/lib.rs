@@ -8,12 +8,12 @@
 
 pub mod compressed;
 mod compression;
-//pub mod faulty;
-//pub mod file;
-//mod io;
-//mod medium;
+pub mod faulty;
+pub mod file;
+mod io;
+mod medium;
 pub mod quota;
-//pub mod size;
-//pub mod slots;
-//pub mod spec;
+pub mod size;
+pub mod slots;
+pub mod spec;
 pub mod zsmalloc;

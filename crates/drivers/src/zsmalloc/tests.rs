@@ -86,7 +86,7 @@ fn wastes_little_even_after_random_frees() {
     let pool = pool(u64::MAX);
     let mut state = 88_172_645_463_325_252;
     let mut held: Vec<Handle> = Vec::new();
-    let mut piece = |state: &mut u64| bytes(200 + next(state) % 2900, 1);
+    let piece = |state: &mut u64| bytes(200 + next(state) % 2900, 1);
     for _ in 0..40_000 {
         held.push(pool.alloc(&piece(&mut state)).unwrap());
     }
