@@ -164,13 +164,11 @@ impl PrivateOps for FileDevice {
     }
 
     fn migrate_to_device(&self, batch: &mut [Store<'_>]) {
+        for store in &mut *batch {
+            store.outcome = Err(DeviceError::Full);
+        }
         let mut rest = batch;
-        while !rest.is_empty() {
-            let Some(slots) = self.slots.alloc(rest.len().min(RUN_PAGES)) else {
-                rest.iter_mut()
-                    .for_each(|store| store.outcome = Err(DeviceError::Full));
-                return;
-            };
+        while let Some(slots) = self.slots.alloc(rest.len().min(RUN_PAGES)) {
             let (run, later) = rest.split_at_mut(slots.len());
             self.store_run(slots.start, run);
             rest = later;
@@ -182,7 +180,9 @@ impl PrivateOps for FileDevice {
             Place::decode(one.data).slot.checked_add(1) == Some(Place::decode(next.data).slot)
         };
         for run in batch.chunk_by_mut(follows) {
-            run.chunks_mut(RUN_PAGES).for_each(|run| self.load_run(run));
+            for run in run.chunks_mut(RUN_PAGES) {
+                self.load_run(run);
+            }
         }
     }
 

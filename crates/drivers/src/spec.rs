@@ -126,66 +126,71 @@ impl FromStr for DeviceSpec {
 
 fn compressed(text: &str) -> Result<DeviceSpec, SpecError> {
     const DEVICE: &str = "compressed";
-    let mut fields = Fields::split(text);
-    let size = fields
-        .first()
-        .filter(|size| !size.is_empty() && !size.contains('='));
-    let size = size.ok_or(SpecError::NoSize {
-        device: DEVICE,
-        example: "compressed:2G",
-    })?;
+    let (size, options) = split(text)?;
+    if size.is_empty() || size.contains('=') {
+        return Err(SpecError::NoSize {
+            device: DEVICE,
+            example: "compressed:2G",
+        });
+    }
     let capacity_bytes = parse_size(size)?;
-    let (mut zstd, mut level) = (None, None);
-    fields.each(|option, value| match (option, value) {
-        ("algorithm", Some("lz4")) => Ok(zstd = Some(false)),
-        ("algorithm", Some("zstd")) => Ok(zstd = Some(true)),
-        ("algorithm", value) => Err(bad_value("algorithm", value, "lz4 or zstd")),
-        ("level", value) => {
-            let number = value.and_then(|value| value.parse().ok());
-            let number = number.filter(|number| ZSTD_LEVELS.contains(number));
-            let number =
-                number.ok_or_else(|| bad_value("level", value, "a number from -7 to 19"))?;
-            Ok(level = Some(number))
+    let (mut algorithm, mut level) = (Algorithm::Lz4, None);
+    for (option, value) in options {
+        match (option, value) {
+            ("algorithm", Some("lz4")) => algorithm = Algorithm::Lz4,
+            ("algorithm", Some("zstd")) => algorithm = Algorithm::Zstd { level: ZSTD_LEVEL },
+            ("algorithm", value) => return Err(bad_value("algorithm", value, "lz4 or zstd")),
+            ("level", value) => level = Some(zstd_level(value)?),
+            (option, _) => {
+                return Err(unknown_option(
+                    DEVICE,
+                    option,
+                    "algorithm=lz4|zstd, level=N",
+                ));
+            }
         }
-        (option, _) => Err(unknown_option(
-            DEVICE,
-            option,
-            "algorithm=lz4|zstd, level=N",
-        )),
-    })?;
-    let algorithm = match (zstd.unwrap_or(false), level) {
-        (true, level) => Algorithm::Zstd {
-            level: level.unwrap_or(ZSTD_LEVEL),
-        },
-        (false, None) => Algorithm::Lz4,
-        (false, Some(_)) => return Err(SpecError::LevelWithoutZstd),
-    };
+    }
+    match (&mut algorithm, level) {
+        (Algorithm::Zstd { level }, Some(given)) => *level = given,
+        (Algorithm::Lz4, Some(_)) => return Err(SpecError::LevelWithoutZstd),
+        (Algorithm::Lz4 | Algorithm::Zstd { .. }, None) => {}
+    }
     Ok(DeviceSpec::Compressed {
         capacity_bytes,
         algorithm,
     })
 }
 
+fn zstd_level(value: Option<&str>) -> Result<i32, SpecError> {
+    let number = value.and_then(|value| value.parse().ok());
+    number
+        .filter(|number| ZSTD_LEVELS.contains(number))
+        .ok_or_else(|| bad_value("level", value, "a number from -7 to 19"))
+}
+
 fn file(text: &str) -> Result<DeviceSpec, SpecError> {
     const DEVICE: &str = "file";
-    let mut fields = Fields::split(text);
-    let path = fields
-        .first()
-        .filter(|path| !path.is_empty() && !path.starts_with("size="));
-    let path = path.ok_or(SpecError::NoPath)?;
+    let (path, options) = split(text)?;
+    if path.is_empty() || path.starts_with("size=") {
+        return Err(SpecError::NoPath);
+    }
     let (mut size_bytes, mut keep, mut direct) = (None, false, Direct::Auto);
-    fields.each(|option, value| match (option, value) {
-        ("size", Some(value)) => Ok(size_bytes = Some(parse_size(value)?)),
-        ("keep", None) => Ok(keep = true),
-        ("direct", Some("auto")) => Ok(direct = Direct::Auto),
-        ("direct", Some("off")) => Ok(direct = Direct::Off),
-        ("direct", value) => Err(bad_value("direct", value, "auto or off")),
-        (option, _) => Err(unknown_option(
-            DEVICE,
-            option,
-            "size=SIZE, keep, direct=auto|off",
-        )),
-    })?;
+    for (option, value) in options {
+        match (option, value) {
+            ("size", Some(value)) => size_bytes = Some(parse_size(value)?),
+            ("keep", None) => keep = true,
+            ("direct", Some("auto")) => direct = Direct::Auto,
+            ("direct", Some("off")) => direct = Direct::Off,
+            ("direct", value) => return Err(bad_value("direct", value, "auto or off")),
+            (option, _) => {
+                return Err(unknown_option(
+                    DEVICE,
+                    option,
+                    "size=SIZE, keep, direct=auto|off",
+                ));
+            }
+        }
+    }
     let example = "file:/var/tmp/cold.pgmap,size=8G";
     let size_bytes = size_bytes.ok_or(SpecError::NoSize {
         device: DEVICE,
@@ -237,41 +242,24 @@ fn unknown_option(device: &'static str, option: &str, known: &'static str) -> Sp
     }
 }
 
-/// What the commas separate.
-struct Fields<'a> {
-    fields: core::str::Split<'a, char>,
-}
+/// An option's name, and its value if there is an equals sign.
+type NamedOption<'a> = (&'a str, Option<&'a str>);
 
-impl<'a> Fields<'a> {
-    fn split(text: &'a str) -> Self {
-        Self {
-            fields: text.split(','),
+/// What comes before the first comma, and the names and values of the options after it; no name twice.
+fn split(text: &str) -> Result<(&str, Vec<NamedOption<'_>>), SpecError> {
+    let mut fields = text.split(',');
+    let first = fields.next().unwrap_or_default();
+    let mut options: Vec<NamedOption<'_>> = Vec::new();
+    for field in fields {
+        let option = field
+            .split_once('=')
+            .map_or((field, None), |(name, value)| (name, Some(value)));
+        if options.iter().any(|(name, _)| *name == option.0) {
+            return Err(SpecError::Twice(option.0.to_owned()));
         }
+        options.push(option);
     }
-
-    fn first(&mut self) -> Option<&'a str> {
-        self.fields.next()
-    }
-
-    /// Calls `set` with the name and value of each option; no name comes twice.
-    fn each(
-        self,
-        mut set: impl FnMut(&'a str, Option<&'a str>) -> Result<(), SpecError>,
-    ) -> Result<(), SpecError> {
-        let mut seen = Vec::new();
-        for field in self.fields {
-            let (option, value) = match field.split_once('=') {
-                Some((option, value)) => (option, Some(value)),
-                None => (field, None),
-            };
-            if seen.contains(&option) {
-                return Err(SpecError::Twice(option.to_owned()));
-            }
-            seen.push(option);
-            set(option, value)?;
-        }
-        Ok(())
-    }
+    Ok((first, options))
 }
 
 impl fmt::Display for DeviceSpec {

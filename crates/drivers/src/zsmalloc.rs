@@ -295,7 +295,7 @@ fn class_sizes() -> Vec<usize> {
     let mut sizes = vec![PAGE_SIZE];
     let mut last = PAGE_SIZE;
     for objects in SUPERBLOCK_BYTES / PAGE_SIZE..=SUPERBLOCK_BYTES / MIN_OBJECT_BYTES {
-        let size = SUPERBLOCK_BYTES / objects & !7;
+        let size = (SUPERBLOCK_BYTES / objects) & !7;
         if size + (last / 33).max(16) <= last {
             sizes.push(size);
             last = size;

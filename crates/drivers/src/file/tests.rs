@@ -202,22 +202,24 @@ fn a_write_error_is_that_pages_outcome_and_gives_back_its_slot() {
     assert_eq!(device.usage().pages, 0);
 }
 
+fn store_load_and_free(device: &FileDevice, thread: usize) {
+    for round in 0..20 {
+        let pages: Vec<Page> = (0..30).map(|i| page(thread * 999 + round + i)).collect();
+        let data = store_all(device, &pages);
+        assert_same(load(device, &data), &pages);
+        for data in data {
+            device.page_free(data);
+        }
+    }
+}
+
 #[test]
 fn threads_store_and_load_at_once() {
     let (_dir, path) = scratch();
-    let device = FileDevice::open(&path, options(256)).unwrap();
+    let device = &FileDevice::open(&path, options(256)).unwrap();
     std::thread::scope(|scope| {
         for thread in 0..4 {
-            let device = &device;
-            scope.spawn(move || {
-                for round in 0..20 {
-                    let pages: Vec<Page> =
-                        (0..30).map(|i| page(thread * 999 + round + i)).collect();
-                    let data = store_all(device, &pages);
-                    assert_same(load(device, &data), &pages);
-                    data.iter().for_each(|data| device.page_free(*data));
-                }
-            });
+            scope.spawn(move || store_load_and_free(device, thread));
         }
     });
     assert_eq!(device.usage().pages, 0);

@@ -123,13 +123,13 @@ fn spec() -> impl Strategy<Value = DeviceSpec> {
             direct,
         }
     });
-    let plain = prop_oneof![compressed, file];
+    let working = prop_oneof![compressed, file];
     let when = prop_oneof![
         (1_u64..9).prop_map(When::Every),
         any::<u64>().prop_map(When::After)
     ];
     let plan = (prop::sample::select(&Fault::ALL[..]), when);
-    (plain, prop::option::of(plan)).prop_map(|(device, plan)| match plan {
+    (working, prop::option::of(plan)).prop_map(|(device, plan)| match plan {
         None => device,
         Some((fault, when)) => DeviceSpec::Faulty {
             plan: Plan { fault, when },

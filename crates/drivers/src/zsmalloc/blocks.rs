@@ -16,13 +16,13 @@ const END: u32 = u32::MAX;
 ///
 /// # Invariants
 ///
-/// Each entry of `blocks` is on exactly one list, or on none if it is full: `vacant` if it holds no
+/// Each entry is on exactly one list, or on none if it is full: `vacant` if it holds no
 /// memory, else `groups[fullness]`. A superblock with memory has at least one object, except between
 /// `grow` and the `put` that follows it.
 #[derive(Debug)]
 pub(super) struct Blocks {
     object_bytes: usize,
-    blocks: Vec<Block>,
+    entries: Vec<Block>,
     groups: [u32; GROUPS],
     vacant: u32,
     stored_bytes: u64,
@@ -52,7 +52,7 @@ impl Blocks {
         // INVARIANT: no entries, empty lists.
         Self {
             object_bytes,
-            blocks: Vec::new(),
+            entries: Vec::new(),
             groups: [END; GROUPS],
             vacant: END,
             stored_bytes: 0,
@@ -76,16 +76,16 @@ impl Blocks {
             next: END,
         };
         let index = if self.vacant == END {
-            let index = u32::try_from(self.blocks.len())
+            let index = u32::try_from(self.entries.len())
                 .ok()
                 .filter(|index| index >> BLOCK_BITS == 0);
             let index = index.ok_or(PoolFull)?;
-            self.blocks.try_reserve(1).map_err(|_| PoolFull)?;
-            self.blocks.push(block);
+            self.entries.try_reserve(1).map_err(|_| PoolFull)?;
+            self.entries.push(block);
             index
         } else {
             let index = self.vacant;
-            let entry = &mut self.blocks[index as usize];
+            let entry = &mut self.entries[index as usize];
             self.vacant = entry.next;
             *entry = block;
             index
@@ -97,7 +97,7 @@ impl Blocks {
     /// Copies `bytes` to a free place in a superblock that has one, and says which place.
     pub(super) fn put(&mut self, index: u32, bytes: &[u8]) -> usize {
         let (objects, object_bytes) = (self.objects(), self.object_bytes);
-        let block = &mut self.blocks[index as usize];
+        let block = &mut self.entries[index as usize];
         let object = block.first_free();
         debug_assert!(object < objects, "a listed superblock has room");
         block.taken[object / 64] |= 1 << (object % 64);
@@ -113,7 +113,7 @@ impl Blocks {
     /// The whole place of an object that is in use.
     pub(super) fn get(&self, index: usize, object: usize) -> Option<&[u8]> {
         let block = self
-            .blocks
+            .entries
             .get(index)
             .filter(|block| block.is_taken(object))?;
         block
@@ -126,7 +126,7 @@ impl Blocks {
     pub(super) fn remove(&mut self, index: usize, object: usize, len: usize) -> Option<Removed> {
         let objects = self.objects();
         let block = self
-            .blocks
+            .entries
             .get_mut(index)
             .filter(|block| block.is_taken(object))?;
         block.taken[object / 64] &= !(1 << (object % 64));
@@ -144,7 +144,7 @@ impl Blocks {
             return Some(Removed::OthersStay);
         }
         self.unlink(index, before);
-        let block = &mut self.blocks[index as usize];
+        let block = &mut self.entries[index as usize];
         block.taken = Box::default();
         block.next = self.vacant;
         self.vacant = index;
@@ -157,11 +157,11 @@ impl Blocks {
 
     pub(super) fn metadata_bytes(&self) -> u64 {
         let bitmaps: usize = self
-            .blocks
+            .entries
             .iter()
             .map(|block| size_of_val(&*block.taken))
             .sum();
-        (self.blocks.capacity() * size_of::<Block>() + bitmaps) as u64
+        (self.entries.capacity() * size_of::<Block>() + bitmaps) as u64
     }
 
     fn objects(&self) -> usize {
@@ -180,22 +180,22 @@ impl Blocks {
     fn link(&mut self, index: u32, group: usize) {
         let next = mem::replace(&mut self.groups[group], index);
         if next != END {
-            self.blocks[next as usize].prev = index;
+            self.entries[next as usize].prev = index;
         }
-        let block = &mut self.blocks[index as usize];
+        let block = &mut self.entries[index as usize];
         (block.prev, block.next) = (END, next);
     }
 
     fn unlink(&mut self, index: u32, group: Option<usize>) {
         let Some(group) = group else { return };
-        let Block { prev, next, .. } = self.blocks[index as usize];
+        let Block { prev, next, .. } = self.entries[index as usize];
         if prev == END {
             self.groups[group] = next;
         } else {
-            self.blocks[prev as usize].next = next;
+            self.entries[prev as usize].next = next;
         }
         if next != END {
-            self.blocks[next as usize].prev = prev;
+            self.entries[next as usize].prev = prev;
         }
     }
 }
