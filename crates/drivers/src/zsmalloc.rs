@@ -5,8 +5,6 @@
 //! The compressed device calls this. Reading allocates nothing, and no lock is held across a call to
 //! anything but the reader's closure. All of it is ordinary private memory: a fork's child inherits it.
 
-use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
-
 use pgmap_core::addr::PAGE_SIZE;
 use pgmap_sync::Mutex;
 use pgmap_sync::atomic::{AtomicU64, Ordering};
@@ -111,8 +109,7 @@ pub struct PoolUsage {
 ///
 /// # Locking
 ///
-/// A class's lock is taken exclusively to allocate and free in it, shared to read from it; two classes
-/// are never locked at once. The quota's lock is taken inside a class's.
+/// Two classes are never locked at once. The quota's lock is taken inside a class's.
 #[derive(Debug)]
 pub struct Pool {
     /// Smallest first; the last holds whole pages.
@@ -126,7 +123,7 @@ pub struct Pool {
 #[derive(Debug)]
 struct Class {
     object_bytes: usize,
-    blocks: RwLock<Blocks>,
+    blocks: Mutex<Blocks>,
 }
 
 /// Whether a class may take another superblock.
@@ -136,17 +133,6 @@ enum Room {
     AsItIs,
 }
 
-impl Class {
-    // A panic inside the lock would have aborted the pager; the tables are whole between statements.
-    fn read(&self) -> RwLockReadGuard<'_, Blocks> {
-        self.blocks.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn write(&self) -> RwLockWriteGuard<'_, Blocks> {
-        self.blocks.write().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl Pool {
     /// An empty pool that holds at most `capacity_bytes` bytes of superblocks, and no more than
     /// `quota` leaves it.
@@ -154,7 +140,7 @@ impl Pool {
     pub fn new(capacity_bytes: u64, quota: Quota) -> Self {
         let classes = class_sizes().into_iter().map(|object_bytes| Class {
             object_bytes,
-            blocks: RwLock::new(Blocks::new(object_bytes)),
+            blocks: Mutex::new(Blocks::new(object_bytes)),
         });
         Self {
             classes: classes.collect(),
@@ -193,7 +179,7 @@ impl Pool {
     }
 
     fn alloc_in(&self, class: usize, bytes: &[u8], room: Room) -> Option<Handle> {
-        let mut blocks = self.classes[class].write();
+        let mut blocks = self.classes[class].blocks.lock();
         let block = match (blocks.fullest(), room) {
             (Some(block), _) => block,
             (None, Room::AsItIs) => return None,
@@ -211,7 +197,7 @@ impl Pool {
 
     /// Calls `reader` with the bytes of a piece; `None` if `handle` is not in use.
     pub fn read<R>(&self, handle: Handle, reader: impl FnOnce(&[u8]) -> R) -> Option<R> {
-        let blocks = self.classes.get(handle.class())?.read();
+        let blocks = self.classes.get(handle.class())?.blocks.lock();
         let object = blocks.get(handle.block(), handle.object())?;
         object.get(..handle.len()).map(reader)
     }
@@ -222,7 +208,7 @@ impl Pool {
         let Some(class) = self.classes.get(handle.class()) else {
             return false;
         };
-        let mut blocks = class.write();
+        let mut blocks = class.blocks.lock();
         match blocks.remove(handle.block(), handle.object(), handle.len()) {
             None => false,
             Some(Removed::OthersStay) => true,
@@ -244,7 +230,7 @@ impl Pool {
             ..PoolUsage::default()
         };
         for class in &self.classes {
-            let blocks = class.read();
+            let blocks = class.blocks.lock();
             usage.stored_bytes += blocks.stored_bytes();
             usage.metadata_bytes += blocks.metadata_bytes();
         }
