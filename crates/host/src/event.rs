@@ -1,11 +1,15 @@
 //! What the machine tells the pager: faults and forks.
+//!
+//! The thread that serves faults gets these from [`HostMmu::next_events`](crate::mmu::HostMmu::next_events).
 
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::sync::Arc;
 
 use pgmap_core::addr::{PAGE_SIZE, Page, VirtAddr};
 use pgmap_mm::fault::Access;
+use pgmap_mm::mmu::Protect;
+use rustix::io::Errno;
 
-use crate::uffd::{Message, RawMessage, Uffd};
+use crate::forks::Forks;
 
 /// Something that the pager has to do.
 #[derive(Debug)]
@@ -14,7 +18,7 @@ pub enum Event {
     Kick,
     /// A thread waits for a page.
     Fault {
-        /// The address that it touched.
+        /// The page that it touched.
         at: VirtAddr,
         /// What it wanted.
         access: Access,
@@ -25,55 +29,44 @@ pub enum Event {
     Fork(ChildSpace),
 }
 
-impl Event {
-    pub(crate) fn from_raw(message: &RawMessage) -> Option<Self> {
-        match message.parse() {
-            Message::Fault {
-                address,
-                write,
-                protected,
-                tid,
-            } => {
-                let access = match (protected, write) {
-                    (true, _) => Access::WriteProtected,
-                    (false, true) => Access::Write,
-                    (false, false) => Access::Read,
-                };
-                let at = VirtAddr::new(usize::try_from(address).ok()?).page_start();
-                Some(Self::Fault { at, access, tid })
-            }
-            Message::Fork { fd } => {
-                // SAFETY: the kernel made this descriptor for the reader of the message, which is read once.
-                let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-                Some(Self::Fork(ChildSpace {
-                    uffd: Uffd::from_fd(fd),
-                }))
-            }
-            Message::Other => None,
-        }
-    }
-}
-
-/// The address space of a fork's child, before it has a pager of its own.
+/// The address space of a fork's child, or of a child's child, while it lacks pages.
 ///
-/// Dropping this ends the child's registration: what is still missing there reads as zeros from then on.
+/// While this lives, a page that is brought into the parent is given to the child first. Dropping it ends the child's
+/// registration: what is still missing there reads as zeros from then on.
 #[derive(Debug)]
 pub struct ChildSpace {
-    uffd: Uffd,
+    forks: Arc<Forks>,
+    id: u64,
 }
 
 impl ChildSpace {
-    /// Gives the child a page. False if it could not be had, which is so if the child has ended, too.
+    pub(crate) const fn new(forks: Arc<Forks>, id: u64) -> Self {
+        Self { forks, id }
+    }
+
+    /// Gives the child a page, if it has none there. False if it could not be had, which is so if the child has ended,
+    /// too.
     #[must_use]
     pub fn install(&self, at: VirtAddr, page: &Page) -> bool {
-        // SAFETY: the page is readable, and as long.
-        let done = unsafe { self.uffd.copy(at.get(), page.0.as_ptr(), PAGE_SIZE, false) };
-        done.bytes == PAGE_SIZE || done.error == Some(rustix::io::Errno::EXIST)
+        let bytes = page.0.as_ptr();
+        let done = self.forks.in_child(self.id, |uffd| {
+            // SAFETY: the page is readable, and as long.
+            unsafe { uffd.copy(at.get(), bytes, PAGE_SIZE, Protect::ReadWrite) }
+        });
+        done.is_some_and(|done| done.bytes == PAGE_SIZE || done.error == Some(Errno::EXIST))
     }
 
     /// Makes a page of the child answer with SIGBUS.
     pub fn poison(&self, at: VirtAddr) {
         // Nothing can be done for a child that has ended.
-        let _ = self.uffd.poison(at.get(), PAGE_SIZE);
+        let _ = self
+            .forks
+            .in_child(self.id, |uffd| uffd.poison(at.get(), PAGE_SIZE));
+    }
+}
+
+impl Drop for ChildSpace {
+    fn drop(&mut self) {
+        self.forks.finish(self.id);
     }
 }

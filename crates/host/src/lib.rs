@@ -5,7 +5,9 @@
 //! happen here: an allocation, a log line or a managed address on the fault path.
 
 pub mod affinity;
+mod area;
 pub mod event;
+mod forks;
 pub mod mmu;
 pub mod platform;
 pub mod probe;

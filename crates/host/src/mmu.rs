@@ -7,32 +7,29 @@
 //! While a fork waits for its event to be read, the kernel answers EAGAIN to copies and moves. Whoever gets that answer
 //! reads the messages into a queue himself, so that nobody who holds a lock waits for a thread that wants it.
 
-use std::ops::Range;
+use core::ops::Range;
+use core::time::Duration;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
-use std::ptr::{self, NonNull};
+use std::sync::Arc;
 
 use pgmap_core::addr::{PAGE_SIZE, Page, VirtAddr};
 use pgmap_mm::mmu::{Mmu, Progress, Protect, Slot, Stop};
-use pgmap_sync::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{Advice, ProtFlags, madvise};
 
+use crate::area::{Area, OnFork};
 use crate::event::Event;
+use crate::forks::{Drained, Forks};
 use crate::uffd::{
     Done, FEATURE_EVENT_FORK, FEATURE_MOVE, FEATURE_POISON, FEATURE_SIGBUS, FEATURE_THREAD_ID,
-    FEATURE_WP, OpenError, RawMessage, Uffd,
+    FEATURE_WP, Uffd,
 };
 
 /// Features without which the pager does not work.
-pub(crate) const NEEDED: u64 =
-    FEATURE_WP | FEATURE_EVENT_FORK | FEATURE_THREAD_ID | FEATURE_POISON | FEATURE_MOVE;
+const NEEDED: u64 = FEATURE_WP | FEATURE_THREAD_ID | FEATURE_POISON | FEATURE_MOVE;
 /// Pages of zeros that one call can install.
 const ZEROS: usize = 64;
-/// Messages that wait in the queue at most: more than threads can fault at once while one call is retried.
-const QUEUE: usize = 4096;
-/// Messages read at once.
-const BATCH: usize = 16;
 /// Our descriptors are moved out of the program's way, above this number.
 const LOWEST_FD: RawFd = 700;
 
@@ -68,47 +65,6 @@ pub enum HostError {
     },
 }
 
-/// Addresses of anonymous memory.
-#[derive(Debug)]
-struct Area {
-    start: NonNull<u8>,
-    len: usize,
-}
-
-// SAFETY: an area is a range of addresses; what is done to the memory behind them is up to who uses it.
-unsafe impl Send for Area {}
-// SAFETY: as above.
-unsafe impl Sync for Area {}
-
-impl Area {
-    fn reserve(len: usize, protection: ProtFlags) -> Result<Self, HostError> {
-        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-        // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
-        let start = unsafe { mmap_anonymous(ptr::null_mut(), len, protection, flags) };
-        let start = start.map_err(|errno| HostError::Addresses { bytes: len, errno })?;
-        let start = NonNull::new(start.cast()).ok_or(HostError::Addresses {
-            bytes: len,
-            errno: Errno::NOMEM,
-        })?;
-        let area = Self { start, len };
-        // A page at a time is all that the pager deals with. Kernels without huge pages refuse, and need nothing.
-        // SAFETY: advice about huge pages changes no contents.
-        let _ = unsafe { madvise(start.as_ptr().cast(), len, Advice::LinuxNoHugepage) };
-        Ok(area)
-    }
-
-    fn address(&self) -> usize {
-        self.start.as_ptr() as usize
-    }
-}
-
-impl Drop for Area {
-    fn drop(&mut self) {
-        // SAFETY: the area is ours, and its owner is going away.
-        let _ = unsafe { munmap(self.start.as_ptr().cast(), self.len) };
-    }
-}
-
 /// The host's page tables.
 ///
 /// # Invariants
@@ -119,10 +75,21 @@ pub struct HostMmu {
     uffd: Uffd,
     staging_uffd: Uffd,
     kick: OwnedFd,
-    queue: Mutex<Vec<RawMessage>>,
+    forks: Arc<Forks>,
+    children: Children,
     arena: Area,
     staging: Area,
     zeros: Area,
+}
+
+/// What a fork's child has of the managed memory.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Children {
+    /// All of it, as children should.
+    Served,
+    /// Nothing, and an access there is a SIGSEGV: this process may not be told of its forks (that takes
+    /// `CAP_SYS_PTRACE`), and a child that reads zeros instead of its bytes would be worse.
+    Excluded,
 }
 
 impl HostMmu {
@@ -132,35 +99,42 @@ impl HostMmu {
     ///
     /// See [`HostError`]; each says what to do.
     pub fn new(bytes: usize, slots: u32) -> Result<Self, HostError> {
-        let uffd = open(NEEDED)?;
+        let (uffd, children) = open_arena()?;
         let staging_uffd = open(FEATURE_SIGBUS | FEATURE_MOVE)?;
         let kick = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let kick = out_of_the_way(kick.map_err(|errno| other("eventfd", errno))?);
         let read_write = ProtFlags::READ | ProtFlags::WRITE;
-        let arena = Area::reserve(bytes, read_write)?;
-        let staging = Area::reserve(slots as usize * PAGE_SIZE, read_write)?;
-        let zeros = Area::reserve(ZEROS * PAGE_SIZE, ProtFlags::READ)?;
-        let registered = uffd.register(arena.address(), arena.len);
+        let arena = reserve(bytes, read_write, children.on_fork())?;
+        // A child has no use for slots; and pages that it does not share are never refused on their way back.
+        let staging = reserve(slots as usize * PAGE_SIZE, read_write, OnFork::Wipe)?;
+        let zeros = reserve(ZEROS * PAGE_SIZE, ProtFlags::READ, OnFork::Inherit)?;
+        let registered = uffd.register(arena.address(), arena.len());
         registered.map_err(|errno| other("registering the arena with userfaultfd", errno))?;
-        let registered = staging_uffd.register_missing(staging.address(), staging.len);
+        let registered = staging_uffd.register_missing(staging.address(), staging.len());
         registered.map_err(|errno| other("registering the staging area", errno))?;
-        let queue = Mutex::new(Vec::with_capacity(QUEUE));
         // INVARIANT: both areas were just registered.
         Ok(Self {
             uffd,
             staging_uffd,
             kick,
-            queue,
+            forks: Forks::new(),
+            children,
             arena,
             staging,
             zeros,
         })
     }
 
+    /// What the children of forks have of the arena.
+    #[must_use]
+    pub const fn children(&self) -> Children {
+        self.children
+    }
+
     /// The managed addresses, in bytes.
     #[must_use]
     pub fn range(&self) -> Range<usize> {
-        self.arena.address()..self.arena.address() + self.arena.len
+        self.arena.address()..self.arena.address() + self.arena.len()
     }
 
     /// The descriptors that the program must not close.
@@ -181,35 +155,31 @@ impl HostMmu {
 
     /// Waits for events, at most `patience_ms` milliseconds if that is given, and answers how many there are. Called by one
     /// thread, the one that serves faults.
+    ///
+    /// # Panics
+    ///
+    /// If `out` is empty.
     pub fn next_events(&self, out: &mut [Event], patience_ms: Option<u32>) -> usize {
+        assert!(!out.is_empty(), "there must be room for an event");
+        let patience = patience_ms.map(|ms| Timespec {
+            tv_sec: i64::from(ms / 1000),
+            tv_nsec: i64::from(ms % 1000) * 1_000_000,
+        });
         loop {
-            let queued = self.take_queued(out);
-            if queued > 0 {
-                return queued;
-            }
-            let mut messages = [RawMessage::default(); BATCH];
-            let most = out.len().min(BATCH);
-            if let Ok(count) = self.uffd.read(&mut messages[..most])
-                && count > 0
-            {
-                return parse(&messages[..count], out);
+            let count = self.forks.next(&self.uffd, out);
+            if count > 0 {
+                return count;
             }
             let mut fds = [
                 PollFd::new(&self.uffd, PollFlags::IN),
                 PollFd::new(&self.kick, PollFlags::IN),
             ];
-            let patience = patience_ms.map(|ms| Timespec {
-                tv_sec: i64::from(ms / 1000),
-                tv_nsec: i64::from(ms % 1000) * 1_000_000,
-            });
             match poll(&mut fds, patience.as_ref()) {
                 Ok(0) => return 0,
                 Ok(_) if !fds[1].revents().is_empty() => {
                     let _ = rustix::io::read(&self.kick, &mut [0; 8]);
-                    if let Some(first) = out.first_mut() {
-                        *first = Event::Kick;
-                    }
-                    return self.take_queued(out).max(1);
+                    out[0] = Event::Kick;
+                    return self.forks.next(&self.uffd, out).max(1);
                 }
                 // A message, or a signal that got through: look again.
                 Ok(_) | Err(_) => {}
@@ -217,31 +187,49 @@ impl HostMmu {
         }
     }
 
-    fn take_queued(&self, out: &mut [Event]) -> usize {
-        let mut queue = self.queue.lock();
-        let take = queue.len().min(out.len());
-        let count = parse(&queue[..take], out);
-        queue.drain(..take);
-        count
+    /// Waits until the children of all forks so far have all their pages.
+    ///
+    /// Whoever is about to discard bytes that are outside the address space calls this first, without a lock: a child
+    /// may still be owed them. Never called by the thread that serves faults, which would wait for itself.
+    pub fn settle_forks(&self) {
+        while !self.forks.hold().is_settled() {
+            std::thread::sleep(Duration::from_micros(100));
+        }
     }
 
-    /// Reads the messages that keep the kernel from copying and moving, on whatever thread this is.
+    /// Reads the messages that keep the kernel from copying and moving.
     fn drain(&self) {
-        let mut queue = self.queue.lock();
-        let mut messages = [RawMessage::default(); BATCH];
-        let room = (QUEUE - queue.len()).min(BATCH);
-        match self.uffd.read(&mut messages[..room]) {
-            Ok(count) if count > 0 => {
-                queue.extend_from_slice(&messages[..count]);
-                drop(queue);
-                self.kick();
-            }
-            // Somebody else has read them and the forking thread has not run on yet.
-            Ok(_) | Err(_) => {
-                drop(queue);
-                std::thread::yield_now();
-            }
+        match self.forks.drain(&self.uffd) {
+            Drained::Some => self.kick(),
+            // Somebody else has read them, or the forking thread has not come to send them.
+            Drained::Nothing => std::thread::yield_now(),
         }
+    }
+
+    /// Repeats an operation that brings in the `len` bytes at `source`, giving them to waiting children first.
+    ///
+    /// # Safety
+    ///
+    /// `source` is valid for reads of `len` bytes until the operation has been done.
+    unsafe fn bring(
+        &self,
+        at: VirtAddr,
+        source: *const u8,
+        len: usize,
+        mut operation: impl FnMut(usize, usize) -> Done,
+    ) -> Progress {
+        self.repeat(len, |offset, len| {
+            let held = self.forks.hold();
+            let source = source.wrapping_add(offset);
+            // SAFETY: these are the last `len` of the bytes that the caller vouches for.
+            match unsafe { held.give(at.get() + offset, source, len) } {
+                Ok(()) => operation(offset, len),
+                Err(errno) => Done {
+                    bytes: 0,
+                    error: Some(errno),
+                },
+            }
+        })
     }
 
     /// Repeats an operation over `len` bytes until it is done or stops for good.
@@ -268,7 +256,7 @@ impl HostMmu {
     fn slot_address(&self, slot: Slot) -> usize {
         let offset = slot.0 as usize * PAGE_SIZE;
         assert!(
-            offset < self.staging.len,
+            offset < self.staging.len(),
             "{slot:?} is outside the staging area"
         );
         self.staging.address() + offset
@@ -282,23 +270,6 @@ impl HostMmu {
             "{at:?} is outside the arena"
         );
     }
-
-    /// Drops pages, whatever they hold.
-    ///
-    /// # Safety
-    ///
-    /// The range is in the arena or in the staging area, and its owner wants the bytes gone.
-    unsafe fn drop_pages(start: usize, count: usize) {
-        let len = count * PAGE_SIZE;
-        loop {
-            // SAFETY: by this function's contract.
-            match unsafe { madvise(start as *mut _, len, Advice::LinuxDontNeed) } {
-                Err(Errno::AGAIN | Errno::INTR) => std::thread::yield_now(),
-                // It fails for locked memory only, whose pages stay: mm sees them as what they are.
-                Ok(()) | Err(_) => return,
-            }
-        }
-    }
 }
 
 // SAFETY: `take_out` moves whole pages, so a slot holds the bytes of the moved page, and the staging area's
@@ -306,25 +277,25 @@ impl HostMmu {
 unsafe impl Mmu for HostMmu {
     fn install(&self, at: VirtAddr, pages: &[Page], protect: Protect) -> Progress {
         self.check(at, pages.len());
-        let source = pages.as_ptr().cast::<u8>();
-        self.repeat(size_of_val(pages), |offset, len| {
+        let (source, len) = (pages.as_ptr().cast::<u8>(), size_of_val(pages));
+        let copy = |offset: usize, len| {
             let source = source.wrapping_add(offset);
             // SAFETY: `source` and `len` are the rest of `pages`.
-            unsafe {
-                self.uffd
-                    .copy(at.get() + offset, source, len, protect == Protect::ReadOnly)
-            }
-        })
+            unsafe { self.uffd.copy(at.get() + offset, source, len, protect) }
+        };
+        // SAFETY: these are the bytes of `pages`.
+        unsafe { self.bring(at, source, len, copy) }
     }
 
     fn install_zero(&self, at: VirtAddr, count: usize) -> Progress {
         self.check(at, count);
-        // Copying zeros that stay in the cache is quicker than mapping the zero page and copying on the first write.
-        let source = self.zeros.start.as_ptr().cast_const();
+        // Copying zeros that stay in the cache is quicker than mapping the zero page and copying on the first write. What
+        // was never there before is zero in a fork's child anyway.
         self.repeat(count * PAGE_SIZE, |offset, len| {
-            let len = len.min(self.zeros.len);
+            let (at, len) = (at.get() + offset, len.min(self.zeros.len()));
+            let zeros = self.zeros.as_ptr();
             // SAFETY: by the type invariant `zeros` is as long, and never written.
-            unsafe { self.uffd.copy(at.get() + offset, source, len, false) }
+            unsafe { self.uffd.copy(at, zeros, len, Protect::ReadWrite) }
         })
     }
 
@@ -340,10 +311,12 @@ unsafe impl Mmu for HostMmu {
     fn give_back(&self, from: Slot, count: usize, at: VirtAddr) -> Progress {
         self.check(at, count);
         let source = self.slot_address(from);
-        self.repeat(count * PAGE_SIZE, |offset, len| {
+        let bring = |offset, len| {
             self.uffd
                 .move_pages(at.get() + offset, source + offset, len)
-        })
+        };
+        // SAFETY: by `Mmu`'s contract the slots are filled, and nobody else touches them meanwhile.
+        unsafe { self.bring(at, source as *const u8, count * PAGE_SIZE, bring) }
     }
 
     unsafe fn staged(&self, slot: Slot) -> &Page {
@@ -354,9 +327,9 @@ unsafe impl Mmu for HostMmu {
     }
 
     fn empty(&self, from: Slot, count: usize) {
-        let start = self.slot_address(from);
+        let offset = self.slot_address(from) - self.staging.address();
         // SAFETY: mm owns the slots and is done with their bytes.
-        unsafe { Self::drop_pages(start, count) };
+        unsafe { self.staging.drop_pages(offset, count) };
     }
 
     fn unprotect(&self, at: VirtAddr, count: usize) {
@@ -382,7 +355,10 @@ unsafe impl Mmu for HostMmu {
     fn zap(&self, at: VirtAddr, count: usize) {
         self.check(at, count);
         // SAFETY: mm has emptied the entries of these pages: nobody wants their bytes.
-        unsafe { Self::drop_pages(at.get(), count) };
+        unsafe {
+            self.arena
+                .drop_pages(at.get() - self.arena.address(), count);
+        };
     }
 
     fn unshare(&self, at: VirtAddr) -> bool {
@@ -392,23 +368,34 @@ unsafe impl Mmu for HostMmu {
     }
 }
 
-fn parse(messages: &[RawMessage], out: &mut [Event]) -> usize {
-    let mut count = 0;
-    for event in messages.iter().filter_map(Event::from_raw) {
-        if let Some(place) = out.get_mut(count) {
-            *place = event;
-            count += 1;
+impl Children {
+    const fn on_fork(self) -> OnFork {
+        match self {
+            Self::Served => OnFork::Inherit,
+            Self::Excluded => OnFork::Leave,
         }
     }
-    count
+}
+
+fn open_arena() -> Result<(Uffd, Children), HostError> {
+    match open(NEEDED | FEATURE_EVENT_FORK) {
+        // The kernel tells a process of its forks only if it may trace others.
+        Err(HostError::Forbidden(_)) => Ok((open(NEEDED)?, Children::Excluded)),
+        served => Ok((served?, Children::Served)),
+    }
 }
 
 fn open(features: u64) -> Result<Uffd, HostError> {
-    let uffd = Uffd::open(features).map_err(|error| match error {
-        OpenError::Open(errno) => HostError::Forbidden(errno),
-        OpenError::Features { .. } => HostError::TooOld,
-    })?;
-    Ok(uffd.map_fd(out_of_the_way))
+    let uffd = Uffd::open().map_err(HostError::Forbidden)?;
+    match uffd.handshake(features) {
+        Ok(_) => Ok(uffd.map_fd(out_of_the_way)),
+        Err(Errno::PERM) => Err(HostError::Forbidden(Errno::PERM)),
+        Err(_) => Err(HostError::TooOld),
+    }
+}
+
+fn reserve(bytes: usize, protection: ProtFlags, fork: OnFork) -> Result<Area, HostError> {
+    Area::reserve(bytes, protection, fork).map_err(|errno| HostError::Addresses { bytes, errno })
 }
 
 fn other(what: &'static str, errno: Errno) -> HostError {

@@ -1,6 +1,6 @@
 //! Memory for tables, and the clock.
 
-use std::ptr::{self, NonNull};
+use core::ptr::{self, NonNull};
 
 use pgmap_core::platform::{OutOfAddressSpace, Platform};
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};

@@ -3,8 +3,8 @@
 use std::io;
 use std::thread::{Builder, JoinHandle};
 
-/// A pager's stack: its buffers are on the heap.
-const STACK_BYTES: usize = 256 * 1024;
+/// Bytes of a pager thread's stack: its buffers are on the heap.
+pub const STACK_BYTES: usize = 256 * 1024;
 
 /// Starts a thread on which all signals are blocked.
 ///
@@ -50,14 +50,14 @@ impl Default for SignalsBlocked {
 
 impl Drop for SignalsBlocked {
     fn drop(&mut self) {
-        let none = std::ptr::null_mut();
+        let none = core::ptr::null_mut();
         // SAFETY: `before` is the set that `new` got from the same call.
         unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, none) };
     }
 }
 
 fn empty() -> libc::sigset_t {
-    let mut set = std::mem::MaybeUninit::uninit();
+    let mut set = core::mem::MaybeUninit::uninit();
     // SAFETY: `sigemptyset` initialises the set that it is given.
     unsafe { libc::sigemptyset(set.as_mut_ptr()) };
     // SAFETY: just initialised.

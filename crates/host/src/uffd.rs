@@ -3,8 +3,11 @@
 //! Layouts and numbers are those of the kernel's user interface (`linux/userfaultfd.h`).
 
 use std::fs::OpenOptions;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 
+use pgmap_core::addr::VirtAddr;
+use pgmap_mm::fault::Access;
+use pgmap_mm::mmu::Protect;
 use rustix::io::Errno;
 use rustix::ioctl::{self, Opcode, Updater, opcode};
 use rustix::mm::UserfaultfdFlags;
@@ -58,7 +61,7 @@ struct Transfer {
     done: i64,
 }
 
-/// `uffdio_zeropage` and `uffdio_poison` have the same shape.
+/// `uffdio_poison`.
 #[repr(C)]
 struct Fill {
     range: Range,
@@ -76,7 +79,6 @@ const IOCTL_API: Opcode = opcode::read_write::<ApiArg>(GROUP, 0x3F);
 const IOCTL_REGISTER: Opcode = opcode::read_write::<Register>(GROUP, 0x00);
 const IOCTL_WAKE: Opcode = opcode::read::<Range>(GROUP, 0x02);
 const IOCTL_COPY: Opcode = opcode::read_write::<Transfer>(GROUP, 0x03);
-const IOCTL_ZEROPAGE: Opcode = opcode::read_write::<Fill>(GROUP, 0x04);
 const IOCTL_MOVE: Opcode = opcode::read_write::<Transfer>(GROUP, 0x05);
 const IOCTL_WRITEPROTECT: Opcode = opcode::read_write::<WriteProtect>(GROUP, 0x06);
 const IOCTL_POISON: Opcode = opcode::read_write::<Fill>(GROUP, 0x08);
@@ -90,43 +92,49 @@ pub(crate) struct RawMessage {
     words: [u64; 3],
 }
 
-const _: () = assert!(size_of::<RawMessage>() == 32);
+const _: () = assert!(
+    size_of::<ApiArg>() == 24
+        && size_of::<Register>() == 32
+        && size_of::<Transfer>() == 40
+        && size_of::<Fill>() == 32
+        && size_of::<WriteProtect>() == 24
+        && size_of::<RawMessage>() == 32
+);
 
 /// A message, understood.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Message {
     /// An access found no page, or a protected one.
     Fault {
-        address: u64,
-        write: bool,
-        protected: bool,
+        at: VirtAddr,
+        access: Access,
         tid: u32,
     },
     /// The process has forked; the number is a new descriptor for the child, which is the reader's to close.
-    Fork { fd: i32 },
+    Fork { fd: RawFd },
     /// An event that nobody asked for.
     Other,
 }
 
 impl RawMessage {
+    #[allow(
+        clippy::cast_possible_truncation,
+        reason = "descriptors and thread ids are 32 bits wide, addresses as wide as usize"
+    )]
     pub(crate) fn parse(&self) -> Message {
+        let [first, second, third] = self.words;
         match self.event {
             EVENT_PAGEFAULT => Message::Fault {
-                write: self.words[0] & PAGEFAULT_WRITE != 0,
-                protected: self.words[0] & PAGEFAULT_WP != 0,
-                address: self.words[1],
-                #[allow(
-                    clippy::cast_possible_truncation,
-                    reason = "the thread id is 32 bits wide"
-                )]
-                tid: self.words[2] as u32,
+                at: VirtAddr::new(second as usize).page_start(),
+                access: match (first & PAGEFAULT_WP != 0, first & PAGEFAULT_WRITE != 0) {
+                    (true, _) => Access::WriteProtected,
+                    (false, true) => Access::Write,
+                    (false, false) => Access::Read,
+                },
+                tid: third as u32,
             },
             EVENT_FORK => Message::Fork {
-                #[allow(
-                    clippy::cast_possible_truncation,
-                    reason = "the descriptor is 32 bits wide"
-                )]
-                fd: self.words[0] as u32 as i32,
+                fd: (first as u32).cast_signed(),
             },
             _ => Message::Other,
         }
@@ -146,28 +154,14 @@ pub(crate) struct Uffd {
     fd: OwnedFd,
 }
 
-/// Why there is no userfaultfd.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum OpenError {
-    /// The machine forbids it, or has none.
-    Open(Errno),
-    /// It lacks features.
-    Features {
-        /// What it has; 0 if it does not say.
-        available: u64,
-    },
-}
-
 impl Uffd {
-    /// Opens a userfaultfd that serves faults of system calls too, with exactly these features.
-    pub(crate) fn open(features: u64) -> Result<Self, OpenError> {
-        let uffd = Self::from_fd(open_fd().map_err(OpenError::Open)?);
-        match uffd.handshake(features) {
-            Ok(_) => Ok(uffd),
-            Err(_) => Err(OpenError::Features {
-                available: available_features().unwrap_or(0),
-            }),
-        }
+    /// Opens a userfaultfd that serves faults of system calls too. It does nothing before its [`handshake`](Self::handshake).
+    ///
+    /// # Errors
+    ///
+    /// The machine forbids it (`EPERM`), or has none (`ENOSYS`).
+    pub(crate) fn open() -> Result<Self, Errno> {
+        Ok(Self::from_fd(open_fd()?))
     }
 
     pub(crate) fn from_fd(fd: OwnedFd) -> Self {
@@ -181,7 +175,12 @@ impl Uffd {
         }
     }
 
-    fn handshake(&self, features: u64) -> Result<u64, Errno> {
+    /// Asks for exactly these features, once; may be repeated after an error. Answers all that the kernel has.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the kernel lacks one, `EPERM` if this process may not have one.
+    pub(crate) fn handshake(&self, features: u64) -> Result<u64, Errno> {
         let mut arg = ApiArg {
             api: API,
             features,
@@ -222,9 +221,12 @@ impl Uffd {
         dst: usize,
         src: *const u8,
         len: usize,
-        protect: bool,
+        protect: Protect,
     ) -> Done {
-        let mode = if protect { COPY_WP } else { 0 };
+        let mode = match protect {
+            Protect::ReadOnly => COPY_WP,
+            Protect::ReadWrite => 0,
+        };
         let mut arg = transfer(dst, src as usize, len, mode);
         let result = self.call::<IOCTL_COPY, _>(&mut arg);
         done(result, arg.done, len)
@@ -234,17 +236,6 @@ impl Uffd {
     pub(crate) fn move_pages(&self, dst: usize, src: usize, len: usize) -> Done {
         let mut arg = transfer(dst, src, len, 0);
         let result = self.call::<IOCTL_MOVE, _>(&mut arg);
-        done(result, arg.done, len)
-    }
-
-    /// Maps the zero page at missing addresses.
-    pub(crate) fn zeropage(&self, start: usize, len: usize) -> Done {
-        let mut arg = Fill {
-            range: range(start, len),
-            mode: 0,
-            done: 0,
-        };
-        let result = self.call::<IOCTL_ZEROPAGE, _>(&mut arg);
         done(result, arg.done, len)
     }
 
@@ -279,7 +270,7 @@ impl Uffd {
         let len = size_of_val(messages);
         // SAFETY: any bytes make a valid `RawMessage`, and the slice is that long.
         let bytes =
-            unsafe { std::slice::from_raw_parts_mut(messages.as_mut_ptr().cast::<u8>(), len) };
+            unsafe { core::slice::from_raw_parts_mut(messages.as_mut_ptr().cast::<u8>(), len) };
         let read = rustix::io::read(&self.fd, bytes)?;
         Ok(read / size_of::<RawMessage>())
     }
@@ -297,11 +288,6 @@ impl AsFd for Uffd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
-}
-
-/// What this machine's userfaultfd can do.
-pub(crate) fn available_features() -> Result<u64, Errno> {
-    Uffd::from_fd(open_fd()?).handshake(0)
 }
 
 fn open_fd() -> Result<OwnedFd, Errno> {
@@ -337,7 +323,7 @@ unsafe impl<const OPCODE: Opcode> ioctl::Ioctl for NewUffd<OPCODE> {
     }
 
     fn as_ptr(&mut self) -> *mut rustix::ffi::c_void {
-        std::ptr::without_provenance_mut(self.0.bits() as usize)
+        core::ptr::without_provenance_mut(self.0.bits() as usize)
     }
 
     unsafe fn output_from_ptr(
