@@ -93,3 +93,24 @@ impl Transfer {
         (done, outcome)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_that_the_file_ends_in_is_an_error_of_its_own() {
+        let mut transfer = Transfer::new(0, 3);
+        assert_eq!(transfer.advance(Ok(PAGE_SIZE + 512)), (1, Ok(())));
+        assert_eq!(transfer.next(), Some((1, 2, 4096)));
+        // It is tried again alone, to tell which page it is.
+        assert_eq!(transfer.advance(Ok(512)), (0, Ok(())));
+        assert_eq!(transfer.next(), Some((1, 1, 4096)));
+        assert_eq!(transfer.advance(Ok(512)), (1, Err(DeviceError::Io(5))));
+        assert_eq!(
+            transfer.advance(Err(Errno::NOSPC)),
+            (1, Err(DeviceError::Full))
+        );
+        assert_eq!(transfer.next(), None);
+    }
+}

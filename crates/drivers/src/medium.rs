@@ -173,11 +173,29 @@ fn is_ours(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
 
 /// Gives the file its length, and its blocks if the file system can do that ahead of time.
 fn allocate(fd: BorrowedFd<'_>, len: u64) -> Result<(), Errno> {
+    // Asked first: some file systems fill themselves up before they find that it is not enough.
+    if available(fd)?.is_some_and(|bytes| bytes < len) {
+        return Err(Errno::NOSPC);
+    }
     fs::ftruncate(fd, len)?;
     match fs::fallocate(fd, FallocateFlags::empty(), 0, len) {
-        Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
-        allocated => allocated,
+        Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(()),
+        Err(errno) => {
+            // What it did get is given back.
+            fs::ftruncate(fd, 0)?;
+            Err(errno)
+        }
     }
+}
+
+/// Bytes that the file can have; `None` if the file system does not count them.
+fn available(fd: BorrowedFd<'_>) -> Result<Option<u64>, Errno> {
+    let system = fs::fstatvfs(fd)?;
+    let held = u64::try_from(fs::fstat(fd)?.st_blocks)
+        .unwrap_or(0)
+        .saturating_mul(512);
+    let free = system.f_bavail.saturating_mul(system.f_frsize);
+    Ok((system.f_blocks > 0).then(|| free.saturating_add(held)))
 }
 
 /// Writes the header, past the page cache if that works here.

@@ -133,6 +133,23 @@ fn superblocks_come_back_when_a_generation_of_pieces_dies() {
 }
 
 #[test]
+fn new_pieces_go_where_it_is_fullest() {
+    let pool = pool(u64::MAX);
+    let mut held: Vec<Handle> = (0..48)
+        .map(|_| pool.alloc(&[1; PAGE_SIZE]).unwrap())
+        .collect();
+    // The first superblock keeps 1 piece of 16, the second 15, the third all.
+    let emptiest = held[0];
+    for handle in held.drain(1..17) {
+        assert!(pool.free(handle));
+    }
+    let piece = pool.alloc(&[2; PAGE_SIZE]).unwrap();
+    assert_ne!(piece.block(), emptiest.block());
+    assert!(pool.free(emptiest));
+    assert_eq!(pool.usage().physical_bytes, 2 * SUPERBLOCK_BYTES as u64);
+}
+
+#[test]
 fn a_full_pool_still_uses_the_room_of_larger_classes() {
     let pool = pool(SUPERBLOCK_BYTES as u64);
     pool.alloc(&[1; PAGE_SIZE]).unwrap();
