@@ -53,16 +53,18 @@ pub struct Ram {
     capacity: u64,
     limit: AtomicU64,  // A
     in_use: AtomicU64, // changed under `free`'s lock, read by anybody
+    peak: AtomicU64,   // as `in_use`
 }
 
 impl Ram {
-    pub(crate) const fn new(map: Arc<MemoryMap>, capacity: u64, free: Mutex<FreeList>) -> Self {
+    pub(crate) fn new(map: Arc<MemoryMap>, capacity: u64, free: Mutex<FreeList>) -> Self {
         Self {
             map,
             free,
             capacity,
             limit: AtomicU64::new(capacity),
             in_use: AtomicU64::new(0),
+            peak: AtomicU64::new(0),
         }
     }
 
@@ -94,6 +96,13 @@ impl Ram {
         self.in_use.load(Ordering::Relaxed)
     }
 
+    /// The most frames that were in use at once.
+    #[must_use]
+    pub fn peak(&self) -> u64 {
+        // Relaxed: as in `limit`.
+        self.peak.load(Ordering::Relaxed)
+    }
+
     /// Frames that can still be had.
     #[must_use]
     pub fn free_count(&self) -> u64 {
@@ -121,7 +130,8 @@ impl Ram {
             taken += 1;
         }
         // Relaxed: changed under the lock only.
-        self.in_use.fetch_add(taken as u64, Ordering::Relaxed);
+        let before = self.in_use.fetch_add(taken as u64, Ordering::Relaxed);
+        self.peak.fetch_max(before + taken as u64, Ordering::Relaxed);
         taken
     }
 

@@ -1,40 +1,80 @@
-//! On which CPU a thread runs.
+//! On which CPUs the pager's threads run.
 //!
 //! Waking a thread on another CPU costs several times what it costs on the same one, so the thread that serves
-//! faults follows the thread that faults.
+//! faults follows the thread that faults. Where that one ran last is in `/proc`; looking there costs as much as
+//! serving a fault, so it is done for one fault of many.
 
+use std::io::Write;
+
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+/// Faults between two looks.
+const INTERVAL: u32 = 64;
+/// The field of `/proc/.../stat` that has the CPU, counted from the one after the name.
+const PROCESSOR_FIELD: usize = 36;
 
 /// Where the calling thread runs.
 #[derive(Debug)]
 pub struct Placement {
     allowed: Option<CpuSet>,
-    current: Option<u32>,
+    /// The CPU that the thread follows or avoids.
+    current: Option<usize>,
+    followed: u32,
+    faults: u32,
 }
 
 impl Placement {
     /// The calling thread, which may run wherever its process may.
     #[must_use]
     pub fn new() -> Self {
+        // With one CPU there is nothing to follow.
+        let allowed = sched_getaffinity(None)
+            .ok()
+            .filter(|allowed| allowed.count() > 1);
         Self {
-            allowed: sched_getaffinity(None).ok(),
+            allowed,
             current: None,
+            followed: 0,
+            faults: 0,
         }
     }
 
-    /// Moves the calling thread to a CPU, if it is allowed there and not there already.
-    pub fn follow(&mut self, cpu: u32) {
-        let allowed = self
-            .allowed
-            .as_ref()
-            .is_some_and(|set| set.is_set(cpu as usize));
-        if !allowed || self.current == Some(cpu) {
+    /// Notes a fault of a thread, and now and then moves the calling thread to that thread's CPU.
+    pub fn follow(&mut self, tid: u32) {
+        let Some(allowed) = &self.allowed else { return };
+        self.faults += 1;
+        if self.faults < INTERVAL && self.followed == tid {
             return;
         }
-        let mut set = CpuSet::new();
-        set.set(cpu as usize);
-        if sched_setaffinity(None, &set).is_ok() {
-            self.current = Some(cpu);
+        if self.faults < INTERVAL / 8 {
+            // Several threads fault by turns: do not run after each of them.
+            return;
+        }
+        (self.faults, self.followed) = (0, tid);
+        let Some(cpu) = cpu_of(tid).filter(|cpu| allowed.is_set(*cpu)) else {
+            return;
+        };
+        if self.current != Some(cpu) {
+            let mut set = CpuSet::new();
+            set.set(cpu);
+            self.current = sched_setaffinity(None, &set).ok().map(|()| cpu);
+        }
+    }
+
+    /// The CPU to which [`follow`](Self::follow) has moved the thread, if it has.
+    #[must_use]
+    pub const fn current(&self) -> Option<usize> {
+        self.current
+    }
+
+    /// Keeps the calling thread off a CPU, where another thread is busier.
+    pub fn avoid(&mut self, cpu: usize) {
+        let Some(allowed) = &self.allowed else { return };
+        if self.current != Some(cpu) {
+            let mut set = *allowed;
+            set.unset(cpu);
+            self.current = sched_setaffinity(None, &set).ok().map(|()| cpu);
         }
     }
 }
@@ -42,5 +82,64 @@ impl Placement {
 impl Default for Placement {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// The CPU on which a thread of this process ran last. Allocates nothing.
+fn cpu_of(tid: u32) -> Option<usize> {
+    let mut path = [0u8; 40];
+    let mut rest = &mut path[..];
+    write!(rest, "/proc/self/task/{tid}/stat\0").ok()?;
+    let path = core::ffi::CStr::from_bytes_until_nul(&path).ok()?;
+    let file = openat(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    let mut text = [0u8; 512];
+    let len = rustix::io::read(&file, &mut text).ok()?;
+    parse_cpu(&text[..len])
+}
+
+/// The CPU in the text of a `stat` file. The name before it may contain anything.
+fn parse_cpu(text: &[u8]) -> Option<usize> {
+    let name_end = text.iter().rposition(|byte| *byte == b')')?;
+    let mut fields = text[name_end + 1..]
+        .split(|byte| *byte == b' ')
+        .filter(|f| !f.is_empty());
+    str::from_utf8(fields.nth(PROCESSOR_FIELD)?)
+        .ok()?
+        .parse()
+        .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The CPU is found whatever the thread is called.
+    #[test]
+    fn the_cpu_is_found_behind_any_name() {
+        let text =
+            b"42 (a) b (c) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 \
+            26 27 28 29 30 31 32 33 34 35 7 0 0 0\n";
+        assert_eq!(parse_cpu(text), Some(7));
+    }
+
+    /// A thread that is confined to a CPU is found there.
+    #[test]
+    fn this_thread_is_where_it_is_confined() {
+        let allowed = sched_getaffinity(None).unwrap();
+        let cpu = (0..CpuSet::MAX_CPU)
+            .find(|cpu| allowed.is_set(*cpu))
+            .unwrap();
+        std::thread::spawn(move || {
+            let mut set = CpuSet::new();
+            set.set(cpu);
+            sched_setaffinity(None, &set).unwrap();
+            let tid = rustix::thread::gettid()
+                .as_raw_nonzero()
+                .get()
+                .cast_unsigned();
+            assert_eq!(cpu_of(tid), Some(cpu));
+        })
+        .join()
+        .unwrap();
     }
 }

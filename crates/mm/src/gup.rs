@@ -7,6 +7,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use alloc::borrow::Cow;
+use core::ops::Range;
 use core::panic::Location;
 
 use pgmap_core::addr::{PAGE_SIZE, Pfn, VirtAddr};
@@ -134,6 +135,12 @@ pub fn pin_user_pages(
 }
 
 impl AddressSpace {
+    /// Who has pinned any of these addresses, oldest first (REF-7).
+    #[must_use]
+    pub fn holders(&self, range: &Range<usize>) -> Vec<Holder> {
+        self.map.holders().of(range)
+    }
+
     fn pin_page(
         &self,
         worker: &mut Worker,

@@ -69,14 +69,36 @@ impl AddressSpace {
     /// Frees at least `want` frames if that is possible; says how many it freed.
     pub fn reclaim(&self, caller: Caller, want: usize) -> usize {
         let mut freed = 0;
+        while freed < want {
+            self.deactivate(caller, usize::MAX);
+            let stored = self.store_oldest();
+            if stored == 0 {
+                break;
+            }
+            freed += stored;
+        }
+        freed
+    }
+
+    /// Takes cold pages out of the address space until enough of them wait to be stored, but not many more than `most`.
+    ///
+    /// Best called on the CPU on which the program runs: taking a page out of the address space interrupts every
+    /// other CPU that uses it.
+    pub fn deactivate(&self, caller: Caller, most: usize) {
         // Blocks that may give up nothing before we believe that no block will.
         let mut patience = self.queues.len() + 1;
+        let mut taken = 0;
+        while patience > 0 && taken < most && self.staging.waiting() <= self.inactive_target() {
+            let pages = self.take_out_block(caller);
+            patience = pages.map_or(0, |pages| patience - u32::from(pages == 0));
+            taken += pages.unwrap_or(0);
+        }
+    }
+
+    /// Sends pages that wait to the devices until `want` frames are free, or nothing waits. Says how many it freed.
+    pub fn store(&self, want: usize) -> usize {
+        let mut freed = 0;
         while freed < want {
-            if patience > 0 && self.staging.waiting() <= self.inactive_target() {
-                let taken = self.take_out_block(caller);
-                patience = taken.map_or(0, |taken| patience - u32::from(taken == 0));
-                continue;
-            }
             let stored = self.store_oldest();
             if stored == 0 {
                 break;

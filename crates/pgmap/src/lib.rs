@@ -1,11 +1,30 @@
-//! Temporary.
+//! Memory that pgmap manages: a program uses more of it than there is RAM, and the rest lives on devices.
+//!
+//! ```no_run
+//! use pgmap::{Device, Memory};
+//!
+//! let memory = Memory::builder().ram(64 << 20).device(Device::compressed(1 << 30)).build()?;
+//! let mut map = memory.map(512 << 20)?;
+//! map.as_mut_slice().fill(7);            // 512 MiB in 64 MiB of RAM
+//! assert!(map.as_slice().iter().all(|byte| *byte == 7));
+//! println!("{} faults", memory.stats().faults());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! [`Memory`] is a RAM budget, its devices and its pager threads; [`AddressSpace`] the addresses that it
+//! manages; [`Mapping`] a piece of them; [`Pin`] pages that stay where they are. The names below are those of
+//! the rooms that do the work.
+
 mod device;
 mod memory;
 mod pager;
+pub mod run;
+pub mod shared;
 mod space;
 
 pub use device::Device;
 pub use memory::{BuildError, Mapping, Memory, MemoryBuilder};
+pub use pgmap_drivers::spec;
 pub use pgmap_mm::gup::{Pin, PinAccess, PinError};
 pub use pgmap_mm::stats::Stats;
 pub use space::{AddressSpace, MapError, Place};

@@ -1,11 +1,13 @@
 //! A RAM budget, devices, and the pager that moves pages between them.
 
 use std::ops::Range;
+use std::os::fd::RawFd;
 use std::slice;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
 use pgmap_core::addr::{MAX_PFN, PAGE_SIZE, VirtAddr};
+use pgmap_core::holders::Holder;
 use pgmap_core::memremap::{MapError as DeviceMapError, MemoryMap};
 use pgmap_core::platform::OutOfAddressSpace;
 use pgmap_host::mmu::{HostError, HostMmu};
@@ -142,9 +144,8 @@ impl Memory {
     #[must_use]
     pub fn builder() -> MemoryBuilder {
         let surroundings = Surroundings {
-            cpu_of: |_| None,
             on_full: kill_as_out_of_memory,
-            on_tick: |_| {},
+            on_tick: || {},
         };
         MemoryBuilder {
             ram_bytes: 0,
@@ -164,6 +165,18 @@ impl Memory {
     #[must_use]
     pub fn stats(&self) -> &'static Stats {
         self.space.inner().stats()
+    }
+
+    /// The descriptors that must stay open.
+    #[must_use]
+    pub(crate) fn descriptors(&self) -> Vec<RawFd> {
+        self.pager.mmu.descriptors().into()
+    }
+
+    /// Who has pinned any of these addresses, oldest first (REF-7).
+    #[must_use]
+    pub fn holders(&self, range: &Range<usize>) -> Vec<Holder> {
+        self.space.holders(range)
     }
 
     /// Maps `bytes` bytes, rounded up to pages, that read as zeros.

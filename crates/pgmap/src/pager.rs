@@ -11,7 +11,7 @@ use std::sync::OnceLock;
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
-use pgmap_core::addr::VirtAddr;
+use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_host::affinity::Placement;
 use pgmap_host::event::{ChildSpace, Event};
 use pgmap_host::mmu::HostMmu;
@@ -20,19 +20,48 @@ use pgmap_mm::fork::ChildPage;
 use pgmap_mm::reclaim::Caller;
 use pgmap_mm::space::{AddressSpace, Worker};
 use pgmap_mm::stats::Stats;
-use pgmap_sync::atomic::{AtomicBool, Ordering};
+use pgmap_sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-/// On which CPU a thread of the program runs, if that is known.
-pub type CpuOf = fn(tid: u32) -> Option<u32>;
 /// Who decides about a full machine: called with a sentence for people when nothing can be freed.
 pub type OnFull = fn(&str) -> !;
 
 /// Events read at once.
 const EVENTS: usize = 32;
+/// Pages that one fault takes out at most, about.
+const DEACTIVATE: usize = 64;
 /// How long a fault may wait for memory before the machine counts as full.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// How often the reclaimer looks around when nobody calls it.
 const TICK: Duration = Duration::from_millis(100);
+
+/// Where the stacks of the pager's threads are: a byte near the top of each, 0 while it does not run.
+///
+/// Told from the stack pointer because anything else (thread-local storage, a system call) is too dear for every
+/// allocation, and too fragile on these threads.
+static STACKS: [AtomicUsize; 2] = [const { AtomicUsize::new(0) }; 2];
+
+/// Whether the calling thread is one of the pager's own.
+pub(crate) fn is_pager_thread() -> bool {
+    let here = stack_pointer();
+    // Relaxed: a thread that asks about itself has stored its own address before.
+    STACKS.iter().any(|top| {
+        let top = top.load(Ordering::Relaxed);
+        here <= top && top - here < pgmap_host::thread::STACK_BYTES
+    })
+}
+
+/// Remembers that the calling thread is one of the pager's own.
+fn enter_pager_thread(which: usize) {
+    // The callers of the thread's first function are above this frame, within a page or so.
+    // Relaxed: see `is_pager_thread`.
+    STACKS[which].store(stack_pointer() + PAGE_SIZE, Ordering::Relaxed);
+}
+
+#[inline(never)]
+fn stack_pointer() -> usize {
+    let here = 0u8;
+    &raw const here as usize
+}
 
 /// What both threads share.
 #[derive(Debug)]
@@ -43,15 +72,16 @@ pub(crate) struct Pager {
     /// The reclaimer sleeps, or is about to.
     asleep: AtomicBool,
     stopping: AtomicBool,
+    /// One more than the CPU on which faults are served; 0 while nobody cares.
+    fault_cpu: AtomicUsize,
 }
 
 /// What a pager is told about its surroundings.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Surroundings {
-    pub(crate) cpu_of: CpuOf,
     pub(crate) on_full: OnFull,
     /// Called by the reclaimer every [`TICK`].
-    pub(crate) on_tick: fn(&AddressSpace),
+    pub(crate) on_tick: fn(),
 }
 
 impl Pager {
@@ -63,6 +93,7 @@ impl Pager {
             reclaimer: OnceLock::new(),
             asleep,
             stopping,
+            fault_cpu: AtomicUsize::new(0),
         })
     }
 
@@ -101,10 +132,13 @@ impl Pager {
         (self.space.ram().limit() / 32).clamp(32, 1024)
     }
 
-    fn wake_reclaimer(&self) {
+    /// Keeps the reclaimer supplied: pages are taken out here, on the CPU on which the program runs, so that no other CPU has
+    /// to be interrupted; storing them, which takes longer, is left to the reclaimer and whatever CPU is idle.
+    fn keep_ahead(&self) {
         if self.space.ram().free_count() >= self.low_water() {
             return;
         }
+        self.space.deactivate(Caller::FaultHandler, DEACTIVATE);
         // Relaxed is enough for the look: a reclaimer that falls asleep just now wakes at its next tick, and faults
         // reclaim directly meanwhile. The swap makes one waker of many.
         if self.asleep.load(Ordering::Relaxed)
@@ -117,8 +151,14 @@ impl Pager {
 
     /// The reclaimer: keeps frames free.
     fn reclaim(&self, surroundings: Surroundings) {
+        enter_pager_thread(0);
         let mut ticked = Instant::now();
+        let mut placement = Placement::new();
         while !self.stopping() {
+            // Relaxed: see `serve`.
+            if let Some(cpu) = self.fault_cpu.load(Ordering::Relaxed).checked_sub(1) {
+                placement.avoid(cpu);
+            }
             let ram = self.space.ram();
             let high = self.low_water() * 2;
             let short = (ram.deficit() + high).saturating_sub(ram.free_count());
@@ -129,13 +169,13 @@ impl Pager {
                     > 0;
             if ticked.elapsed() >= TICK {
                 ticked = Instant::now();
-                (surroundings.on_tick)(&self.space);
+                (surroundings.on_tick)();
             }
             if !progress {
                 // Everything is busy or full: not worth a CPU.
                 thread::park_timeout(Duration::from_millis(2));
             } else if short == 0 {
-                // Relaxed: see `wake_reclaimer`.
+                // Relaxed: see `keep_ahead`.
                 self.asleep.store(true, Ordering::Relaxed);
                 if ram.free_count() >= self.low_water() {
                     thread::park_timeout(TICK);
@@ -147,6 +187,7 @@ impl Pager {
 
     /// The fault thread.
     fn serve(&self, surroundings: Surroundings) {
+        enter_pager_thread(1);
         let mut worker = Worker::new();
         let mut placement = Placement::new();
         let mut events = [const { Event::Kick }; EVENTS];
@@ -157,9 +198,10 @@ impl Pager {
                     Event::Kick => {}
                     Event::Fork(child) => self.serve_fork(&mut worker, child),
                     Event::Fault { at, access, tid } => {
-                        if let Some(cpu) = (surroundings.cpu_of)(tid) {
-                            placement.follow(cpu);
-                        }
+                        placement.follow(tid);
+                        let cpu = placement.current().map_or(0, |cpu| cpu + 1);
+                        // Relaxed: a hint to the reclaimer.
+                        self.fault_cpu.store(cpu, Ordering::Relaxed);
                         self.serve_fault(&mut worker, at, access, surroundings.on_full);
                     }
                 }
@@ -180,7 +222,7 @@ impl Pager {
                     break;
                 }
                 Outcome::NoMemory if start.elapsed() < PATIENCE => {
-                    self.wake_reclaimer();
+                    self.keep_ahead();
                     thread::sleep(Duration::from_millis(1));
                 }
                 Outcome::NoMemory => {
@@ -192,7 +234,7 @@ impl Pager {
         stats
             .fault_latency
             .record(start.elapsed().as_nanos().try_into().unwrap_or(u64::MAX));
-        self.wake_reclaimer();
+        self.keep_ahead();
     }
 
     /// A fork's child gets every byte that is not mapped, and then runs on without us.

@@ -10,6 +10,7 @@ use std::ptr;
 use std::sync::Arc;
 
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
+use pgmap_core::holders::Holder;
 use pgmap_host::mmu::HostMmu;
 use pgmap_mm::discard::Pinned;
 use pgmap_mm::gup::{Pin, PinAccess, PinError, pin_user_pages};
@@ -81,10 +82,20 @@ impl AddressSpace {
     ///
     /// [`MapError::OutOfMemory`] for more than could ever be held, as a full machine would answer.
     pub fn map(&self, bytes: usize, align: usize) -> Result<usize, MapError> {
-        let error = MapError::OutOfMemory { bytes };
         if bytes == 0 || bytes > self.most_bytes {
-            return Err(error);
+            return Err(MapError::OutOfMemory { bytes });
         }
+        self.reserve(bytes, align)
+    }
+
+    /// Addresses for an allocator that will use a part of them: as [`map`](Self::map), but not compared with what
+    /// could be held.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::OutOfMemory`] if there are not so many addresses.
+    pub fn reserve(&self, bytes: usize, align: usize) -> Result<usize, MapError> {
+        let error = MapError::OutOfMemory { bytes };
         let pages = u32::try_from(bytes.div_ceil(PAGE_SIZE)).map_err(|_| error)?;
         let align = u32::try_from(align.div_ceil(PAGE_SIZE)).map_err(|_| error)?;
         self.inner.map(pages, align).map(VirtAddr::get).ok_or(error)
@@ -221,6 +232,12 @@ impl AddressSpace {
         let pin = pin_user_pages(&self.inner, &mut worker, start, pages, access, label.into());
         worker.release(&self.inner);
         pin
+    }
+
+    /// Who has pinned any of these addresses, oldest first (REF-7).
+    #[must_use]
+    pub fn holders(&self, range: &Range<usize>) -> Vec<Holder> {
+        self.inner.holders(range)
     }
 
     /// The pages of a range of bytes inside the managed addresses.

@@ -1,0 +1,87 @@
+//! Our descriptors are not the program's to close.
+//!
+//! Only the managed process itself has to be kept from them: a child has its own table of descriptors.
+
+use core::ffi::{c_int, c_uint};
+use std::sync::OnceLock;
+
+use crate::state;
+
+/// Our descriptors, in ascending order.
+fn ours() -> &'static [c_int] {
+    static OURS: OnceLock<Vec<c_int>> = OnceLock::new();
+    if state::space().is_none() {
+        return &[];
+    }
+    OURS.get_or_init(|| {
+        let mut fds = pgmap::run::descriptors();
+        fds.sort_unstable();
+        fds
+    })
+}
+
+fn fail(errno: c_int) -> c_int {
+    // SAFETY: the C library's errno of this thread can always be written.
+    unsafe { *libc::__errno_location() = errno };
+    -1
+}
+
+/// See close(2). Ours are not open, as far as the program is concerned.
+#[unsafe(no_mangle)]
+pub extern "C" fn close(fd: c_int) -> c_int {
+    if ours().contains(&fd) {
+        return fail(libc::EBADF);
+    }
+    // SAFETY: the descriptor is the program's to close.
+    unsafe { libc::syscall(libc::SYS_close, fd) as c_int }
+}
+
+/// See close_range(2). Ours stay open.
+#[unsafe(no_mangle)]
+pub extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+    let mut next = first;
+    for fd in ours().iter().filter_map(|fd| c_uint::try_from(*fd).ok()) {
+        if fd < next || fd > last {
+            continue;
+        }
+        if fd > next && close_range_raw(next, fd - 1, flags) != 0 {
+            return -1;
+        }
+        next = fd + 1;
+    }
+    if next > last && next != first {
+        return 0;
+    }
+    close_range_raw(next, last, flags)
+}
+
+fn close_range_raw(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+    // SAFETY: the descriptors are the program's to close.
+    unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) as c_int }
+}
+
+/// See closefrom(3). Ours stay open.
+#[unsafe(no_mangle)]
+pub extern "C" fn closefrom(first: c_int) {
+    close_range(c_uint::try_from(first).unwrap_or(0), c_uint::MAX, 0);
+}
+
+/// See dup2(2). A number of ours is taken.
+#[unsafe(no_mangle)]
+pub extern "C" fn dup2(old: c_int, new: c_int) -> c_int {
+    if ours().contains(&new) {
+        return fail(libc::EBUSY);
+    }
+    // SAFETY: the descriptors are the program's.
+    unsafe { libc::syscall(libc::SYS_dup2, old, new) as c_int }
+}
+
+/// See dup3(2). A number of ours is taken.
+#[unsafe(no_mangle)]
+pub extern "C" fn dup3(old: c_int, new: c_int, flags: c_int) -> c_int {
+    if ours().contains(&new) {
+        return fail(libc::EBUSY);
+    }
+    // SAFETY: the descriptors are the program's.
+    unsafe { libc::syscall(libc::SYS_dup3, old, new, flags) as c_int }
+}
