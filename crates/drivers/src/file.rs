@@ -6,15 +6,22 @@
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::Path;
+use std::sync::Mutex;
 
 use pgmap_core::addr::{PAGE_SIZE, Page};
 use pgmap_core::driver::{DeviceData, DeviceError, Latency, Load, PrivateOps, Store, Usage};
+use pgmap_host::uring::Ring;
 
 pub use crate::medium::{Direct, FileError};
 
-use crate::io::{RUN_PAGES, read_run, write_run};
+use crate::io::{RUN_PAGES, read_run, read_scattered, write_run};
 use crate::medium::{self, HEADER_BYTES, Keep};
 use crate::slots::{Owner, Slots};
+
+/// Reads in flight at once.
+const RING_DEPTH: u32 = 32;
+/// Runs of this many pages are read as such, and not page by page.
+const WORTHWHILE_RUN_PAGES: usize = 4;
 
 /// How a file is used.
 #[derive(Debug)]
@@ -34,6 +41,8 @@ pub struct FileOptions {
 pub struct FileDevice {
     fd: OwnedFd,
     slots: Slots,
+    /// For one thread at a time; who finds it taken does without.
+    ring: Mutex<Ring>,
     name: String,
 }
 
@@ -106,6 +115,7 @@ impl FileDevice {
         Self {
             fd,
             slots,
+            ring: Mutex::new(Ring::new(RING_DEPTH)),
             name: format!("file:{path}"),
         }
     }
@@ -135,23 +145,35 @@ impl FileDevice {
         }
     }
 
-    /// Loads pages from consecutive slots, the first one's.
-    fn load_run(&self, run: &mut [Load<'_>]) {
-        let Some(first) = run.first().map(|load| Place::decode(load.data)) else {
-            return;
-        };
-        read_run(self.fd.as_fd(), first.offset(), run);
-        for load in run {
-            let Place {
-                slot,
-                checksum: expected,
-            } = Place::decode(load.data);
-            let ours = self.slots.holds(slot as usize) && checksum(load.page) == expected;
-            if load.outcome.is_ok() && !ours {
-                load.outcome = Err(DeviceError::Corrupt);
+    /// Fills the pages of a batch, right or wrong.
+    fn read(&self, batch: &mut [Load<'_>]) {
+        let runs = batch.chunk_by(follows).count();
+        if runs > 1
+            && batch.len() < runs * WORTHWHILE_RUN_PAGES
+            && let Ok(mut ring) = self.ring.try_lock()
+        {
+            let offset = |load: &Load<'_>| Place::decode(load.data).offset();
+            return read_scattered(&mut ring, self.fd.as_fd(), batch, offset);
+        }
+        for run in batch.chunk_by_mut(follows) {
+            for run in run.chunks_mut(RUN_PAGES) {
+                let first = Place::decode(run[0].data);
+                read_run(self.fd.as_fd(), first.offset(), run);
             }
         }
     }
+
+    /// Whether the page has the bytes that were stored under its word.
+    fn is_whole(&self, load: &Load<'_>) -> bool {
+        let place = Place::decode(load.data);
+        self.slots.holds(place.slot as usize) && checksum(load.page) == place.checksum
+    }
+}
+
+/// Whether the second page lies right behind the first.
+fn follows(one: &Load<'_>, next: &Load<'_>) -> bool {
+    let [one, next] = [one, next].map(|load| Place::decode(load.data).slot);
+    one.checked_add(1) == Some(next)
 }
 
 impl PrivateOps for FileDevice {
@@ -176,12 +198,10 @@ impl PrivateOps for FileDevice {
     }
 
     fn migrate_to_ram(&self, batch: &mut [Load<'_>]) {
-        let follows = |one: &Load<'_>, next: &Load<'_>| {
-            Place::decode(one.data).slot.checked_add(1) == Some(Place::decode(next.data).slot)
-        };
-        for run in batch.chunk_by_mut(follows) {
-            for run in run.chunks_mut(RUN_PAGES) {
-                self.load_run(run);
+        self.read(batch);
+        for load in batch {
+            if load.outcome.is_ok() && !self.is_whole(load) {
+                load.outcome = Err(DeviceError::Corrupt);
             }
         }
     }

@@ -1,7 +1,8 @@
 //! Runs of pages to and from a file.
 //!
 //! The file device calls this. A run is pages whose places in the file follow one another; it is one
-//! system call wherever the pages lie in memory. Nothing here allocates.
+//! system call wherever the pages lie in memory. Pages in no order are read at once, through a ring.
+//! Nothing here allocates.
 
 use core::array;
 use std::io::{IoSlice, IoSliceMut};
@@ -9,6 +10,7 @@ use std::os::fd::BorrowedFd;
 
 use pgmap_core::addr::PAGE_SIZE;
 use pgmap_core::driver::{DeviceError, Load, Store};
+use pgmap_host::uring::{Read, Ring};
 use rustix::io::{Errno, preadv, pwritev};
 
 /// Most pages in one run.
@@ -47,6 +49,46 @@ pub(crate) fn write_run(fd: BorrowedFd<'_>, offset: u64, run: &mut [Store<'_>]) 
                 .iter_mut()
                 .for_each(|store| store.outcome = Err(error));
         }
+    }
+}
+
+/// Reads pages from all over the file, as many at once as the ring has room for, and fills in the outcome
+/// of each; `offset` says where a page is.
+pub(crate) fn read_scattered(
+    ring: &mut Ring,
+    fd: BorrowedFd<'_>,
+    batch: &mut [Load<'_>],
+    offset: impl Fn(&Load<'_>) -> u64,
+) {
+    // Chunks of sizes known when this is compiled need no memory for the requests.
+    let (chunks, rest) = batch.as_chunks_mut();
+    for chunk in chunks {
+        read_chunk::<32>(ring, fd, chunk, &offset);
+    }
+    let (chunks, rest) = rest.as_chunks_mut();
+    for chunk in chunks {
+        read_chunk::<4>(ring, fd, chunk, &offset);
+    }
+    for load in rest {
+        read_chunk::<1>(ring, fd, array::from_mut(load), &offset);
+    }
+}
+
+fn read_chunk<const N: usize>(
+    ring: &mut Ring,
+    fd: BorrowedFd<'_>,
+    chunk: &mut [Load<'_>; N],
+    offset: impl Fn(&Load<'_>) -> u64,
+) {
+    let mut reads = chunk.each_mut().map(|load| Read {
+        offset_bytes: offset(load),
+        page: load.page,
+        outcome: Err(Errno::INPROGRESS),
+    });
+    ring.read_batch(fd, &mut reads);
+    let outcomes = reads.map(|read| read.outcome);
+    for (load, outcome) in chunk.iter_mut().zip(outcomes) {
+        load.outcome = outcome.map_err(|errno| DeviceError::Io(errno.raw_os_error()));
     }
 }
 
