@@ -1,2 +1,78 @@
-//! Under construction.
-fn main() {}
+//! The `pgmap` command.
+//!
+//! The verbs are in modules of their own; here is only which one runs, and how errors become exit statuses.
+
+mod args;
+mod doctor;
+mod elf;
+mod program;
+mod progress;
+mod report;
+mod run;
+mod summary;
+mod supervisor;
+mod workload;
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::{CommandFactory, Parser};
+
+use crate::args::{Cli, Command};
+
+/// The exit status for "pgmap cannot do what was asked".
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let cli = Cli::try_parse().unwrap_or_else(|error| exit_with(&error));
+    let result = match cli.command {
+        Command::Run(args) => run::run(&args),
+        Command::Doctor { json } => doctor::doctor(json),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "pgmap", &mut std::io::stdout());
+            Ok(ExitCode::SUCCESS)
+        }
+        Command::Man { dir } => man(&dir),
+        Command::Workload => Ok(workload::workload()),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("pgmap: {error:#}");
+        ExitCode::from(USAGE)
+    })
+}
+
+/// Help goes to the terminal as it is; a mistake gets one line that says what to do.
+fn exit_with(error: &clap::Error) -> ! {
+    use clap::error::ErrorKind;
+    match error.kind() {
+        ErrorKind::DisplayHelp
+        | ErrorKind::DisplayVersion
+        | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => error.exit(),
+        _ => {
+            let text = error.to_string();
+            let line = text.lines().next().unwrap_or_default();
+            let line = line.strip_prefix("error: ").unwrap_or(line);
+            // Some of clap's messages have what matters in the lines that follow.
+            let more: Vec<&str> = text
+                .lines()
+                .skip(1)
+                .map(str::trim)
+                .take_while(|line| !line.is_empty() && !line.starts_with("Usage"))
+                .collect();
+            let more = if more.is_empty() {
+                String::new()
+            } else {
+                format!(" {}", more.join(" "))
+            };
+            eprintln!("pgmap: {line}{more} (try `pgmap --help`)");
+            std::process::exit(i32::from(USAGE));
+        }
+    }
+}
+
+fn man(dir: &Path) -> anyhow::Result<ExitCode> {
+    clap_mangen::generate_to(Cli::command(), dir)
+        .with_context(|| format!("cannot write man pages to {}", dir.display()))?;
+    Ok(ExitCode::SUCCESS)
+}

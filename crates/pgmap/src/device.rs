@@ -8,7 +8,7 @@ use pgmap_core::addr::PAGE_SIZE;
 use pgmap_core::driver::PrivateOps;
 use pgmap_drivers::compressed::{Algorithm, CompressedDevice, CompressedOptions};
 use pgmap_drivers::faulty::FaultyDevice;
-use pgmap_drivers::file::{Direct, FileDevice};
+use pgmap_drivers::file::{Direct, FileDevice, FileError, FileOptions};
 use pgmap_drivers::quota::Quota;
 use pgmap_drivers::slots::{Owner, Slots};
 use pgmap_drivers::spec::DeviceSpec;
@@ -139,4 +139,31 @@ fn reopen(path: &Path, direct: Direct) -> Result<OwnedFd, Errno> {
     };
     let fd = past_cache.map_or_else(|| open(path, flags, Mode::empty()), Ok)?;
     Ok(out_of_the_way(fd))
+}
+
+/// Opens the file that a device needs, for all processes of a run; `None` for a device that needs none.
+///
+/// # Errors
+///
+/// [`FileError`], which says what to do.
+pub fn open_backing(spec: &DeviceSpec) -> Result<Option<FileDevice>, FileError> {
+    match spec {
+        DeviceSpec::Compressed { .. } => Ok(None),
+        DeviceSpec::File {
+            path,
+            size_bytes,
+            keep,
+            direct,
+        } => {
+            let (size_bytes, keep, direct) = (*size_bytes, *keep, *direct);
+            let options = FileOptions {
+                size_bytes,
+                keep,
+                slots: None,
+                direct,
+            };
+            FileDevice::open(path, options).map(Some)
+        }
+        DeviceSpec::Faulty { device, .. } => open_backing(device),
+    }
 }

@@ -22,9 +22,12 @@ pub mod run;
 pub mod shared;
 mod space;
 
-pub use device::Device;
+pub use device::{Device, open_backing};
 pub use memory::{BuildError, Mapping, Memory, MemoryBuilder};
+pub use pgmap_drivers::compressed::Algorithm;
+pub use pgmap_drivers::file::FileDevice;
 pub use pgmap_drivers::spec;
+pub use pgmap_host::probe;
 pub use pgmap_mm::gup::{Pin, PinAccess, PinError};
 pub use pgmap_mm::stats::Stats;
 pub use space::{AddressSpace, MapError, Place};

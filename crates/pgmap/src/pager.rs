@@ -20,6 +20,7 @@ use pgmap_mm::fork::ChildPage;
 use pgmap_mm::reclaim::Caller;
 use pgmap_mm::space::{AddressSpace, Worker};
 use pgmap_mm::stats::Stats;
+use pgmap_sync::WaitQueue;
 use pgmap_sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// Who decides about a full machine: called with a sentence for people when nothing can be freed.
@@ -72,6 +73,9 @@ pub(crate) struct Pager {
     /// The reclaimer sleeps, or is about to.
     asleep: AtomicBool,
     stopping: AtomicBool,
+    /// Threads that have begun.
+    begun: AtomicUsize,
+    beginning: WaitQueue,
     /// One more than the CPU on which faults are served; 0 while nobody cares.
     fault_cpu: AtomicUsize,
 }
@@ -93,11 +97,14 @@ impl Pager {
             reclaimer: OnceLock::new(),
             asleep,
             stopping,
+            begun: AtomicUsize::new(0),
+            beginning: WaitQueue::new(),
             fault_cpu: AtomicUsize::new(0),
         })
     }
 
-    /// Starts both threads.
+    /// Starts both threads. When this returns they are known as the pager's, and have allocated what a thread's start
+    /// allocates.
     pub(crate) fn start(
         self: &Arc<Self>,
         surroundings: Surroundings,
@@ -109,7 +116,18 @@ impl Pager {
         let _ = self.reclaimer.set(reclaimer.thread().clone());
         let pager = Arc::clone(self);
         let faults = pgmap_host::thread::spawn("pgmap-fault", move || pager.serve(surroundings))?;
+        // Acquire: pairs with the release in `begin`.
+        self.beginning
+            .wait_until(None, || self.begun.load(Ordering::Acquire) == 2);
         Ok([reclaimer, faults])
+    }
+
+    /// The first thing that one of the pager's threads does.
+    fn begin(&self, which: usize) {
+        enter_pager_thread(which);
+        // Release: pairs with the acquire in `start`.
+        self.begun.fetch_add(1, Ordering::Release);
+        self.beginning.wake_all();
     }
 
     /// Tells both threads to end.
@@ -151,7 +169,7 @@ impl Pager {
 
     /// The reclaimer: keeps frames free.
     fn reclaim(&self, surroundings: Surroundings) {
-        enter_pager_thread(0);
+        self.begin(0);
         let mut ticked = Instant::now();
         let mut placement = Placement::new();
         while !self.stopping() {
@@ -187,7 +205,7 @@ impl Pager {
 
     /// The fault thread.
     fn serve(&self, surroundings: Surroundings) {
-        enter_pager_thread(1);
+        self.begin(1);
         let mut worker = Worker::new();
         let mut placement = Placement::new();
         let mut events = [const { Event::Kick }; EVENTS];

@@ -201,6 +201,16 @@ impl Region {
         Stats::get(&self.layout().peak_resident)
     }
 
+    /// Bytes in RAM now, as the processes last said.
+    #[must_use]
+    pub fn resident(&self) -> u64 {
+        self.layout()
+            .processes
+            .iter()
+            .map(|process| Stats::get(&process.resident))
+            .sum()
+    }
+
     /// How many processes have been managed so far.
     #[must_use]
     pub fn managed(&self) -> u64 {

@@ -1,0 +1,132 @@
+//! The program that is to run: where it is, and whether our library can be preloaded into it.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use crate::elf;
+
+/// Scripts that name scripts that name ... end here.
+const MOST_INTERPRETERS: usize = 4;
+const SETUID: u32 = 0o4000;
+const SETGID: u32 = 0o2000;
+
+/// Why a program cannot be run, with the exit status that shells use for it.
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    pub(crate) status: u8,
+    pub(crate) message: String,
+}
+
+const NOT_FOUND: u8 = 127;
+const NOT_EXECUTABLE: u8 = 126;
+
+/// Finds a program as a shell would, and checks that it can be managed.
+pub(crate) fn resolve(name: &OsStr) -> Result<PathBuf, Refusal> {
+    let path = find(name)?;
+    check(&path, MOST_INTERPRETERS)?;
+    Ok(path)
+}
+
+fn find(name: &OsStr) -> Result<PathBuf, Refusal> {
+    let shown = name.to_string_lossy();
+    if name.as_bytes().contains(&b'/') {
+        let path = PathBuf::from(name);
+        return match path.metadata() {
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                refuse(NOT_EXECUTABLE, format!("{shown}: permission denied"))
+            }
+            Err(_) => refuse(NOT_FOUND, format!("{shown}: no such program")),
+            Ok(_) if is_executable(&path) => Ok(path),
+            Ok(_) => refuse(NOT_EXECUTABLE, format!("{shown}: not an executable file")),
+        };
+    }
+    let search = std::env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/bin:/bin"));
+    let mut found_other = false;
+    for directory in std::env::split_paths(&search) {
+        let path = directory.join(name);
+        if is_executable(&path) {
+            return Ok(path);
+        }
+        found_other |= path.is_file();
+    }
+    if found_other {
+        return refuse(NOT_EXECUTABLE, format!("{shown}: not an executable file"));
+    }
+    refuse(NOT_FOUND, format!("{shown}: no such program in PATH"))
+}
+
+fn is_executable(path: &Path) -> bool {
+    let executable = rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok();
+    executable && path.is_file()
+}
+
+/// Refuses what the loader would not preload our library into.
+fn check(path: &Path, interpreters_left: usize) -> Result<(), Refusal> {
+    let shown = path.display();
+    // A program that may be executed but not read cannot be looked into; it will say itself what happens.
+    let Ok(file) = File::open(path) else {
+        return Ok(());
+    };
+    let mode = file
+        .metadata()
+        .map(|data| (data.permissions().mode(), data.uid()));
+    let own_uid = rustix::process::getuid().as_raw();
+    if let Ok((mode, owner)) = mode
+        && (mode & SETUID != 0 && owner != own_uid || mode & SETGID != 0)
+    {
+        return refuse(
+            crate::USAGE,
+            format!(
+                "{shown} is setuid or setgid: the loader preloads nothing into it; run a copy without that bit"
+            ),
+        );
+    }
+    match elf::kind(&file) {
+        elf::Kind::Dynamic => Ok(()),
+        elf::Kind::Static => refuse(
+            crate::USAGE,
+            format!(
+                "{shown} is statically linked: nothing can be preloaded into it; use a dynamically linked build"
+            ),
+        ),
+        elf::Kind::Foreign => refuse(
+            crate::USAGE,
+            format!(
+                "{shown} is for another machine or 32 bits: pgmap manages programs of its own kind only"
+            ),
+        ),
+        elf::Kind::Other => match interpreter(&file) {
+            Some(interpreter) if interpreters_left > 0 => {
+                check(&interpreter, interpreters_left - 1)
+            }
+            _ => Ok(()),
+        },
+    }
+}
+
+/// The program that runs a script: the one that it names, or the one that `env` would find.
+fn interpreter(file: &File) -> Option<PathBuf> {
+    let mut head = Vec::new();
+    file.take(256).read_to_end(&mut head).ok()?;
+    let line = head
+        .strip_prefix(b"#!")?
+        .split(|byte| *byte == b'\n')
+        .next()?;
+    let mut words = line
+        .split(u8::is_ascii_whitespace)
+        .filter(|word| !word.is_empty());
+    let path = PathBuf::from(OsStr::from_bytes(words.next()?));
+    if path.file_name() != Some(OsStr::new("env")) {
+        return Some(path);
+    }
+    let program = words.find(|word| !word.starts_with(b"-") && !word.contains(&b'='))?;
+    find(OsStr::from_bytes(program)).ok()
+}
+
+fn refuse<T>(status: u8, message: String) -> Result<T, Refusal> {
+    Err(Refusal { status, message })
+}

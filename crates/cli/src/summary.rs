@@ -1,0 +1,267 @@
+//! What happened during a run, in numbers and as people like to read it.
+
+use std::fmt;
+use std::os::unix::process::ExitStatusExt;
+use std::process::ExitStatus;
+use std::time::Duration;
+
+use pgmap::Stats;
+use pgmap::run::Config;
+use pgmap::shared::Region;
+use serde::Serialize;
+
+/// The numbers of a run. Field names end in their unit; counts have none.
+#[derive(Debug, Serialize)]
+pub(crate) struct Summary {
+    pub(crate) exit_code: Option<i32>,
+    pub(crate) signal: Option<i32>,
+    pub(crate) elapsed_seconds: f64,
+    pub(crate) managed_processes: u64,
+    pub(crate) ram_budget_bytes: u64,
+    pub(crate) peak_resident_bytes: u64,
+    pub(crate) faults: u64,
+    pub(crate) counters: serde_json::Map<String, serde_json::Value>,
+    pub(crate) fault_p50_ns: u64,
+    pub(crate) fault_p99_ns: u64,
+    pub(crate) fault_total_seconds: f64,
+    pub(crate) devices: Vec<DeviceSummary>,
+}
+
+/// What one device held at most.
+#[derive(Debug, Serialize)]
+pub(crate) struct DeviceSummary {
+    pub(crate) spec: String,
+    pub(crate) peak_pages: u64,
+    pub(crate) peak_bytes: u64,
+    pub(crate) capacity_bytes: u64,
+    /// Bytes of pages for each byte that they took; absent if nothing was held.
+    pub(crate) ratio: Option<f64>,
+}
+
+const PAGE_BYTES: u64 = 4096;
+
+impl Summary {
+    pub(crate) fn new(
+        config: &Config,
+        region: &Region,
+        elapsed: Duration,
+        status: ExitStatus,
+    ) -> Self {
+        let stats = region.stats();
+        let devices = config.devices.iter().zip(region.devices());
+        Self {
+            exit_code: status.code(),
+            signal: status.signal(),
+            elapsed_seconds: elapsed.as_secs_f64(),
+            managed_processes: region.managed(),
+            ram_budget_bytes: config.ram_bytes,
+            peak_resident_bytes: region.peak_resident(),
+            faults: stats.faults(),
+            counters: stats
+                .counters()
+                .map(|(name, count)| (name.to_owned(), count.into()))
+                .collect(),
+            fault_p50_ns: stats.fault_latency.percentile_ns(500),
+            fault_p99_ns: stats.fault_latency.percentile_ns(990),
+            fault_total_seconds: Duration::from_nanos(stats.fault_latency.total_ns()).as_secs_f64(),
+            devices: devices
+                .map(|(device, held)| {
+                    let (pages, bytes) = (Stats::get(&held.pages), Stats::get(&held.bytes));
+                    DeviceSummary {
+                        spec: device.spec.to_string(),
+                        peak_pages: pages,
+                        peak_bytes: bytes,
+                        capacity_bytes: device.spec.capacity_bytes(),
+                        ratio: (bytes > 0).then(|| ratio(pages * PAGE_BYTES, bytes)),
+                    }
+                })
+                .collect(),
+        }
+    }
+
+    fn counter(&self, name: &str) -> u64 {
+        self.counters
+            .get(name)
+            .and_then(serde_json::Value::as_u64)
+            .unwrap_or(0)
+    }
+}
+
+#[allow(clippy::cast_precision_loss, reason = "a number for people")]
+pub(crate) fn ratio(a: u64, b: u64) -> f64 {
+    a as f64 / b as f64
+}
+
+impl fmt::Display for Summary {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.managed_processes == 0 {
+            return writeln!(
+                f,
+                "pgmap: nothing was managed: the program did not load the preloaded library"
+            );
+        }
+        let count = |name: &str| Count(self.counter(name));
+        writeln!(
+            f,
+            "pgmap: {:.2} s, {}",
+            self.elapsed_seconds,
+            Plural(self.managed_processes)
+        )?;
+        let (peak, budget) = (
+            Bytes(self.peak_resident_bytes),
+            Bytes(self.ram_budget_bytes),
+        );
+        writeln!(f, "  resident  {peak} at most, of a budget of {budget}")?;
+        writeln!(
+            f,
+            "  faults    {}: {} first touch, {} from a device, {} second chance, {} first write, {} spurious",
+            Count(self.faults),
+            count("faults_zero_fill"),
+            count("faults_bring_back"),
+            count("faults_give_back"),
+            count("faults_write_protect"),
+            count("faults_spurious"),
+        )?;
+        writeln!(
+            f,
+            "  in faults {:.2} s; half took under {}, 99% under {}",
+            self.fault_total_seconds,
+            Nanos(self.fault_p50_ns),
+            Nanos(self.fault_p99_ns)
+        )?;
+        writeln!(
+            f,
+            "  pages     {} stored, {} left without storing (unchanged), {} brought back, {} read ahead",
+            count("pages_stored"),
+            count("pages_stored_clean"),
+            count("pages_brought_back"),
+            count("readahead_pages"),
+        )?;
+        writeln!(
+            f,
+            "  skipped   {} busy (pinned or shared)",
+            count("busy_skipped")
+        )?;
+        for device in &self.devices {
+            write!(f, "  {}: ", device.spec)?;
+            let (held, room) = (Bytes(device.peak_bytes), Bytes(device.capacity_bytes));
+            write!(
+                f,
+                "{} pages at most, in {held} of {room}",
+                Count(device.peak_pages)
+            )?;
+            match device.ratio {
+                Some(ratio) => writeln!(f, ", {ratio:.1} to 1")?,
+                None => writeln!(f)?,
+            }
+        }
+        self.troubles(f)
+    }
+}
+
+impl Summary {
+    /// What should not have happened, if it has.
+    fn troubles(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let troubles = [
+            (
+                "out_of_memory",
+                "times RAM and every device were full: the program was killed",
+            ),
+            (
+                "device_errors_read",
+                "pages could not be read from a device",
+            ),
+            (
+                "device_errors_corrupt",
+                "pages came back corrupted from a device, and were refused",
+            ),
+            (
+                "device_errors_write",
+                "pages could not be written to a device, and stayed in RAM",
+            ),
+            (
+                "poisoned",
+                "pages are lost: the program gets SIGBUS where it touches them",
+            ),
+            (
+                "forks",
+                "forked children ran in plain memory, outside the budget",
+            ),
+        ];
+        for (name, text) in troubles {
+            match self.counter(name) {
+                0 => {}
+                count => writeln!(f, "  note      {} {text}", Count(count))?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Bytes in units that people use.
+#[derive(Clone, Copy)]
+pub(crate) struct Bytes(pub(crate) u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+        let unit = (self.0.max(1).ilog2() / 10).min(4) as usize;
+        if unit == 0 {
+            return write!(f, "{} B", self.0);
+        }
+        write!(f, "{:.1} {}", ratio(self.0, 1 << (10 * unit)), UNITS[unit])
+    }
+}
+
+/// A count with its digits in groups of three.
+pub(crate) struct Count(pub(crate) u64);
+
+impl fmt::Display for Count {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let digits = self.0.to_string();
+        for (place, digit) in digits.chars().enumerate() {
+            if place > 0 && (digits.len() - place).is_multiple_of(3) {
+                write!(f, ",")?;
+            }
+            write!(f, "{digit}")?;
+        }
+        Ok(())
+    }
+}
+
+struct Nanos(u64);
+
+impl fmt::Display for Nanos {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0..10_000 => write!(f, "{:.1} us", ratio(self.0, 1000)),
+            10_000..1_000_000 => write!(f, "{:.0} us", ratio(self.0, 1000)),
+            _ => write!(f, "{:.1} ms", ratio(self.0, 1_000_000)),
+        }
+    }
+}
+
+struct Plural(u64);
+
+impl fmt::Display for Plural {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let noun = if self.0 == 1 { "process" } else { "processes" };
+        write!(f, "{} managed {noun}", self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Numbers are shown as people write them.
+    #[test]
+    fn numbers_are_shown_as_people_write_them() {
+        assert_eq!(Count(1_234_567).to_string(), "1,234,567");
+        assert_eq!(Count(12).to_string(), "12");
+        assert_eq!(Bytes(64 << 20).to_string(), "64.0 MiB");
+        assert_eq!(Bytes(0).to_string(), "0 B");
+        assert_eq!(Bytes(u64::MAX).to_string(), "16777216.0 TiB");
+        assert_eq!(Nanos(4321).to_string(), "4.3 us");
+    }
+}
