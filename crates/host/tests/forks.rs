@@ -1,0 +1,243 @@
+//! A fork's child sees every byte as it was when the fork happened.
+#![allow(
+    clippy::unwrap_used,
+    reason = "a test ends where something is not as it should be"
+)]
+
+mod common;
+
+use core::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use common::{arena, at, bytes, install, page, poke};
+use pgmap_host::event::{ChildSpace, Event};
+use pgmap_host::mmu::HostMmu;
+use pgmap_mm::mmu::{Mmu, Progress, Protect, Slot, Stop};
+
+/// A fork is told to every arena of the process, and waits until each has listened: one test at a time.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Forks on another thread, where the child runs `child` and exits with what that says. Answers the child's status.
+fn fork(
+    mmu: &Arc<HostMmu>,
+    child: impl FnOnce(&HostMmu) -> bool + Send + 'static,
+) -> JoinHandle<i32> {
+    let mmu = Arc::clone(mmu);
+    thread::spawn(move || {
+        // SAFETY: the child makes system calls and reads memory, and then exits.
+        match unsafe { libc::fork() } {
+            0 => exit(i32::from(!child(&mmu))),
+            pid => wait(pid),
+        }
+    })
+}
+
+fn exit(status: i32) -> ! {
+    // SAFETY: it runs nothing of this process any more.
+    unsafe { libc::_exit(status) }
+}
+
+fn wait(pid: i32) -> i32 {
+    let mut status = -1;
+    // SAFETY: the status lives during the call.
+    unsafe { libc::waitpid(pid, &raw mut status, 0) };
+    status
+}
+
+fn next_child(mmu: &HostMmu) -> ChildSpace {
+    let mut events = [Event::Kick];
+    for _ in 0..10 {
+        assert_eq!(mmu.next_events(&mut events, Some(5000)), 1, "no event came");
+        if let [Event::Fork(child)] = events {
+            return child;
+        }
+    }
+    panic!("no fork came");
+}
+
+#[test]
+fn a_child_waits_for_the_pages_that_it_is_given() {
+    let _alone = alone();
+    let Some(mmu) = arena(16).map(Arc::new) else {
+        return;
+    };
+    install(&mmu, 0, 0..2, Protect::ReadWrite);
+    assert_eq!(mmu.take_out(at(&mmu, 0), 1, Slot(0)), Progress::complete(1));
+    let status = fork(&mmu, |mmu| {
+        bytes(mmu, 0).0 == page(0).0 && bytes(mmu, 1).0 == page(1).0 && bytes(mmu, 2).0[0] == 0
+    });
+    let child = next_child(&mmu);
+    thread::sleep(Duration::from_millis(20));
+    assert!(child.install(at(&mmu, 0), &page(0)));
+    assert!(
+        child.install(at(&mmu, 1), &page(9)),
+        "it has that page already"
+    );
+    drop(child);
+    assert_eq!(status.join().unwrap(), 0);
+}
+
+/// The child's snapshot is not changed by a page that the parent brings back, and writes, before the child is served.
+#[test]
+fn a_page_that_comes_back_first_is_given_to_the_child() {
+    let _alone = alone();
+    let Some(mmu) = arena(16).map(Arc::new) else {
+        return;
+    };
+    install(&mmu, 0, 0..2, Protect::ReadWrite);
+    assert_eq!(mmu.take_out(at(&mmu, 0), 2, Slot(0)), Progress::complete(2));
+    let status = fork(&mmu, |mmu| {
+        bytes(mmu, 0).0 == page(0).0 && bytes(mmu, 1).0 == page(1).0 && bytes(mmu, 4).0 == page(4).0
+    });
+    thread::sleep(Duration::from_millis(50));
+    // Nobody has read the message of the fork: these are refused, and must read it themselves.
+    assert_eq!(
+        mmu.give_back(Slot(0), 1, at(&mmu, 0)),
+        Progress::complete(1)
+    );
+    poke(&mmu, 0, 77);
+    install(&mmu, 4, 4..5, Protect::ReadWrite);
+    poke(&mmu, 4, 77);
+    assert_eq!(
+        mmu.give_back(Slot(1), 1, at(&mmu, 1)),
+        Progress::complete(1)
+    );
+    poke(&mmu, 1, 77);
+    drop(next_child(&mmu));
+    assert_eq!(status.join().unwrap(), 0);
+}
+
+#[test]
+fn a_child_of_a_child_is_served_too() {
+    let _alone = alone();
+    let Some(mmu) = arena(16).map(Arc::new) else {
+        return;
+    };
+    install(&mmu, 0, 0..2, Protect::ReadWrite);
+    assert_eq!(mmu.take_out(at(&mmu, 0), 2, Slot(0)), Progress::complete(2));
+    let status = fork(&mmu, |mmu| {
+        // SAFETY: as in `fork`.
+        match unsafe { libc::fork() } {
+            0 => exit(i32::from(
+                bytes(mmu, 0).0 != page(0).0 || bytes(mmu, 1).0 != page(1).0,
+            )),
+            pid => wait(pid) == 0 && bytes(mmu, 1).0 == page(1).0,
+        }
+    });
+    let child = next_child(&mmu);
+    thread::sleep(Duration::from_millis(50));
+    assert!(child.install(at(&mmu, 0), &page(0)));
+    assert!(child.install(at(&mmu, 1), &page(1)));
+    drop(child);
+    let grandchild = next_child(&mmu);
+    assert!(grandchild.install(at(&mmu, 0), &page(0)));
+    assert!(grandchild.install(at(&mmu, 1), &page(1)));
+    drop(grandchild);
+    assert_eq!(status.join().unwrap(), 0);
+}
+
+#[test]
+fn shared_pages_stay_until_they_are_unshared_and_staged_ones_are_never_shared() {
+    let _alone = alone();
+    let Some(mmu) = arena(16).map(Arc::new) else {
+        return;
+    };
+    install(&mmu, 0, 0..2, Protect::ReadWrite);
+    assert_eq!(mmu.take_out(at(&mmu, 1), 1, Slot(1)), Progress::complete(1));
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    let status = fork(&mmu, move |_| {
+        let _ = rustix::io::read(&reader, &mut [0]);
+        true
+    });
+    drop(next_child(&mmu));
+    let progress = mmu.take_out(at(&mmu, 0), 1, Slot(0));
+    assert_eq!(progress.stop, Some(Stop::Busy));
+    assert!(mmu.unshare(at(&mmu, 0)));
+    assert_eq!(mmu.take_out(at(&mmu, 0), 1, Slot(0)), Progress::complete(1));
+    assert_eq!(
+        mmu.give_back(Slot(1), 1, at(&mmu, 1)),
+        Progress::complete(1)
+    );
+    rustix::io::write(&writer, &[1]).unwrap();
+    assert_eq!(status.join().unwrap(), 0);
+}
+
+#[test]
+fn settling_waits_for_the_last_child() {
+    let _alone = alone();
+    let Some(mmu) = arena(16).map(Arc::new) else {
+        return;
+    };
+    mmu.settle_forks();
+    let status = fork(&mmu, |_| true);
+    let child = next_child(&mmu);
+    let waiting = Arc::clone(&mmu);
+    let settled = thread::spawn(move || waiting.settle_forks());
+    thread::sleep(Duration::from_millis(20));
+    assert!(!settled.is_finished());
+    drop(child);
+    settled.join().unwrap();
+    assert_eq!(status.join().unwrap(), 0);
+}
+
+/// Many forks while threads bring pages in and out: every child checks every page.
+#[test]
+fn forks_and_moves_at_once_lose_nothing() {
+    const PAGES: u8 = 8;
+    let _alone = alone();
+    let Some(mmu) = arena(16).map(Arc::new) else {
+        return;
+    };
+    install(&mmu, 0, 0..PAGES, Protect::ReadWrite);
+    // Where each page is: the lock of its block, as it were.
+    let staged = Arc::new(Mutex::new([false; PAGES as usize]));
+    let mover = {
+        let (mmu, staged) = (Arc::clone(&mmu), Arc::clone(&staged));
+        // Until the test lets go of the list.
+        thread::spawn(move || {
+            while Arc::strong_count(&staged) > 1 {
+                (0..PAGES).for_each(|number| toggle(&mmu, &staged, number));
+            }
+        })
+    };
+    for _ in 0..200 {
+        let status = fork(&mmu, |mmu| {
+            (0..PAGES).all(|number| bytes(mmu, number.into()).0 == page(number).0)
+        });
+        let child = next_child(&mmu);
+        for number in 0..PAGES {
+            let staged = staged.lock().unwrap();
+            if staged[usize::from(number)] {
+                // The child may have seen enough, and ended.
+                let _ = child.install(at(&mmu, number.into()), &page(number));
+            }
+        }
+        drop(child);
+        assert_eq!(status.join().unwrap(), 0);
+    }
+    drop(staged);
+    mover.join().unwrap();
+}
+
+/// Takes a page out, or gives it back.
+fn toggle(mmu: &HostMmu, staged: &Mutex<[bool; 8]>, number: u8) {
+    let (place, slot) = (at(mmu, number.into()), Slot(number.into()));
+    let mut staged = staged.lock().unwrap();
+    let is_staged = &mut staged[usize::from(number)];
+    let progress = if *is_staged {
+        let progress = mmu.give_back(slot, 1, place);
+        assert_eq!(progress.stop, None);
+        progress
+    } else {
+        let progress = mmu.take_out(place, 1, slot);
+        if progress.stop == Some(Stop::Busy) {
+            mmu.unshare(place);
+        }
+        progress
+    };
+    *is_staged ^= progress.done == 1;
+}
