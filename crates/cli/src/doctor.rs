@@ -6,16 +6,23 @@ use anyhow::bail;
 use pgmap::probe::{Check, Finding, Need, checks};
 use serde_json::json;
 
-pub(crate) fn doctor(json: bool) -> anyhow::Result<ExitCode> {
+/// How the checks are printed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Format {
+    Text,
+    Json,
+}
+
+pub(crate) fn doctor(format: Format) -> anyhow::Result<ExitCode> {
     let checks = checks(&std::env::temp_dir());
-    if json {
+    if format == Format::Json {
         let rows: Vec<_> = checks.iter().map(row).collect();
         println!("{}", serde_json::to_string_pretty(&rows)?);
     } else {
         checks.iter().for_each(print);
     }
     let runs = checks.iter().all(Check::allows_run);
-    if !json {
+    if format == Format::Text {
         println!();
         println!(
             "{}",

@@ -28,7 +28,11 @@ fn main() -> ExitCode {
     let cli = Cli::try_parse().unwrap_or_else(|error| exit_with(&error));
     let result = match cli.command {
         Command::Run(args) => run::run(&args),
-        Command::Doctor { json } => doctor::doctor(json),
+        Command::Doctor { json } => doctor::doctor(if json {
+            doctor::Format::Json
+        } else {
+            doctor::Format::Text
+        }),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "pgmap", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)
@@ -44,31 +48,23 @@ fn main() -> ExitCode {
 
 /// Help goes to the terminal as it is; a mistake gets one line that says what to do.
 fn exit_with(error: &clap::Error) -> ! {
-    use clap::error::ErrorKind;
-    match error.kind() {
-        ErrorKind::DisplayHelp
-        | ErrorKind::DisplayVersion
-        | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => error.exit(),
-        _ => {
-            let text = error.to_string();
-            let line = text.lines().next().unwrap_or_default();
-            let line = line.strip_prefix("error: ").unwrap_or(line);
-            // Some of clap's messages have what matters in the lines that follow.
-            let more: Vec<&str> = text
-                .lines()
-                .skip(1)
-                .map(str::trim)
-                .take_while(|line| !line.is_empty() && !line.starts_with("Usage"))
-                .collect();
-            let more = if more.is_empty() {
-                String::new()
-            } else {
-                format!(" {}", more.join(" "))
-            };
-            eprintln!("pgmap: {line}{more} (try `pgmap --help`)");
-            std::process::exit(i32::from(USAGE));
-        }
+    if !error.use_stderr() {
+        error.exit();
     }
+
+    let text = error.to_string();
+    let line = text.lines().next().unwrap_or_default();
+    let line = line.strip_prefix("error: ").unwrap_or(line);
+    // Some of clap's messages have what matters in the lines that follow.
+    let more: String = text
+        .lines()
+        .skip(1)
+        .map(str::trim)
+        .take_while(|line| !line.is_empty() && !line.starts_with("Usage"))
+        .flat_map(|line| [" ", line])
+        .collect();
+    eprintln!("pgmap: {line}{more} (try `pgmap --help`)");
+    std::process::exit(i32::from(USAGE));
 }
 
 fn man(dir: &Path) -> anyhow::Result<ExitCode> {

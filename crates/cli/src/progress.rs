@@ -1,7 +1,8 @@
 //! What happens during a run, shown while it happens: one line that is written over on a terminal, lines elsewhere.
 
+use core::time::Duration;
 use std::io::{IsTerminal, Write};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pgmap::Stats;
 use pgmap::shared::Region;

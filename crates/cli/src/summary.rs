@@ -1,9 +1,9 @@
 //! What happened during a run, in numbers and as people like to read it.
 
-use std::fmt;
+use core::fmt;
+use core::time::Duration;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
-use std::time::Duration;
 
 use pgmap::Stats;
 use pgmap::run::Config;
@@ -47,7 +47,7 @@ impl Summary {
         elapsed: Duration,
         status: ExitStatus,
     ) -> Self {
-        let stats = region.stats();
+        let counted = region.stats();
         let devices = config.devices.iter().zip(region.devices());
         Self {
             exit_code: status.code(),
@@ -56,14 +56,15 @@ impl Summary {
             managed_processes: region.managed(),
             ram_budget_bytes: config.ram_bytes,
             peak_resident_bytes: region.peak_resident(),
-            faults: stats.faults(),
-            counters: stats
+            faults: counted.faults(),
+            counters: counted
                 .counters()
                 .map(|(name, count)| (name.to_owned(), count.into()))
                 .collect(),
-            fault_p50_ns: stats.fault_latency.percentile_ns(500),
-            fault_p99_ns: stats.fault_latency.percentile_ns(990),
-            fault_total_seconds: Duration::from_nanos(stats.fault_latency.total_ns()).as_secs_f64(),
+            fault_p50_ns: counted.fault_latency.percentile_ns(500),
+            fault_p99_ns: counted.fault_latency.percentile_ns(990),
+            fault_total_seconds: Duration::from_nanos(counted.fault_latency.total_ns())
+                .as_secs_f64(),
             devices: devices
                 .map(|(device, held)| {
                     let (pages, bytes) = (Stats::get(&held.pages), Stats::get(&held.bytes));

@@ -1,8 +1,9 @@
 //! The process that stands by while the program runs: it passes signals on, waits, and leaves as the program left.
 
+use core::sync::atomic::{AtomicI32, Ordering};
+use core::time::Duration;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, ExitCode, ExitStatus};
-use std::sync::atomic::{AtomicI32, Ordering};
 
 use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
@@ -66,7 +67,7 @@ fn wait_a_little(pid: i32) {
     };
     let flags = rustix::process::PidfdFlags::empty();
     let Ok(program) = rustix::process::pidfd_open(pid, flags) else {
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(10));
         return;
     };
     let mut fds = [rustix::event::PollFd::new(

@@ -2,6 +2,7 @@
 //!
 //! It is an ordinary program: it maps memory and touches it, and knows nothing of who manages it.
 
+use core::ops::Range;
 use std::process::ExitCode;
 use std::thread;
 use std::time::Instant;
@@ -99,15 +100,15 @@ impl Field {
     }
 
     /// Drops the pages of a range, as allocators do.
-    fn discard(&mut self, pages: std::ops::Range<usize>) {
+    fn discard(&mut self, pages: Range<usize>) {
         let start = self.page(pages.start).as_mut_ptr();
         let first = (start as usize).next_multiple_of(PAGE);
-        if first != start as usize {
-            // The allocator gave memory that is not aligned to pages: nothing can be dropped by the page.
-            pages.clone().for_each(|page| self.page(page).fill(0));
-        } else {
+        if first == start as usize {
             // SAFETY: the pages are ours, whole, and hold integers, of which zeros are valid values.
             unsafe { libc::madvise(start.cast(), pages.len() * PAGE, libc::MADV_DONTNEED) };
+        } else {
+            // The allocator gave memory that is not aligned to pages: nothing can be dropped by the page.
+            pages.clone().for_each(|page| self.page(page).fill(0));
         }
         self.generations[pages].fill(DISCARDED);
     }
@@ -149,7 +150,10 @@ fn run(field: &mut Field) -> Result<(), Wrong> {
         state = scramble(state.wrapping_add(0x9e37_79b9_7f4a_7c15));
         usize::try_from(state).unwrap_or(0) % PAGES
     };
-    phase("fill", || Ok((0..PAGES).for_each(|page| field.write(page))))?;
+    phase("fill", || {
+        (0..PAGES).for_each(|page| field.write(page));
+        Ok(())
+    })?;
     phase("read in order", || field.check_all(0..PAGES))?;
     phase("read backwards", || field.check_all((0..PAGES).rev()))?;
     phase("read with a stride", || {

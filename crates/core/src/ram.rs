@@ -131,7 +131,8 @@ impl Ram {
         }
         // Relaxed: changed under the lock only.
         let before = self.in_use.fetch_add(taken as u64, Ordering::Relaxed);
-        self.peak.fetch_max(before + taken as u64, Ordering::Relaxed);
+        self.peak
+            .fetch_max(before + taken as u64, Ordering::Relaxed);
         taken
     }
 

@@ -71,7 +71,7 @@ impl AddressSpace {
         let mut freed = 0;
         while freed < want {
             self.deactivate(caller, usize::MAX);
-            let stored = self.store_oldest();
+            let stored = self.store(1);
             if stored == 0 {
                 break;
             }

@@ -2,7 +2,7 @@
 
 use pgmap::{Device, Memory, PinAccess};
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+fn main() -> Result<(), Box<dyn core::error::Error>> {
     let memory = Memory::builder()
         .ram(64 << 20) // at most 64 MiB are resident
         .device(Device::compressed(1 << 30)) // the rest is compressed

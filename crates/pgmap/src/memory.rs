@@ -1,8 +1,8 @@
 //! A RAM budget, devices, and the pager that moves pages between them.
 
-use std::ops::Range;
+use core::ops::Range;
+use core::slice;
 use std::os::fd::RawFd;
-use std::slice;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -20,7 +20,7 @@ use crate::pager::{Pager, Surroundings, kill_as_out_of_memory};
 use crate::space::{AddressSpace, MapError};
 
 /// The least budget, in bytes: 1 MiB. Below it the pager's own batches would not fit.
-pub const MIN_RAM_BYTES: u64 = 1 << 20;
+pub(crate) const MIN_RAM_BYTES: u64 = 1 << 20;
 /// Staging slots that are for pages on their way to a device, whatever the budget.
 const SPARE_SLOTS: u64 = 256;
 /// Managed addresses, in bytes: 256 GiB.

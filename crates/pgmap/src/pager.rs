@@ -4,12 +4,13 @@
 //! several times quicker than on another. The reclaimer frees frames ahead of need, on whatever CPU is idle.
 //! Neither ever touches managed memory, and neither allocates once it runs.
 
-use std::mem;
+use core::mem;
+use core::time::Duration;
 use std::process;
 use std::sync::Arc;
 use std::sync::OnceLock;
 use std::thread::{self, Thread};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_host::affinity::Placement;
@@ -24,10 +25,14 @@ use pgmap_sync::WaitQueue;
 use pgmap_sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 /// Who decides about a full machine: called with a sentence for people when nothing can be freed.
-pub type OnFull = fn(&str) -> !;
+pub(crate) type OnFull = fn(&str) -> !;
 
 /// Events read at once.
 const EVENTS: usize = 32;
+/// Frames that the reclaimer frees before it looks around.
+const STORE: usize = 256;
+/// How long the reclaimer waits when nothing can be freed.
+const RETRY: Duration = Duration::from_millis(2);
 /// Pages that one fault takes out at most, about.
 const DEACTIVATE: usize = 64;
 /// How long a fault may wait for memory before the machine counts as full.
@@ -173,34 +178,39 @@ impl Pager {
         let mut ticked = Instant::now();
         let mut placement = Placement::new();
         while !self.stopping() {
-            // Relaxed: see `serve`.
+            // Relaxed: see `handle`.
             if let Some(cpu) = self.fault_cpu.load(Ordering::Relaxed).checked_sub(1) {
                 placement.avoid(cpu);
             }
-            let ram = self.space.ram();
-            let high = self.low_water() * 2;
-            let short = (ram.deficit() + high).saturating_sub(ram.free_count());
-            let progress = short == 0
-                || self
-                    .space
-                    .reclaim(Caller::Reclaimer, (short as usize).min(256))
-                    > 0;
+            let nap = self.free_some();
             if ticked.elapsed() >= TICK {
                 ticked = Instant::now();
                 (surroundings.on_tick)();
             }
-            if !progress {
-                // Everything is busy or full: not worth a CPU.
-                thread::park_timeout(Duration::from_millis(2));
-            } else if short == 0 {
+            if let Some(nap) = nap {
+                thread::park_timeout(nap);
                 // Relaxed: see `keep_ahead`.
-                self.asleep.store(true, Ordering::Relaxed);
-                if ram.free_count() >= self.low_water() {
-                    thread::park_timeout(TICK);
-                }
                 self.asleep.store(false, Ordering::Relaxed);
             }
         }
+    }
+
+    /// Frees some frames if they are short. Answers how long to sleep if there is nothing more to do.
+    fn free_some(&self) -> Option<Duration> {
+        let ram = self.space.ram();
+        let high = self.low_water() * 2;
+        let short = (ram.deficit() + high).saturating_sub(ram.free_count());
+        let want = usize::try_from(short).unwrap_or(usize::MAX).min(STORE);
+        if want > 0 {
+            // What waits already goes first: taking out more interrupts the program.
+            let freed = self.space.store(want);
+            // If everything is busy or full, trying again at once is not worth a CPU.
+            return (freed == 0 && self.space.reclaim(Caller::Reclaimer, want) == 0)
+                .then_some(RETRY);
+        }
+        // Relaxed: see `keep_ahead`.
+        self.asleep.store(true, Ordering::Relaxed);
+        (ram.free_count() >= self.low_water()).then_some(TICK)
     }
 
     /// The fault thread.
@@ -212,20 +222,31 @@ impl Pager {
         while !self.stopping() {
             let count = self.mmu.next_events(&mut events, None);
             for event in &mut events[..count] {
-                match mem::replace(event, Event::Kick) {
-                    Event::Kick => {}
-                    Event::Fork(child) => self.serve_fork(&mut worker, child),
-                    Event::Fault { at, access, tid } => {
-                        placement.follow(tid);
-                        let cpu = placement.current().map_or(0, |cpu| cpu + 1);
-                        // Relaxed: a hint to the reclaimer.
-                        self.fault_cpu.store(cpu, Ordering::Relaxed);
-                        self.serve_fault(&mut worker, at, access, surroundings.on_full);
-                    }
-                }
+                let event = mem::replace(event, Event::Kick);
+                self.handle(&mut worker, &mut placement, event, surroundings.on_full);
             }
         }
         worker.release(&self.space);
+    }
+
+    fn handle(
+        &self,
+        worker: &mut Worker,
+        placement: &mut Placement,
+        event: Event,
+        on_full: OnFull,
+    ) {
+        match event {
+            Event::Kick => {}
+            Event::Fork(child) => self.serve_fork(worker, &child),
+            Event::Fault { at, access, tid } => {
+                placement.follow(tid);
+                // Relaxed: a hint to the reclaimer.
+                let cpu = placement.current().map_or(0, |cpu| cpu + 1);
+                self.fault_cpu.store(cpu, Ordering::Relaxed);
+                self.serve_fault(worker, at, access, on_full);
+            }
+        }
     }
 
     fn serve_fault(&self, worker: &mut Worker, at: VirtAddr, access: Access, on_full: OnFull) {
@@ -256,7 +277,7 @@ impl Pager {
     }
 
     /// A fork's child gets every byte that is not mapped, and then runs on without us.
-    fn serve_fork(&self, worker: &mut Worker, child: ChildSpace) {
+    fn serve_fork(&self, worker: &mut Worker, child: &ChildSpace) {
         Stats::add(&self.space.stats().forks, 1);
         self.space.for_each_missing(worker, |at, page| match page {
             ChildPage::Bytes(bytes) => {

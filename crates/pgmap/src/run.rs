@@ -3,9 +3,9 @@
 //! The supervisor names its shared memory in [`RUN_VARIABLE`]; the process finds the configuration there, takes a place among
 //! the processes, and builds its own [`Memory`] in an equal share of the budget.
 
-use std::fmt::Write as _;
+use core::fmt::Write as _;
+use core::str::FromStr;
 use std::path::{Path, PathBuf};
-use std::str::FromStr;
 use std::sync::OnceLock;
 
 use pgmap_core::addr::PAGE_SIZE;

@@ -4,10 +4,10 @@
 //! written before anybody else looks, so a process that dies at any moment leaves nothing half done that others
 //! depend on: the supervisor subtracts what the dead one held.
 
+use core::ptr::{self, NonNull};
 use std::fs::{File, OpenOptions};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::ptr::{self, NonNull};
 
 use pgmap_mm::stats::Stats;
 use pgmap_sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -167,7 +167,7 @@ impl Region {
         let layout = self.layout();
         // Relaxed: ordered by the acquire of `magic` in `open`.
         let len = usize::try_from(layout.config_len.load(Ordering::Relaxed)).unwrap_or(0);
-        std::str::from_utf8(&layout.config[..len.min(CONFIG_BYTES)]).unwrap_or_default()
+        core::str::from_utf8(&layout.config[..len.min(CONFIG_BYTES)]).unwrap_or_default()
     }
 
     /// The counters of all processes together.
@@ -189,10 +189,12 @@ impl Region {
         if start.checked_add(len).is_none_or(|end| end > words) {
             return &[];
         }
-        // SAFETY: by the type invariant the tables follow the layout, which is a whole number of words.
-        let first = unsafe { self.layout.as_ptr().add(1).cast::<AtomicU64>().add(start) };
+        // SAFETY: by the type invariant the tables follow the layout in the same mapping.
+        let tables = unsafe { self.layout.as_ptr().add(1) };
+        // SAFETY: `start` was just checked to be inside the tables.
+        let first = unsafe { tables.cast::<AtomicU64>().add(start) };
         // SAFETY: just checked to be inside the mapping; atomics may be shared.
-        unsafe { std::slice::from_raw_parts(first, len) }
+        unsafe { core::slice::from_raw_parts(first, len) }
     }
 
     /// The most bytes that were in RAM, as far as anybody looked.

@@ -4,9 +4,9 @@
 //! Called by the program's threads, through the library or through the preloaded interposers. These calls take
 //! the locks that the fault path takes: a signal handler that touches managed memory must not run during one.
 
+use core::ops::Range;
+use core::ptr;
 use std::borrow::Cow;
-use std::ops::Range;
-use std::ptr;
 use std::sync::Arc;
 
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
@@ -108,6 +108,7 @@ impl AddressSpace {
     /// [`MapError::BadRange`] or [`MapError::Pinned`].
     pub fn unmap(&self, at: usize, bytes: usize) -> Result<(), MapError> {
         let (at, pages) = self.pages(at, bytes)?;
+        self.mmu.settle_forks();
         self.unrestrict(at, pages)?;
         Ok(self.inner.unmap(at, pages)?)
     }
@@ -119,6 +120,7 @@ impl AddressSpace {
     /// [`MapError::BadRange`] or [`MapError::Pinned`].
     pub fn give_away(&self, at: usize, bytes: usize) -> Result<(), MapError> {
         let (at, pages) = self.pages(at, bytes)?;
+        self.mmu.settle_forks();
         self.inner.retire(at, pages);
         Ok(self.inner.discard(at, pages)?)
     }
@@ -130,6 +132,7 @@ impl AddressSpace {
     /// [`MapError::BadRange`] or [`MapError::Pinned`].
     pub fn discard(&self, at: usize, bytes: usize) -> Result<(), MapError> {
         let (at, pages) = self.pages(at, bytes)?;
+        self.mmu.settle_forks();
         Ok(self.inner.discard(at, pages)?)
     }
 

@@ -6,6 +6,7 @@ use pgmap::AddressSpace;
 use pgmap_host::thread::SignalsBlocked;
 
 use crate::maps::{fail, managing};
+use crate::raw::{errno, syscall_int, word};
 
 /// See madvise(2).
 ///
@@ -13,14 +14,23 @@ use crate::maps::{fail, managing};
 ///
 /// As madvise(2): some advice drops what is there.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn madvise(address: *mut c_void, bytes: usize, advice: c_int) -> c_int {
+pub(crate) unsafe extern "C" fn madvise(
+    address: *mut c_void,
+    bytes: usize,
+    advice: c_int,
+) -> c_int {
     if let Some(space) = managing(address as usize)
         && let Some(answer) = managed(space, address as usize, bytes, advice)
     {
         return answer;
     }
     // SAFETY: by this function's contract.
-    unsafe { libc::syscall(libc::SYS_madvise, address, bytes, advice) as c_int }
+    unsafe {
+        syscall_int(
+            libc::SYS_madvise,
+            [address as usize, bytes, word(advice), 0, 0, 0],
+        )
+    }
 }
 
 /// Follows advice about managed memory; `None` for what the kernel can follow itself.
@@ -52,17 +62,14 @@ fn managed(space: &AddressSpace, address: usize, bytes: usize, advice: c_int) ->
     }
 }
 
-/// See posix_madvise(3). Its `POSIX_MADV_DONTNEED` keeps the bytes.
+/// See `posix_madvise(3)`. Its `POSIX_MADV_DONTNEED` keeps the bytes.
 #[unsafe(no_mangle)]
-pub extern "C" fn posix_madvise(address: *mut c_void, bytes: usize, advice: c_int) -> c_int {
+pub(crate) extern "C" fn posix_madvise(address: *mut c_void, bytes: usize, advice: c_int) -> c_int {
     if managing(address as usize).is_some() || advice == libc::POSIX_MADV_DONTNEED {
         return 0;
     }
+    let arguments = [address as usize, bytes, word(advice), 0, 0, 0];
     // SAFETY: without DONTNEED these are hints, which change no bytes.
-    let answer = unsafe { libc::syscall(libc::SYS_madvise, address, bytes, advice) };
-    if answer == 0 {
-        return 0;
-    }
-    // SAFETY: the C library's errno of this thread can always be read.
-    unsafe { *libc::__errno_location() }
+    let answer = unsafe { syscall_int(libc::SYS_madvise, arguments) };
+    if answer == 0 { 0 } else { errno() }
 }

@@ -11,6 +11,7 @@ use libmimalloc_sys as mi;
 use pgmap::AddressSpace;
 
 use crate::glibc::{__libc_calloc, __libc_free, __libc_malloc, __libc_memalign, __libc_realloc};
+use crate::raw::set_errno;
 use crate::state;
 
 /// Addresses that the allocator may use, in bytes: half of the managed ones.
@@ -18,6 +19,10 @@ const HEAP_BYTES: usize = 128 << 30;
 /// mimalloc's arenas begin at multiples of this.
 const HEAP_ALIGN: usize = 64 << 20;
 const PAGE: usize = 4096;
+
+/// Flags in the size of one of the C library's chunks.
+const CHUNK_FLAGS: usize = 7;
+const MAPPED_ALONE: usize = 2;
 
 const OPTION_PURGE_DELAY: mi::mi_option_t = 15;
 
@@ -74,11 +79,6 @@ fn is_ours(pointer: *const c_void) -> bool {
     state::contains(pointer as usize)
 }
 
-fn set_errno(errno: c_int) {
-    // SAFETY: the C library's errno of this thread can always be written.
-    unsafe { *libc::__errno_location() = errno };
-}
-
 /// Says so if there is no memory, as the C library does.
 fn checked(pointer: *mut c_void) -> *mut c_void {
     if pointer.is_null() {
@@ -89,7 +89,7 @@ fn checked(pointer: *mut c_void) -> *mut c_void {
 
 /// See malloc(3).
 #[unsafe(no_mangle)]
-pub extern "C" fn malloc(size: usize) -> *mut c_void {
+pub(crate) extern "C" fn malloc(size: usize) -> *mut c_void {
     if managed() {
         // SAFETY: mimalloc has its memory, and takes any size.
         return checked(unsafe { mi::mi_malloc(size) });
@@ -104,7 +104,7 @@ pub extern "C" fn malloc(size: usize) -> *mut c_void {
 ///
 /// `pointer` is null or a block that was not freed.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn free(pointer: *mut c_void) {
+pub(crate) unsafe extern "C" fn free(pointer: *mut c_void) {
     if is_ours(pointer) {
         // SAFETY: a block among the managed addresses came from mimalloc; by this function's contract it is live.
         unsafe { mi::mi_free(pointer) };
@@ -116,7 +116,7 @@ pub unsafe extern "C" fn free(pointer: *mut c_void) {
 
 /// See malloc(3).
 #[unsafe(no_mangle)]
-pub extern "C" fn calloc(count: usize, size: usize) -> *mut c_void {
+pub(crate) extern "C" fn calloc(count: usize, size: usize) -> *mut c_void {
     if managed() {
         // SAFETY: mimalloc has its memory, and checks the product.
         return checked(unsafe { mi::mi_calloc(count, size) });
@@ -131,7 +131,7 @@ pub extern "C" fn calloc(count: usize, size: usize) -> *mut c_void {
 ///
 /// `pointer` is null or a block that was not freed.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn realloc(pointer: *mut c_void, size: usize) -> *mut c_void {
+pub(crate) unsafe extern "C" fn realloc(pointer: *mut c_void, size: usize) -> *mut c_void {
     if pointer.is_null() {
         return malloc(size);
     }
@@ -154,7 +154,7 @@ pub unsafe extern "C" fn realloc(pointer: *mut c_void, size: usize) -> *mut c_vo
 ///
 /// `pointer` is null or a block that was not freed.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn reallocarray(
+pub(crate) unsafe extern "C" fn reallocarray(
     pointer: *mut c_void,
     count: usize,
     size: usize,
@@ -168,7 +168,7 @@ pub unsafe extern "C" fn reallocarray(
 
 /// See memalign(3).
 #[unsafe(no_mangle)]
-pub extern "C" fn memalign(align: usize, size: usize) -> *mut c_void {
+pub(crate) extern "C" fn memalign(align: usize, size: usize) -> *mut c_void {
     let Some(align) = align.max(size_of::<usize>()).checked_next_power_of_two() else {
         set_errno(libc::EINVAL);
         return ptr::null_mut();
@@ -181,19 +181,19 @@ pub extern "C" fn memalign(align: usize, size: usize) -> *mut c_void {
     unsafe { __libc_memalign(align, size) }
 }
 
-/// See aligned_alloc(3).
+/// See `aligned_alloc(3)`.
 #[unsafe(no_mangle)]
-pub extern "C" fn aligned_alloc(align: usize, size: usize) -> *mut c_void {
+pub(crate) extern "C" fn aligned_alloc(align: usize, size: usize) -> *mut c_void {
     memalign(align, size)
 }
 
-/// See posix_memalign(3).
+/// See `posix_memalign(3)`.
 ///
 /// # Safety
 ///
 /// `place` can be written.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn posix_memalign(
+pub(crate) unsafe extern "C" fn posix_memalign(
     place: *mut *mut c_void,
     align: usize,
     size: usize,
@@ -212,26 +212,26 @@ pub unsafe extern "C" fn posix_memalign(
 
 /// See valloc(3).
 #[unsafe(no_mangle)]
-pub extern "C" fn valloc(size: usize) -> *mut c_void {
+pub(crate) extern "C" fn valloc(size: usize) -> *mut c_void {
     memalign(PAGE, size)
 }
 
 /// See pvalloc(3).
 #[unsafe(no_mangle)]
-pub extern "C" fn pvalloc(size: usize) -> *mut c_void {
+pub(crate) extern "C" fn pvalloc(size: usize) -> *mut c_void {
     match size.checked_next_multiple_of(PAGE) {
         Some(size) => memalign(PAGE, size),
         None => checked(ptr::null_mut()),
     }
 }
 
-/// See malloc_usable_size(3).
+/// See `malloc_usable_size(3)`.
 ///
 /// # Safety
 ///
 /// `pointer` is null or a block that was not freed.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn malloc_usable_size(pointer: *mut c_void) -> usize {
+pub(crate) unsafe extern "C" fn malloc_usable_size(pointer: *mut c_void) -> usize {
     if pointer.is_null() {
         return 0;
     }
@@ -239,13 +239,12 @@ pub unsafe extern "C" fn malloc_usable_size(pointer: *mut c_void) -> usize {
         // SAFETY: the block came from mimalloc and is live.
         return unsafe { mi::mi_usable_size(pointer) };
     }
-    // SAFETY: a block of the C library has its size in the word before it, as its documentation of chunks says; the
-    // lowest three bits are flags, and the word itself is the block's only overhead unless it was mapped alone.
-    let word = unsafe { *pointer.cast::<usize>().sub(1) };
-    let overhead = if word & 2 == 0 {
-        size_of::<usize>()
-    } else {
-        2 * size_of::<usize>()
-    };
-    (word & !7) - overhead
+    let block = pointer.cast::<usize>();
+    // SAFETY: the word before a block of the C library belongs to it.
+    let size = unsafe { block.sub(1) };
+    // SAFETY: that word is the chunk's size; its lowest three bits are flags.
+    let size = unsafe { *size };
+    // A chunk has one word of its own, or two if it was mapped alone.
+    let words = if size & MAPPED_ALONE == 0 { 1 } else { 2 };
+    (size & !CHUNK_FLAGS).saturating_sub(words * size_of::<usize>())
 }

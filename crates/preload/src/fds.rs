@@ -5,6 +5,7 @@
 use core::ffi::{c_int, c_uint};
 use std::sync::OnceLock;
 
+use crate::raw::{fail, syscall_int, word};
 use crate::state;
 
 /// Our descriptors, in ascending order.
@@ -20,25 +21,19 @@ fn ours() -> &'static [c_int] {
     })
 }
 
-fn fail(errno: c_int) -> c_int {
-    // SAFETY: the C library's errno of this thread can always be written.
-    unsafe { *libc::__errno_location() = errno };
-    -1
-}
-
 /// See close(2). Ours are not open, as far as the program is concerned.
 #[unsafe(no_mangle)]
-pub extern "C" fn close(fd: c_int) -> c_int {
+pub(crate) extern "C" fn close(fd: c_int) -> c_int {
     if ours().contains(&fd) {
         return fail(libc::EBADF);
     }
     // SAFETY: the descriptor is the program's to close.
-    unsafe { libc::syscall(libc::SYS_close, fd) as c_int }
+    unsafe { syscall_int(libc::SYS_close, [word(fd), 0, 0, 0, 0, 0]) }
 }
 
-/// See close_range(2). Ours stay open.
+/// See `close_range(2)`. Ours stay open.
 #[unsafe(no_mangle)]
-pub extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+pub(crate) extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
     let mut next = first;
     for fd in ours().iter().filter_map(|fd| c_uint::try_from(*fd).ok()) {
         if fd < next || fd > last {
@@ -56,32 +51,33 @@ pub extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_in
 }
 
 fn close_range_raw(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+    let arguments = [first as usize, last as usize, word(flags), 0, 0, 0];
     // SAFETY: the descriptors are the program's to close.
-    unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) as c_int }
+    unsafe { syscall_int(libc::SYS_close_range, arguments) }
 }
 
 /// See closefrom(3). Ours stay open.
 #[unsafe(no_mangle)]
-pub extern "C" fn closefrom(first: c_int) {
+pub(crate) extern "C" fn closefrom(first: c_int) {
     close_range(c_uint::try_from(first).unwrap_or(0), c_uint::MAX, 0);
 }
 
 /// See dup2(2). A number of ours is taken.
 #[unsafe(no_mangle)]
-pub extern "C" fn dup2(old: c_int, new: c_int) -> c_int {
+pub(crate) extern "C" fn dup2(old: c_int, new: c_int) -> c_int {
     if ours().contains(&new) {
         return fail(libc::EBUSY);
     }
     // SAFETY: the descriptors are the program's.
-    unsafe { libc::syscall(libc::SYS_dup2, old, new) as c_int }
+    unsafe { syscall_int(libc::SYS_dup2, [word(old), word(new), 0, 0, 0, 0]) }
 }
 
 /// See dup3(2). A number of ours is taken.
 #[unsafe(no_mangle)]
-pub extern "C" fn dup3(old: c_int, new: c_int, flags: c_int) -> c_int {
+pub(crate) extern "C" fn dup3(old: c_int, new: c_int, flags: c_int) -> c_int {
     if ours().contains(&new) {
         return fail(libc::EBUSY);
     }
     // SAFETY: the descriptors are the program's.
-    unsafe { libc::syscall(libc::SYS_dup3, old, new, flags) as c_int }
+    unsafe { syscall_int(libc::SYS_dup3, [word(old), word(new), word(flags), 0, 0, 0]) }
 }

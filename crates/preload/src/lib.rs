@@ -10,6 +10,7 @@ mod alloc;
 mod fds;
 mod glibc;
 mod maps;
+mod raw;
 mod state;
 
 #[global_allocator]

@@ -8,6 +8,7 @@ use core::ffi::{c_int, c_void};
 use pgmap::{AddressSpace, MapError, Place};
 use pgmap_host::thread::SignalsBlocked;
 
+use crate::raw::{self, syscall_int, syscall_pointer, word};
 use crate::state;
 
 /// Mappings smaller than this are not worth a fault of ours.
@@ -17,19 +18,7 @@ const READ_WRITE: c_int = libc::PROT_READ | libc::PROT_WRITE;
 /// What a managed mapping may be asked for, besides being private and anonymous.
 const HARMLESS: c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
 
-/// A system call that may fail.
-///
-/// # Safety
-///
-/// What the call does to memory is what the program asked for.
-unsafe fn raw(number: i64, arguments: [usize; 6]) -> usize {
-    let [a, b, c, d, e, f] = arguments;
-    // SAFETY: by this function's contract. The C library's `syscall` sets errno.
-    unsafe { libc::syscall(number, a, b, c, d, e, f) as usize }
-}
-
-const FAILED: usize = usize::MAX;
-
+/// Fails as the kernel would for the same reason.
 pub(crate) fn fail(error: MapError) -> c_int {
     let errno = match error {
         MapError::OutOfMemory { .. } => libc::ENOMEM,
@@ -37,9 +26,7 @@ pub(crate) fn fail(error: MapError) -> c_int {
         MapError::Pinned(_) => libc::EBUSY,
         MapError::Refused(errno) => errno.raw_os_error(),
     };
-    // SAFETY: the C library's errno of this thread can always be written.
-    unsafe { *libc::__errno_location() = errno };
-    -1
+    raw::fail(errno)
 }
 
 fn answer(result: Result<usize, MapError>) -> *mut c_void {
@@ -58,7 +45,7 @@ fn answer(result: Result<usize, MapError>) -> *mut c_void {
 ///
 /// As mmap(2) with `MAP_FIXED`: the program gives up what it had there.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn mmap(
+pub(crate) unsafe extern "C" fn mmap(
     address: *mut c_void,
     bytes: usize,
     protection: c_int,
@@ -85,17 +72,16 @@ pub unsafe extern "C" fn mmap(
     if flags & (libc::MAP_FIXED | libc::MAP_FIXED_NOREPLACE) == libc::MAP_FIXED {
         replace(address as usize, bytes);
     }
-    #[allow(clippy::cast_sign_loss, reason = "the kernel takes the same bits")]
     let arguments = [
         address as usize,
         bytes,
-        protection as usize,
-        flags as usize,
-        fd as usize,
-        offset as usize,
+        word(protection),
+        word(flags),
+        word(fd),
+        usize::try_from(offset).unwrap_or(usize::MAX),
     ];
     // SAFETY: by this function's contract.
-    (unsafe { raw(libc::SYS_mmap, arguments) }) as *mut c_void
+    unsafe { syscall_pointer(libc::SYS_mmap, arguments) }
 }
 
 /// See mmap(2).
@@ -104,7 +90,7 @@ pub unsafe extern "C" fn mmap(
 ///
 /// As [`mmap`].
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn mmap64(
+pub(crate) unsafe extern "C" fn mmap64(
     address: *mut c_void,
     bytes: usize,
     protection: c_int,
@@ -134,7 +120,7 @@ fn replace(address: usize, bytes: usize) {
 ///
 /// As munmap(2): the program gives up what it had there.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn munmap(address: *mut c_void, bytes: usize) -> c_int {
+pub(crate) unsafe extern "C" fn munmap(address: *mut c_void, bytes: usize) -> c_int {
     let address = address as usize;
     let (start, len) = state::overlap(address, bytes);
     if len == 0 {
@@ -152,14 +138,9 @@ pub unsafe extern "C" fn munmap(address: *mut c_void, bytes: usize) -> c_int {
     }
     let Some(space) = state::space() else {
         // A fork's child: the addresses stay, the pages go.
-        #[allow(clippy::cast_sign_loss, reason = "a small positive constant")]
-        let arguments = [start, len, libc::MADV_DONTNEED as usize, 0, 0, 0];
+        let arguments = [start, len, word(libc::MADV_DONTNEED), 0, 0, 0];
         // SAFETY: by this function's contract.
-        return if unsafe { raw(libc::SYS_madvise, arguments) } == FAILED {
-            -1
-        } else {
-            0
-        };
+        return unsafe { syscall_int(libc::SYS_madvise, arguments) };
     };
     let _blocked = SignalsBlocked::new();
     space.unmap(start, len).map_or_else(fail, |()| 0)
@@ -170,11 +151,7 @@ pub unsafe extern "C" fn munmap(address: *mut c_void, bytes: usize) -> c_int {
 /// As [`munmap`].
 unsafe fn unmap_raw(address: usize, bytes: usize) -> c_int {
     // SAFETY: by this function's contract.
-    if unsafe { raw(libc::SYS_munmap, [address, bytes, 0, 0, 0, 0]) } == FAILED {
-        -1
-    } else {
-        0
-    }
+    unsafe { syscall_int(libc::SYS_munmap, [address, bytes, 0, 0, 0, 0]) }
 }
 
 /// See mremap(2).
@@ -183,7 +160,7 @@ unsafe fn unmap_raw(address: usize, bytes: usize) -> c_int {
 ///
 /// As mremap(2).
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn mremap(
+pub(crate) unsafe extern "C" fn mremap(
     address: *mut c_void,
     old: usize,
     new: usize,
@@ -196,17 +173,9 @@ pub unsafe extern "C" fn mremap(
     if flags & libc::MREMAP_FIXED != 0 {
         replace(target as usize, new);
     }
-    #[allow(clippy::cast_sign_loss, reason = "the kernel takes the same bits")]
-    let arguments = [
-        address as usize,
-        old,
-        new,
-        flags as usize,
-        target as usize,
-        0,
-    ];
+    let arguments = [address as usize, old, new, word(flags), target as usize, 0];
     // SAFETY: by this function's contract.
-    (unsafe { raw(libc::SYS_mremap, arguments) }) as *mut c_void
+    unsafe { syscall_pointer(libc::SYS_mremap, arguments) }
 }
 
 fn remap(
@@ -231,7 +200,11 @@ fn remap(
 ///
 /// As mprotect(2).
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn mprotect(address: *mut c_void, bytes: usize, protection: c_int) -> c_int {
+pub(crate) unsafe extern "C" fn mprotect(
+    address: *mut c_void,
+    bytes: usize,
+    protection: c_int,
+) -> c_int {
     if bytes > 0
         && let Some(space) = managing(address as usize)
     {
@@ -240,31 +213,21 @@ pub unsafe extern "C" fn mprotect(address: *mut c_void, bytes: usize, protection
             .protect(address as usize, bytes, protection)
             .map_or_else(fail, |()| 0);
     }
-    #[allow(clippy::cast_sign_loss, reason = "the kernel takes the same bits")]
-    let arguments = [address as usize, bytes, protection as usize, 0, 0, 0];
+    let arguments = [address as usize, bytes, word(protection), 0, 0, 0];
     // SAFETY: by this function's contract.
-    if unsafe { raw(libc::SYS_mprotect, arguments) } == FAILED {
-        -1
-    } else {
-        0
-    }
+    unsafe { syscall_int(libc::SYS_mprotect, arguments) }
 }
 
 /// See mlockall(2). Locking all of managed memory would bring all of it into RAM, against what the user has asked for:
 /// the call succeeds and does nothing.
 #[unsafe(no_mangle)]
-pub extern "C" fn mlockall(flags: c_int) -> c_int {
+pub(crate) extern "C" fn mlockall(flags: c_int) -> c_int {
     if state::space().is_some() {
         return 0;
     }
-    #[allow(clippy::cast_sign_loss, reason = "the kernel takes the same bits")]
-    let arguments = [flags as usize, 0, 0, 0, 0, 0];
+    let arguments = [word(flags), 0, 0, 0, 0, 0];
     // SAFETY: locking memory changes none.
-    if unsafe { raw(libc::SYS_mlockall, arguments) } == FAILED {
-        -1
-    } else {
-        0
-    }
+    unsafe { syscall_int(libc::SYS_mlockall, arguments) }
 }
 
 /// What manages the memory at an address, if anything does.
