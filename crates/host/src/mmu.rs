@@ -18,7 +18,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::mm::{Advice, ProtFlags, madvise};
 
-use crate::area::{Area, OnFork};
+use crate::area::{Area, ForkMark, OnFork};
 use crate::event::Event;
 use crate::forks::{Drained, Forks};
 use crate::uffd::{
@@ -69,7 +69,8 @@ pub enum HostError {
 ///
 /// # Invariants
 ///
-/// `arena` and `staging` are registered with `uffd` and `staging_uffd`; `zeros` is never written.
+/// `arena` and `staging` are registered with `uffd` and `staging_uffd`, which belong to the process that `made_here` marks;
+/// `zeros` is never written.
 #[derive(Debug)]
 pub struct HostMmu {
     uffd: Uffd,
@@ -77,6 +78,7 @@ pub struct HostMmu {
     kick: OwnedFd,
     forks: Arc<Forks>,
     children: Children,
+    made_here: ForkMark,
     arena: Area,
     staging: Area,
     zeros: Area,
@@ -107,6 +109,7 @@ impl HostMmu {
         let arena = reserve(bytes, read_write, children.on_fork())?;
         // A child has no use for slots; and pages that it does not share are never refused on their way back.
         let staging = reserve(slots as usize * PAGE_SIZE, read_write, OnFork::Wipe)?;
+        let made_here = ForkMark::new().map_err(|errno| other("marking a page", errno))?;
         let zeros = reserve(ZEROS * PAGE_SIZE, ProtFlags::READ, OnFork::Inherit)?;
         let registered = uffd.register(arena.address(), arena.len());
         registered.map_err(|errno| other("registering the arena with userfaultfd", errno))?;
@@ -119,6 +122,7 @@ impl HostMmu {
             kick,
             forks: Forks::new(),
             children,
+            made_here,
             arena,
             staging,
             zeros,
@@ -190,11 +194,17 @@ impl HostMmu {
     /// Waits until the children of all forks so far have all their pages.
     ///
     /// Whoever is about to discard bytes that are outside the address space calls this first, without a lock: a child
-    /// may still be owed them. Never called by the thread that serves faults, which would wait for itself.
+    /// may still be owed them. Never called by the thread that serves faults, which would wait for itself. In a child
+    /// it has nothing to wait for.
     pub fn settle_forks(&self) {
-        while !self.forks.hold().is_settled() {
+        while !self.is_foreign() && !self.forks.hold().is_settled() {
             std::thread::sleep(Duration::from_micros(100));
         }
+    }
+
+    /// Whether this is a fork's child, where the descriptors still mean the parent's memory.
+    fn is_foreign(&self) -> bool {
+        self.made_here.is_forked()
     }
 
     /// Reads the messages that keep the kernel from copying and moving.
@@ -232,8 +242,14 @@ impl HostMmu {
         })
     }
 
-    /// Repeats an operation over `len` bytes until it is done or stops for good.
+    /// Repeats an operation over `len` bytes until it is done or stops for good. A child may not touch its parent's pages.
     fn repeat(&self, len: usize, mut operation: impl FnMut(usize, usize) -> Done) -> Progress {
+        if self.is_foreign() {
+            return Progress {
+                done: 0,
+                stop: Some(Stop::Gone),
+            };
+        }
         let mut bytes = 0;
         while bytes < len {
             let done = operation(bytes, len - bytes);
@@ -334,7 +350,8 @@ unsafe impl Mmu for HostMmu {
 
     fn unprotect(&self, at: VirtAddr, count: usize) {
         self.check(at, count);
-        while self.uffd.unprotect(at.get(), count * PAGE_SIZE) == Err(Errno::AGAIN) {
+        let len = count * PAGE_SIZE;
+        while !self.is_foreign() && self.uffd.unprotect(at.get(), len) == Err(Errno::AGAIN) {
             self.drain();
         }
     }

@@ -286,6 +286,7 @@ fn setting(path: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mmu::{Children, HostMmu};
 
     #[test]
     fn every_check_that_fails_says_how_to_mend_it() {
@@ -296,6 +297,24 @@ mod tests {
                 "{check:?}"
             );
             assert!(!check.seen.is_empty(), "{check:?}");
+        }
+    }
+
+    /// `doctor` promises what `run` then finds.
+    #[test]
+    fn the_checks_agree_with_the_arena() {
+        let checks = checks(Path::new("/tmp"));
+        let missing = |need| {
+            checks
+                .iter()
+                .any(|check| check.need == need && check.finding == Finding::Missing)
+        };
+        match HostMmu::new(PAGE_SIZE, 1) {
+            Ok(mmu) => {
+                assert!(!missing(Need::Always));
+                assert_eq!(missing(Need::Run), mmu.children() == Children::Excluded);
+            }
+            Err(_) => assert!(missing(Need::Always)),
         }
     }
 

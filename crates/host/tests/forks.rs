@@ -12,13 +12,23 @@ use std::thread::{self, JoinHandle};
 
 use common::{arena, at, bytes, install, page, poke};
 use pgmap_host::event::{ChildSpace, Event};
-use pgmap_host::mmu::HostMmu;
+use pgmap_host::mmu::{Children, HostMmu};
 use pgmap_mm::mmu::{Mmu, Progress, Protect, Slot, Stop};
 
 /// A fork is told to every arena of the process, and waits until each has listened: one test at a time.
 fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::new(());
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An arena whose children are served, or a loud skip.
+fn served(pages: usize) -> Option<Arc<HostMmu>> {
+    let mmu = arena(pages)?;
+    if mmu.children() == Children::Excluded {
+        eprintln!("SKIPPED, because this process may not be told of its forks (CAP_SYS_PTRACE)");
+        return None;
+    }
+    Some(Arc::new(mmu))
 }
 
 /// Forks on another thread, where the child runs `child` and exits with what that says. Answers the child's status.
@@ -62,9 +72,7 @@ fn next_child(mmu: &HostMmu) -> ChildSpace {
 #[test]
 fn a_child_waits_for_the_pages_that_it_is_given() {
     let _alone = alone();
-    let Some(mmu) = arena(16).map(Arc::new) else {
-        return;
-    };
+    let Some(mmu) = served(16) else { return };
     install(&mmu, 0, 0..2, Protect::ReadWrite);
     assert_eq!(mmu.take_out(at(&mmu, 0), 1, Slot(0)), Progress::complete(1));
     let status = fork(&mmu, |mmu| {
@@ -85,9 +93,7 @@ fn a_child_waits_for_the_pages_that_it_is_given() {
 #[test]
 fn a_page_that_comes_back_first_is_given_to_the_child() {
     let _alone = alone();
-    let Some(mmu) = arena(16).map(Arc::new) else {
-        return;
-    };
+    let Some(mmu) = served(16) else { return };
     install(&mmu, 0, 0..2, Protect::ReadWrite);
     assert_eq!(mmu.take_out(at(&mmu, 0), 2, Slot(0)), Progress::complete(2));
     let status = fork(&mmu, |mmu| {
@@ -114,9 +120,7 @@ fn a_page_that_comes_back_first_is_given_to_the_child() {
 #[test]
 fn a_child_of_a_child_is_served_too() {
     let _alone = alone();
-    let Some(mmu) = arena(16).map(Arc::new) else {
-        return;
-    };
+    let Some(mmu) = served(16) else { return };
     install(&mmu, 0, 0..2, Protect::ReadWrite);
     assert_eq!(mmu.take_out(at(&mmu, 0), 2, Slot(0)), Progress::complete(2));
     let status = fork(&mmu, |mmu| {
@@ -143,9 +147,7 @@ fn a_child_of_a_child_is_served_too() {
 #[test]
 fn shared_pages_stay_until_they_are_unshared_and_staged_ones_are_never_shared() {
     let _alone = alone();
-    let Some(mmu) = arena(16).map(Arc::new) else {
-        return;
-    };
+    let Some(mmu) = served(16) else { return };
     install(&mmu, 0, 0..2, Protect::ReadWrite);
     assert_eq!(mmu.take_out(at(&mmu, 1), 1, Slot(1)), Progress::complete(1));
     let (reader, writer) = rustix::pipe::pipe().unwrap();
@@ -166,12 +168,56 @@ fn shared_pages_stay_until_they_are_unshared_and_staged_ones_are_never_shared() 
     assert_eq!(status.join().unwrap(), 0);
 }
 
+/// The descriptors that a child inherits mean its parent's memory, which is none of its business.
 #[test]
-fn settling_waits_for_the_last_child() {
+fn a_child_cannot_touch_its_parents_pages() {
+    let _alone = alone();
+    let Some(mmu) = served(16) else { return };
+    install(&mmu, 0, 0..1, Protect::ReadWrite);
+    assert_eq!(mmu.take_out(at(&mmu, 0), 1, Slot(0)), Progress::complete(1));
+    let status = fork(&mmu, |mmu| {
+        mmu.settle_forks();
+        let refused = [
+            mmu.install(at(mmu, 5), &[page(5)], Protect::ReadWrite),
+            mmu.give_back(Slot(0), 1, at(mmu, 0)),
+            mmu.poison(at(mmu, 6), 1),
+        ];
+        refused
+            .iter()
+            .all(|refusal| refusal.stop == Some(Stop::Gone))
+    });
+    let child = next_child(&mmu);
+    assert_eq!(status.join().unwrap(), 0);
+    drop(child);
+    assert_eq!(
+        mmu.give_back(Slot(0), 1, at(&mmu, 0)),
+        Progress::complete(1)
+    );
+    let progress = mmu.take_out(at(&mmu, 5), 2, Slot(1));
+    assert_eq!(progress.stop, Some(Stop::Hole));
+}
+
+/// Where the kernel does not tell us of forks, a child that touches the arena dies, rather than read zeros.
+#[test]
+fn a_child_that_cannot_be_served_has_no_arena() {
     let _alone = alone();
     let Some(mmu) = arena(16).map(Arc::new) else {
         return;
     };
+    if mmu.children() == Children::Served {
+        eprintln!("SKIPPED, because this process may be told of its forks (CAP_SYS_PTRACE)");
+        return;
+    }
+    install(&mmu, 0, 0..1, Protect::ReadWrite);
+    let status = fork(&mmu, |mmu| bytes(mmu, 0).0 == page(0).0);
+    assert_eq!(status.join().unwrap() & 0x7f, libc::SIGSEGV);
+    assert_eq!(bytes(&mmu, 0).0, page(0).0);
+}
+
+#[test]
+fn settling_waits_for_the_last_child() {
+    let _alone = alone();
+    let Some(mmu) = served(16) else { return };
     mmu.settle_forks();
     let status = fork(&mmu, |_| true);
     let child = next_child(&mmu);
@@ -189,9 +235,7 @@ fn settling_waits_for_the_last_child() {
 fn forks_and_moves_at_once_lose_nothing() {
     const PAGES: u8 = 8;
     let _alone = alone();
-    let Some(mmu) = arena(16).map(Arc::new) else {
-        return;
-    };
+    let Some(mmu) = served(16) else { return };
     install(&mmu, 0, 0..PAGES, Protect::ReadWrite);
     // Where each page is: the lock of its block, as it were.
     let staged = Arc::new(Mutex::new([false; PAGES as usize]));
