@@ -69,6 +69,12 @@ impl ModelDevice {
         })
     }
 
+    /// Pages that there is room for.
+    #[must_use]
+    pub const fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// Makes the next fitting operation fail.
     pub fn fail(&self, failure: Failure) {
         self.state.lock().failures.push(failure);
@@ -155,7 +161,11 @@ impl PrivateOps for ModelDevice {
         let state = &mut *self.state.lock();
         state.complete();
         let page = state.pages.remove(&data.0);
-        assert!(page.is_some(), "page {} was freed, and is not stored", data.0);
+        assert!(
+            page.is_some(),
+            "page {} was freed, and is not stored",
+            data.0
+        );
     }
 
     fn usage(&self) -> Usage {

@@ -71,7 +71,10 @@ impl Body {
 
     fn word_at(self, at: VirtAddr) -> NonNull<u64> {
         let offset = at.get() % PAGE_SIZE;
-        assert!(offset.is_multiple_of(8), "{at:?} is not the address of a word");
+        assert!(
+            offset.is_multiple_of(8),
+            "{at:?} is not the address of a word"
+        );
         // SAFETY: the offset is less than a page.
         unsafe { self.0.byte_add(offset) }.cast()
     }
@@ -241,7 +244,9 @@ impl ModelMmu {
     pub fn pages_in_use(&self) -> usize {
         let memory = self.memory.lock();
         let pages = memory.mapped.values();
-        pages.filter(|mapping| matches!(mapping, Mapping::Page { .. })).count()
+        pages
+            .filter(|mapping| matches!(mapping, Mapping::Page { .. }))
+            .count()
             + memory.slots.iter().flatten().count()
     }
 
@@ -340,7 +345,11 @@ unsafe impl Mmu for ModelMmu {
         Self::each(count, |nth| {
             let (at, to) = (nth_page(at, nth), nth_slot(to, nth));
             let memory = &mut *self.memory.lock();
-            assert_eq!(*memory.slot(to), None, "{to:?} was taken out to, and is filled");
+            assert_eq!(
+                *memory.slot(to),
+                None,
+                "{to:?} was taken out to, and is filled"
+            );
             let Some(Mapping::Page { body, .. }) = memory.mapped.get(&at).copied() else {
                 return Err(Stop::Hole);
             };
@@ -365,7 +374,9 @@ unsafe impl Mmu for ModelMmu {
                 !memory.mapped.contains_key(&at),
                 "a page was given back over the one at {at:?}"
             );
-            let body = memory.slot(from).unwrap_or_else(|| panic!("{from:?} was given back, and is empty"));
+            let body = memory
+                .slot(from)
+                .unwrap_or_else(|| panic!("{from:?} was given back, and is empty"));
             if let Some(stop) = memory.refusal(Operation::GiveBack) {
                 return Err(stop);
             }
@@ -414,7 +425,10 @@ unsafe impl Mmu for ModelMmu {
         Self::each(count, |nth| {
             let at = nth_page(at, nth);
             let before = self.memory.lock().mapped.insert(at, Mapping::Poison);
-            assert!(before.is_none(), "the page at {at:?} was poisoned over {before:?}");
+            assert!(
+                before.is_none(),
+                "the page at {at:?} was poisoned over {before:?}"
+            );
             Ok(())
         })
     }
@@ -440,11 +454,16 @@ unsafe impl Mmu for ModelMmu {
 impl Drop for ModelMmu {
     fn drop(&mut self) {
         let memory = core::mem::take(&mut *self.memory.lock());
-        let mapped = memory.mapped.into_values().filter_map(|mapping| match mapping {
-            Mapping::Page { body, .. } => Some(body),
-            Mapping::Poison => None,
-        });
-        let bodies = mapped.chain(memory.slots.into_iter().flatten()).chain(memory.dropped);
+        let mapped = memory
+            .mapped
+            .into_values()
+            .filter_map(|mapping| match mapping {
+                Mapping::Page { body, .. } => Some(body),
+                Mapping::Poison => None,
+            });
+        let bodies = mapped
+            .chain(memory.slots.into_iter().flatten())
+            .chain(memory.dropped);
         for body in bodies {
             // SAFETY: by the type invariant it came from a box; every page is in one place, so it is freed once.
             drop(unsafe { Box::from_raw(body.0.as_ptr()) });

@@ -1,0 +1,365 @@
+//! What a program did to its memory, and what it may therefore find there.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
+use std::sync::Arc;
+
+use pgmap_core::addr::PAGE_SIZE;
+use pgmap_lab::device::Failure;
+use pgmap_lab::machine::{Cpu, Machine, Signal};
+use pgmap_lab::model::{Dma, Operation};
+use pgmap_mm::gup::{Pin, PinAccess, PinError, pin_user_pages};
+use pgmap_mm::mmu::Stop;
+use pgmap_mm::reclaim::Caller;
+use pgmap_mm::stats::Stats;
+
+/// One thing that happens.
+#[derive(Clone, Debug)]
+pub enum Step {
+    Store(u32, usize),
+    Load(u32, usize),
+    StoreRun(Range<u32>),
+    LoadRun(Range<u32>),
+    LoadStride(u32, u32),
+    Discard(Range<u32>),
+    Unmap(Range<u32>),
+    Map(u32),
+    Reclaim(usize),
+    Deactivate(usize),
+    SendAway(usize),
+    Pin(Range<u32>, PinAccess),
+    Unpin(usize),
+    DmaStore(usize, usize),
+    PinUnseen(u32),
+    UnpinUnseen(usize),
+    DropUnseen(u32),
+    SetLimit(u64),
+    Unplug(usize),
+    Fail(usize, Failure),
+    Refuse(Operation, Stop),
+}
+
+struct Pinned {
+    _pin: Pin,
+    pages: Range<u32>,
+    dma: Vec<(u32, Dma)>,
+}
+
+/// The machine, and the map that it has to agree with.
+pub struct History {
+    machine: Arc<Machine>,
+    cpu: Cpu,
+    words: BTreeMap<(u32, usize), u64>,
+    live: Vec<bool>,
+    lost: BTreeSet<u32>,
+    pins: Vec<Pinned>,
+    unseen: Vec<(u32, Dma)>,
+    /// Pages that may still turn out to be lost: read failures that were asked for.
+    losses: u32,
+    /// Something was asked for that may make memory scarce.
+    scarce: bool,
+    last: u64,
+    peak: u64,
+}
+
+impl History {
+    pub fn new(machine: Arc<Machine>) -> Self {
+        let pages = machine.pages;
+        let scarce = machine
+            .devices
+            .iter()
+            .map(|device| device.capacity())
+            .sum::<usize>()
+            < pages as usize;
+        let mapped = machine.space.map(pages, 1);
+        assert_eq!(mapped, Some(machine.word(0, 0)));
+        Self {
+            cpu: machine.cpu(),
+            words: BTreeMap::new(),
+            live: vec![true; pages as usize],
+            lost: BTreeSet::new(),
+            pins: Vec::new(),
+            unseen: Vec::new(),
+            losses: 0,
+            scarce,
+            last: 0,
+            peak: 0,
+            machine,
+        }
+    }
+
+    pub fn step(&mut self, step: &Step) {
+        match step {
+            Step::Store(page, nth) => self.store(*page, *nth),
+            Step::Load(page, nth) => self.load(*page, *nth),
+            Step::StoreRun(run) => self.clip(run).for_each(|page| self.store(page, 0)),
+            Step::LoadRun(run) => self.clip(run).for_each(|page| self.load(page, 0)),
+            Step::LoadStride(page, step) => {
+                for page in self
+                    .clip(&(*page..u32::MAX))
+                    .step_by(*step as usize)
+                    .take(20)
+                {
+                    self.load(page, 0);
+                }
+            }
+            Step::Discard(run) => self.discard(&self.clip(run)),
+            Step::Unmap(run) => self.unmap(self.clip(run)),
+            Step::Map(pages) => self.map(*pages),
+            Step::Reclaim(want) => drop(self.cpu.reclaim(*want)),
+            Step::Deactivate(most) => self.machine.space.deactivate(Caller::Reclaimer, *most),
+            Step::SendAway(want) => drop(self.machine.space.store(*want)),
+            Step::Pin(run, access) => self.pin(self.clip(run), *access),
+            Step::Unpin(nth) => drop(take(&mut self.pins, *nth)),
+            Step::DmaStore(nth, word) => self.dma_store(*nth, *word),
+            Step::PinUnseen(page) => self.pin_unseen(*page),
+            Step::UnpinUnseen(nth) => drop(take(&mut self.unseen, *nth)),
+            Step::DropUnseen(page) => self.drop_unseen(*page),
+            Step::SetLimit(frames) => self.machine.space.ram().set_limit(*frames),
+            Step::Unplug(nth) => self.unplug(*nth),
+            Step::Fail(nth, failure) => self.fail(*nth, *failure),
+            Step::Refuse(operation, stop) => {
+                self.scarce = true;
+                self.machine.mmu.refuse(*operation, *stop);
+            }
+        }
+        self.check();
+    }
+
+    /// What holds after every step.
+    fn check(&mut self) {
+        let ram = self.machine.space.ram();
+        assert!(
+            ram.in_use() <= ram.limit().max(self.peak),
+            "the budget is exceeded"
+        );
+        self.peak = ram.in_use();
+        assert!(
+            self.machine.mmu.pages_in_use() as u64 <= ram.in_use(),
+            "pages are in RAM that no frame accounts for"
+        );
+        for page in self.pins.iter().flat_map(|pinned| pinned.pages.clone()) {
+            let word = self.machine.mmu.load(self.machine.word(page, 0));
+            let expected = self.words.get(&(page, 0)).copied().unwrap_or(0);
+            assert_eq!(word, Ok(expected), "pinned page {page} agrees and stays");
+        }
+    }
+
+    /// Looks at every word, lets go of everything, and looks for leaks.
+    pub fn end(mut self) {
+        self.machine.mmu.refuse_nothing();
+        let words: Vec<_> = self.words.keys().copied().collect();
+        for (page, nth) in words {
+            self.load(page, nth);
+        }
+        self.pins.clear();
+        self.unseen.clear();
+        let poisoned = Stats::get(&self.machine.space.stats().poisoned);
+        assert!(poisoned >= self.lost.len() as u64);
+        drop(self.cpu);
+        self.machine.assert_empty();
+    }
+
+    fn clip(&self, run: &Range<u32>) -> Range<u32> {
+        let pages = u32::try_from(self.live.len()).unwrap();
+        run.start.min(pages)..run.end.min(pages)
+    }
+
+    fn load(&mut self, page: u32, nth: usize) {
+        let word = self.cpu.load(self.machine.word(page, nth));
+        let expected = self.words.get(&(page, nth)).copied().unwrap_or(0);
+        if let Some(word) = self.outcome(page, word) {
+            assert_eq!(word, expected, "word {nth} of page {page} agrees");
+        }
+    }
+
+    fn store(&mut self, page: u32, nth: usize) {
+        self.last += 1;
+        let stored = self.cpu.store(self.machine.word(page, nth), self.last);
+        if self.outcome(page, stored).is_some() {
+            self.words.insert((page, nth), self.last);
+        }
+    }
+
+    /// Judges how an access ended; its result if it succeeded.
+    fn outcome<T>(&mut self, page: u32, outcome: Result<T, Signal>) -> Option<T> {
+        let live = self.live[page as usize];
+        let lost = self.lost.contains(&page);
+        match outcome {
+            Ok(value) => {
+                assert!(live, "page {page} is not mapped, and could be used");
+                assert!(!lost, "page {page} is lost, and could be used");
+                Some(value)
+            }
+            Err(Signal::Segv) => {
+                assert!(!live, "page {page} is mapped, and could not be used");
+                None
+            }
+            Err(Signal::Bus) => {
+                if self.lost.insert(page) {
+                    self.losses = self.losses.checked_sub(1).expect("no device has failed");
+                    self.words.retain(|(of, _), _| *of != page);
+                }
+                None
+            }
+            Err(Signal::OutOfMemory) => {
+                let held = !self.pins.is_empty() || !self.unseen.is_empty();
+                assert!(
+                    held || self.scarce,
+                    "there is room, and page {page} could not be had"
+                );
+                None
+            }
+        }
+    }
+
+    fn forget(&mut self, run: Range<u32>) {
+        self.words.retain(|(page, _), _| !run.contains(page));
+        self.lost.retain(|page| !run.contains(page));
+        // Their pages are the device's alone from now on.
+        self.unseen.retain(|(page, _)| !run.contains(page));
+    }
+
+    fn discard(&mut self, run: &Range<u32>) {
+        let pinned = |page: &u32| self.pins.iter().any(|pinned| pinned.pages.contains(page));
+        let end = run.clone().find(pinned);
+        let at = self.machine.word(run.start, 0);
+        let discarded = self.machine.space.discard(at, run.end - run.start);
+        assert_eq!(
+            discarded.map_err(|pinned| pinned.at).err(),
+            end.map(|page| self.machine.word(page, 0)),
+            "the first pinned page is named"
+        );
+        self.forget(run.start..end.unwrap_or(run.end));
+    }
+
+    fn unmap(&mut self, run: Range<u32>) {
+        self.pins
+            .retain(|pinned| !pinned.pages.clone().any(|page| run.contains(&page)));
+        let at = self.machine.word(run.start, 0);
+        assert_eq!(self.machine.space.unmap(at, run.end - run.start), Ok(()));
+        self.live[run.start as usize..run.end as usize].fill(false);
+        self.forget(run);
+    }
+
+    fn map(&mut self, pages: u32) {
+        let Some(at) = self.machine.space.map(pages, 1) else {
+            return;
+        };
+        let start = (at.get() - self.machine.word(0, 0).get()) / PAGE_SIZE;
+        let area = &mut self.live[start..start + pages as usize];
+        assert!(
+            area.iter().all(|live| !live),
+            "an area was handed out twice"
+        );
+        area.fill(true);
+    }
+
+    fn pin(&mut self, pages: Range<u32>, access: PinAccess) {
+        if pages.is_empty() || self.pins.len() > 3 {
+            return;
+        }
+        let at = self.machine.word(pages.start, 0);
+        let (space, count) = (&self.machine.space, pages.end - pages.start);
+        let pin = pin_user_pages(
+            space,
+            &mut self.cpu.worker,
+            at,
+            count,
+            access,
+            Cow::Borrowed("test"),
+        );
+        let page_of = |at: pgmap_core::addr::VirtAddr| {
+            u32::try_from((at.get() - self.machine.word(0, 0).get()) / PAGE_SIZE).unwrap()
+        };
+        let pin = match pin {
+            Ok(pin) => pin,
+            Err(PinError::Poisoned { at }) => {
+                return drop(self.outcome::<()>(page_of(at), Err(Signal::Bus)));
+            }
+            Err(PinError::BadAddress { at }) => {
+                return drop(self.outcome::<()>(page_of(at), Err(Signal::Segv)));
+            }
+            Err(PinError::NoMemory { at }) => {
+                return drop(self.outcome::<()>(page_of(at), Err(Signal::OutOfMemory)));
+            }
+            Err(PinError::TooManyPins { at }) => panic!("{at:?} has too many pins"),
+        };
+        let dma = pages.clone().filter(|_| access == PinAccess::Write);
+        let dma = dma.map(|page| {
+            (
+                page,
+                self.machine.mmu.dma(self.machine.word(page, 0)).unwrap(),
+            )
+        });
+        self.pins.push(Pinned {
+            _pin: pin,
+            dma: dma.collect(),
+            pages,
+        });
+    }
+
+    fn dma_store(&mut self, nth: usize, word: usize) {
+        let seen = self.pins.iter().flat_map(|pinned| &pinned.dma);
+        let all: Vec<_> = seen.chain(&self.unseen).collect();
+        if all.is_empty() {
+            return;
+        }
+        let (page, dma) = all[nth % all.len()];
+        self.last += 1;
+        dma.store(self.machine.word(*page, word), self.last);
+        self.words.insert((*page, word), self.last);
+    }
+
+    fn pin_unseen(&mut self, page: u32) {
+        if self.unseen.len() < 4
+            && let Ok(dma) = self.machine.mmu.pin_unseen(self.machine.word(page, 0))
+        {
+            self.unseen.push((page, dma));
+        }
+    }
+
+    fn drop_unseen(&mut self, page: u32) {
+        let pinned = self.pins.iter().any(|pinned| pinned.pages.contains(&page));
+        if !pinned && self.machine.mmu.drop_unseen(self.machine.word(page, 0)) {
+            self.forget(page..page + 1);
+        }
+    }
+
+    /// Takes a device away, and gives it back.
+    fn unplug(&mut self, nth: usize) {
+        let Some(device) = self.machine.space.devices().get(nth).cloned() else {
+            return;
+        };
+        let killed = device.kill();
+        let gone = self
+            .machine
+            .space
+            .evacuate(&mut self.cpu.worker, killed.device());
+        if gone.is_ok() {
+            assert_eq!(killed.device().users_now(), 0, "pages were left behind");
+            assert_eq!(
+                self.machine.devices[nth].pages(),
+                0,
+                "pages were left behind"
+            );
+        }
+        drop(killed.resurrect());
+    }
+
+    fn fail(&mut self, nth: usize, failure: Failure) {
+        let Some(device) = self.machine.devices.get(nth) else {
+            return;
+        };
+        device.fail(failure);
+        match failure {
+            Failure::Write => self.scarce = true,
+            Failure::Read | Failure::Corrupt => self.losses += 1,
+        }
+    }
+}
+
+fn take<T>(list: &mut Vec<T>, nth: usize) -> Option<T> {
+    (!list.is_empty()).then(|| list.swap_remove(nth % list.len()))
+}
