@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use pgmap_core::addr::{PAGE_SIZE, Page, VirtAddr};
 use pgmap_mm::fault::Access;
-use pgmap_mm::mmu::Protect;
+use pgmap_mm::mmu::{Protect, Stop};
 use rustix::io::Errno;
 
 use crate::forks::Forks;
+use crate::mmu::stop;
 
 /// Something that the pager has to do.
 #[derive(Debug)]
@@ -44,16 +45,23 @@ impl ChildSpace {
         Self { forks, id }
     }
 
-    /// Gives the child a page, if it has none there. False if it could not be had, which is so if the child has ended,
-    /// too.
-    #[must_use]
-    pub fn install(&self, at: VirtAddr, page: &Page) -> bool {
+    /// Gives the child a page, if it has none there.
+    ///
+    /// # Errors
+    ///
+    /// [`Stop::Gone`]: the child has ended, or runs another program; nothing more need be given. Otherwise it could not be
+    /// had now, [`Stop::NoMemory`] before all.
+    pub fn install(&self, at: VirtAddr, page: &Page) -> Result<(), Stop> {
         let bytes = page.0.as_ptr();
         let done = self.forks.in_child(self.id, |uffd| {
             // SAFETY: the page is readable, and as long.
             unsafe { uffd.copy(at.get(), bytes, PAGE_SIZE, Protect::ReadWrite) }
         });
-        done.is_some_and(|done| done.bytes == PAGE_SIZE || done.error == Some(Errno::EXIST))
+        match done.map(|done| done.error) {
+            Some(None | Some(Errno::EXIST)) => Ok(()),
+            Some(Some(errno)) => Err(stop(errno)),
+            None => Err(Stop::Gone),
+        }
     }
 
     /// Makes a page of the child answer with SIGBUS.

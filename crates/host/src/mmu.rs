@@ -426,7 +426,8 @@ pub fn out_of_the_way(fd: OwnedFd) -> OwnedFd {
     rustix::io::fcntl_dupfd_cloexec(&fd, LOWEST_FD).unwrap_or(fd)
 }
 
-const fn stop(errno: Errno) -> Stop {
+/// What an errno of a page operation means.
+pub(crate) const fn stop(errno: Errno) -> Stop {
     match errno {
         Errno::BUSY => Stop::Busy,
         Errno::INVAL => Stop::Unevictable,

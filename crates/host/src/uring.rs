@@ -95,8 +95,8 @@ impl Request for Write<'_> {
 }
 
 impl Ring {
-    /// A ring that keeps up to `depth` requests in flight; without one, if the machine forbids `io_uring`, everything
-    /// works a page at a time.
+    /// A ring that keeps up to `depth` requests in flight. If that is 0, or the machine forbids `io_uring`, everything works a
+    /// page at a time.
     #[must_use]
     pub fn new(depth: u32) -> Self {
         let made_here = ForkMark::new().ok();

@@ -80,11 +80,9 @@ fn a_child_waits_for_the_pages_that_it_is_given() {
     });
     let child = next_child(&mmu);
     thread::sleep(Duration::from_millis(20));
-    assert!(child.install(at(&mmu, 0), &page(0)));
-    assert!(
-        child.install(at(&mmu, 1), &page(9)),
-        "it has that page already"
-    );
+    child.install(at(&mmu, 0), &page(0)).unwrap();
+    // It has that page already.
+    child.install(at(&mmu, 1), &page(9)).unwrap();
     drop(child);
     assert_eq!(status.join().unwrap(), 0);
 }
@@ -118,6 +116,17 @@ fn a_page_that_comes_back_first_is_given_to_the_child() {
 }
 
 #[test]
+fn a_child_that_has_ended_is_gone() {
+    let _alone = alone();
+    let Some(mmu) = served(16) else { return };
+    let status = fork(&mmu, |_| true);
+    let child = next_child(&mmu);
+    assert_eq!(status.join().unwrap(), 0);
+    let refused = child.install(at(&mmu, 0), &page(0));
+    assert_eq!(refused, Err(Stop::Gone));
+}
+
+#[test]
 fn a_child_of_a_child_is_served_too() {
     let _alone = alone();
     let Some(mmu) = served(16) else { return };
@@ -134,12 +143,12 @@ fn a_child_of_a_child_is_served_too() {
     });
     let child = next_child(&mmu);
     thread::sleep(Duration::from_millis(50));
-    assert!(child.install(at(&mmu, 0), &page(0)));
-    assert!(child.install(at(&mmu, 1), &page(1)));
+    child.install(at(&mmu, 0), &page(0)).unwrap();
+    child.install(at(&mmu, 1), &page(1)).unwrap();
     drop(child);
     let grandchild = next_child(&mmu);
-    assert!(grandchild.install(at(&mmu, 0), &page(0)));
-    assert!(grandchild.install(at(&mmu, 1), &page(1)));
+    grandchild.install(at(&mmu, 0), &page(0)).unwrap();
+    grandchild.install(at(&mmu, 1), &page(1)).unwrap();
     drop(grandchild);
     assert_eq!(status.join().unwrap(), 0);
 }

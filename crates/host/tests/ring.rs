@@ -5,13 +5,20 @@
 )]
 
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use pgmap_core::addr::{PAGE_SIZE, Page};
 use pgmap_host::uring::{Read, Ring, Write};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
+
+/// One test at a time: one of them looks for its own descriptor.
+fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::new(());
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 fn file(direct: OFlags) -> Option<OwnedFd> {
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
@@ -77,6 +84,7 @@ fn round_trip(ring: &mut Ring, fd: &OwnedFd, count: usize) -> bool {
 
 #[test]
 fn more_pages_than_the_ring_is_deep_come_back() {
+    let _alone = alone();
     let Some(fd) = file(OFlags::DIRECT) else {
         return;
     };
@@ -90,7 +98,19 @@ fn more_pages_than_the_ring_is_deep_come_back() {
 }
 
 #[test]
+fn without_a_queue_pages_come_back_one_by_one() {
+    let _alone = alone();
+    let Some(fd) = file(OFlags::DIRECT) else {
+        return;
+    };
+    let mut ring = Ring::new(0);
+    assert!(!ring.is_queued());
+    assert!(round_trip(&mut ring, &fd, 10));
+}
+
+#[test]
 fn the_end_of_the_file_is_an_error_of_that_page_alone() {
+    let _alone = alone();
     let Some(fd) = file(OFlags::empty()) else {
         return;
     };
@@ -110,15 +130,50 @@ fn the_end_of_the_file_is_an_error_of_that_page_alone() {
 
 #[test]
 fn a_descriptor_that_cannot_be_written_is_an_error_of_every_page() {
+    let _alone = alone();
     let null = File::open("/dev/null").unwrap();
     let mut ring = Ring::new(2);
     let outcomes = write(&mut ring, &null, &[page(0), page(1), page(2)]);
     assert_eq!(outcomes, [Err(Errno::BADF); 3]);
 }
 
+/// Programs that close every descriptor close ours, too.
+#[test]
+fn a_queue_whose_descriptor_was_taken_is_given_up() {
+    let _alone = alone();
+    let Some(fd) = file(OFlags::DIRECT) else {
+        return;
+    };
+    let before = rings();
+    let mut ring = Ring::new(8);
+    let Some(ours) = rings().into_iter().find(|ring| !before.contains(ring)) else {
+        eprintln!("SKIPPED, because this machine lacks what the test needs: io_uring");
+        return;
+    };
+    let null = File::open("/dev/null").unwrap();
+    // SAFETY: the number stays a descriptor, which the ring closes in the end.
+    assert_eq!(unsafe { libc::dup2(null.as_raw_fd(), ours) }, ours);
+    assert!(round_trip(&mut ring, &fd, 20));
+    assert!(!ring.is_queued());
+}
+
+/// The descriptors of this process that are queues.
+fn rings() -> Vec<RawFd> {
+    let mut rings = Vec::new();
+    for entry in std::fs::read_dir("/proc/self/fd").unwrap().flatten() {
+        let is_ring = std::fs::read_link(entry.path())
+            .is_ok_and(|target| target.to_string_lossy().contains("io_uring"));
+        if is_ring {
+            rings.push(entry.file_name().to_string_lossy().parse().unwrap());
+        }
+    }
+    rings
+}
+
 /// The parent's queue is not the child's, but both go on.
 #[test]
 fn a_forks_child_reads_and_writes_on_its_own() {
+    let _alone = alone();
     let Some(fd) = file(OFlags::empty()) else {
         return;
     };
