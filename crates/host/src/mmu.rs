@@ -30,6 +30,8 @@ use crate::uffd::{
 const NEEDED: u64 = FEATURE_WP | FEATURE_THREAD_ID | FEATURE_POISON | FEATURE_MOVE;
 /// Pages of zeros that one call can install.
 const ZEROS: usize = 64;
+/// Between two tries to read a message that is there, but cannot be had.
+const UNREADABLE: Duration = Duration::from_micros(50);
 /// Our descriptors are moved out of the program's way, above this number.
 const LOWEST_FD: RawFd = 700;
 
@@ -169,10 +171,16 @@ impl HostMmu {
             tv_sec: i64::from(ms / 1000),
             tv_nsec: i64::from(ms % 1000) * 1_000_000,
         });
+        let mut readable = false;
         loop {
+            // Looking before waiting is quicker: after a wake-up the next fault is often there already.
             let count = self.forks.next(&self.uffd, out);
             if count > 0 {
                 return count;
+            }
+            if readable {
+                // A fork that this process has no descriptor left for: it waits, and others must not wait with it.
+                std::thread::sleep(UNREADABLE);
             }
             let mut fds = [
                 PollFd::new(&self.uffd, PollFlags::IN),
@@ -186,7 +194,7 @@ impl HostMmu {
                     return self.forks.next(&self.uffd, out).max(1);
                 }
                 // A message, or a signal that got through: look again.
-                Ok(_) | Err(_) => {}
+                Ok(_) | Err(_) => readable = !fds[0].revents().is_empty(),
             }
         }
     }
