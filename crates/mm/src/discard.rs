@@ -72,11 +72,7 @@ impl AddressSpace {
             Pte::Present { frame, .. } => self.map.frame(frame).is_pinned(),
             Pte::None | Pte::Staged { .. } | Pte::Device { .. } | Pte::Poisoned => false,
         });
-        if let Some(page) = pinned {
-            return Err(Pinned {
-                at: self.table.address(PageIndex(page)),
-            });
-        }
+        let end = pinned.unwrap_or(end);
         let mut frames = [Pfn::from_u32(0); BLOCK_PAGES as usize];
         let (mut freed, mut mapped) = (0, false);
         for page in (start..end).map(PageIndex) {
@@ -93,7 +89,12 @@ impl AddressSpace {
         // Only now does nobody map the frames any more.
         self.ram.free(&frames[..freed]);
         Stats::add(&self.stats.pages_discarded, freed as u64);
-        Ok(())
+        match pinned {
+            Some(page) => Err(Pinned {
+                at: self.table.address(PageIndex(page)),
+            }),
+            None => Ok(()),
+        }
     }
 
     /// Empties one entry. Answers the frame that accounted for the page.
