@@ -41,13 +41,16 @@ unsafe impl Send for Area {}
 unsafe impl Sync for Area {}
 
 impl Area {
-    /// Reserves `len` bytes, a multiple of the page size. They cost RAM only where they are touched, a page at a time.
+    /// Reserves `len` bytes, made up to whole pages. They cost RAM only where they are touched, a page at a time.
     ///
     /// # Errors
     ///
     /// What the machine answers if it has not that many addresses.
     pub(crate) fn reserve(len: usize, protection: ProtFlags, fork: OnFork) -> Result<Self, Errno> {
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        let len = len
+            .checked_next_multiple_of(PAGE_SIZE)
+            .ok_or(Errno::NOMEM)?;
         let wide = len.checked_add(ALIGN).ok_or(Errno::NOMEM)?;
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
         let mapped = unsafe { mmap_anonymous(ptr::null_mut(), wide, protection, flags) }?;

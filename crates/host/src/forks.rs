@@ -6,7 +6,8 @@
 //! children first; messages are read under the write lock, so that no child is unknown while pages come in. (Before
 //! its message is read, the kernel itself keeps pages from coming in.)
 //!
-//! Called by the host's page tables alone. Under the lock there are system calls only: no other lock, no allocation.
+//! Called by the host's page tables alone. Under the lock there are system calls only: no other lock, no allocation; and
+//! no signal handler runs there, as it may touch a page that the thread which serves faults then cannot come to bring.
 
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};

@@ -21,6 +21,7 @@ use rustix::mm::{Advice, ProtFlags, madvise};
 use crate::area::{Area, ForkMark, OnFork};
 use crate::event::Event;
 use crate::forks::{Drained, Forks};
+use crate::thread::SignalsBlocked;
 use crate::uffd::{
     Done, FEATURE_EVENT_FORK, FEATURE_MOVE, FEATURE_POISON, FEATURE_SIGBUS, FEATURE_THREAD_ID,
     FEATURE_WP, Uffd,
@@ -30,6 +31,8 @@ use crate::uffd::{
 const NEEDED: u64 = FEATURE_WP | FEATURE_THREAD_ID | FEATURE_POISON | FEATURE_MOVE;
 /// Pages of zeros that one call can install.
 const ZEROS: usize = 64;
+/// Between two looks at whether children still wait.
+const SETTLING: Duration = Duration::from_micros(100);
 /// Between two tries to read a message that is there, but cannot be had.
 const UNREADABLE: Duration = Duration::from_micros(50);
 /// Our descriptors are moved out of the program's way, above this number.
@@ -205,9 +208,15 @@ impl HostMmu {
     /// may still be owed them. Never called by the thread that serves faults, which would wait for itself. In a child
     /// it has nothing to wait for.
     pub fn settle_forks(&self) {
-        while !self.is_foreign() && !self.forks.hold().is_settled() {
-            std::thread::sleep(Duration::from_micros(100));
+        while !self.is_settled() {
+            std::thread::sleep(SETTLING);
         }
+    }
+
+    fn is_settled(&self) -> bool {
+        // A signal handler that touches a missing page would wait for the thread that waits for our lock.
+        let _blocked = SignalsBlocked::new();
+        self.is_foreign() || self.forks.hold().is_settled()
     }
 
     /// Whether this is a fork's child, where the descriptors still mean the parent's memory.
