@@ -110,10 +110,11 @@ impl Queues {
         }
     }
 
-    /// Takes the block that is to give up its pages next.
-    pub fn pop(&self) -> Option<(BlockIndex, Class)> {
+    /// Takes the block that is to give up its pages next, after `fruitless` blocks that gave up none: when the whole
+    /// main queue has nothing to give, a stream's reader is not spared any longer.
+    pub fn pop(&self, fruitless: u32) -> Option<(BlockIndex, Class)> {
         let fifos = &mut *self.fifos.lock();
-        if (fifos.stream.len > STREAM_BLOCKS || fifos.main.len == 0)
+        if (fifos.stream.len > STREAM_BLOCKS || fifos.main.len <= fruitless)
             && let Some(block) = fifos.stream.pop(&self.links)
         {
             return Some((BlockIndex(block), Class::Stream));
@@ -183,7 +184,7 @@ mod tests {
     }
 
     fn drain(queues: &Queues) -> Vec<u32> {
-        core::iter::from_fn(|| queues.pop())
+        core::iter::from_fn(|| queues.pop(0))
             .map(|(block, _)| block.0)
             .collect()
     }
@@ -212,6 +213,19 @@ mod tests {
             queues.push(BlockIndex(block), Class::Stream);
         }
         assert_eq!(drain(&queues), [10, 11, 0, 1, 2, 12, 13, 14, 15]);
+    }
+
+    /// When no block of the main queue gives up a page, those of a stream have to.
+    #[test]
+    fn a_fruitless_main_queue_does_not_spare_a_stream() {
+        let queues = queues();
+        queues.push(BlockIndex(1), Class::Main);
+        queues.push(BlockIndex(2), Class::Stream);
+        for fruitless in [0, 1] {
+            let (block, class) = queues.pop(fruitless).unwrap();
+            assert_eq!(block.0, fruitless + 1);
+            queues.push(block, class);
+        }
     }
 
     /// A page that was away for less than the budget came back early.

@@ -86,12 +86,17 @@ impl AddressSpace {
     /// other CPU that uses it.
     pub fn deactivate(&self, caller: Caller, most: usize) {
         // Blocks that may give up nothing before we believe that no block will.
-        let mut patience = self.queues.len() + 1;
-        let mut taken = 0;
-        while patience > 0 && taken < most && self.staging.waiting() <= self.inactive_target() {
-            let pages = self.take_out_block(caller);
-            patience = pages.map_or(0, |pages| patience - u32::from(pages == 0));
-            taken += pages.unwrap_or(0);
+        let patience = self.queues.len();
+        let (mut fruitless, mut taken) = (0, 0);
+        while fruitless <= patience
+            && taken < most
+            && self.staging.waiting() <= self.inactive_target()
+        {
+            let Some(pages) = self.take_out_block(caller, fruitless) else {
+                break;
+            };
+            fruitless += u32::from(pages == 0);
+            taken += pages;
         }
     }
 
@@ -116,8 +121,8 @@ impl AddressSpace {
     }
 
     /// Takes the next block's cold pages out of the address space. Says how many; `None` if no block is left.
-    fn take_out_block(&self, caller: Caller) -> Option<usize> {
-        let (block, class) = self.queues.pop()?;
+    fn take_out_block(&self, caller: Caller, fruitless: u32) -> Option<usize> {
+        let (block, class) = self.queues.pop(fruitless)?;
         let mut cursor = self.table.lock(block);
         let pages = cursor.pages();
         let (mut next, mut taken, mut stays) = (pages.start, 0, false);
