@@ -55,6 +55,8 @@ pub struct History {
     lost: BTreeSet<u32>,
     pins: Vec<Pinned>,
     unseen: Vec<(u32, Dma)>,
+    /// Pages dropped behind the back of `mm`, which learns of it when they are touched.
+    holes: BTreeSet<u32>,
     /// Pages that may still turn out to be lost: read failures that were asked for.
     losses: u32,
     /// Something was asked for that may make memory scarce.
@@ -81,6 +83,7 @@ impl History {
             lost: BTreeSet::new(),
             pins: Vec::new(),
             unseen: Vec::new(),
+            holes: BTreeSet::new(),
             losses: 0,
             scarce,
             last: 0,
@@ -260,6 +263,9 @@ impl History {
         if pages.is_empty() || self.pins.len() > 3 {
             return;
         }
+        // A pin is for whoever goes on to use the page: the machine's own pin would touch it.
+        let holes = core::mem::take(&mut self.holes);
+        holes.into_iter().for_each(|page| self.load(page, 0));
         let at = self.machine.word(pages.start, 0);
         let (space, count) = (&self.machine.space, pages.end - pages.start);
         let pin = pin_user_pages(
@@ -324,6 +330,7 @@ impl History {
         let pinned = self.pins.iter().any(|pinned| pinned.pages.contains(&page));
         if !pinned && self.machine.mmu.drop_unseen(self.machine.word(page, 0)) {
             self.forget(page..page + 1);
+            self.holes.insert(page);
         }
     }
 
