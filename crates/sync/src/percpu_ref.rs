@@ -221,25 +221,86 @@ mod slot {
     /// This thread's slot, and whether no other thread uses it.
     #[cfg(all(feature = "std", not(any(loom, shuttle))))]
     pub(super) fn mine() -> (usize, bool) {
-        use core::cell::Cell;
         use core::sync::atomic::{AtomicUsize, Ordering};
 
-        static NEXT: AtomicUsize = AtomicUsize::new(0);
-        std::thread_local! {
-            // No destructor and a constant start: nothing is allocated or registered at first use.
-            static MINE: Cell<usize> = const { Cell::new(usize::MAX) };
-        }
-        let slot = MINE.get();
-        if slot < SLOTS - 1 {
-            return (slot, true);
-        }
-        if slot == usize::MAX {
+        static NEXT: AtomicUsize = AtomicUsize::new(1);
+        // One more than the slot; 0 while the thread has none.
+        let mut slot = local::get();
+        if slot == 0 {
             // Relaxed: only uniqueness matters. Slots of threads that have ended are not handed out again: the
             // count in them may not be zero, and their owner would have to be known to be gone.
-            MINE.set(NEXT.fetch_add(1, Ordering::Relaxed).min(SLOTS - 1));
-            return mine();
+            slot = NEXT.fetch_add(1, Ordering::Relaxed).min(SLOTS);
+            local::set(slot);
         }
-        (SLOTS - 1, false)
+        (slot - 1, slot < SLOTS)
+    }
+
+    /// A word of each thread's own, in *initial-exec* thread-local storage.
+    ///
+    /// The compiler's thread-locals in a shared library go through a table that the loader allocates with `malloc`,
+    /// which may be managed memory: looking there under one of the pager's locks would wait for the pager for ever.
+    /// This word is reached from the thread pointer alone.
+    #[cfg(all(feature = "std", target_arch = "x86_64", not(any(loom, shuttle))))]
+    mod local {
+        use core::arch::{asm, global_asm};
+
+        global_asm!(
+            ".pushsection .tbss.pgmap_percpu_slot,\"awT\",@nobits",
+            ".globl __pgmap_percpu_slot",
+            ".hidden __pgmap_percpu_slot",
+            ".type __pgmap_percpu_slot, @object",
+            ".size __pgmap_percpu_slot, 8",
+            ".p2align 3",
+            "__pgmap_percpu_slot:",
+            ".zero 8",
+            ".popsection",
+        );
+
+        pub(super) fn get() -> usize {
+            let word: usize;
+            // SAFETY: the linker puts the word's distance from the thread pointer where the first instruction looks; the
+            // second reads this thread's own word, which is zero until `set`.
+            unsafe {
+                asm!(
+                    "mov {word}, qword ptr [rip + __pgmap_percpu_slot@GOTTPOFF]",
+                    "mov {word}, qword ptr fs:[{word}]",
+                    word = out(reg) word,
+                    options(nostack, preserves_flags, readonly),
+                );
+            }
+            word
+        }
+
+        pub(super) fn set(word: usize) {
+            // SAFETY: as in `get`; nobody else has this thread's word.
+            unsafe {
+                asm!(
+                    "mov {place}, qword ptr [rip + __pgmap_percpu_slot@GOTTPOFF]",
+                    "mov qword ptr fs:[{place}], {word}",
+                    place = out(reg) _,
+                    word = in(reg) word,
+                    options(nostack, preserves_flags),
+                );
+            }
+        }
+    }
+
+    #[cfg(all(feature = "std", not(target_arch = "x86_64"), not(any(loom, shuttle))))]
+    mod local {
+        use core::cell::Cell;
+
+        std::thread_local! {
+            // No destructor and a constant start: nothing is allocated or registered at first use.
+            static MINE: Cell<usize> = const { Cell::new(0) };
+        }
+
+        pub(super) fn get() -> usize {
+            MINE.get()
+        }
+
+        pub(super) fn set(word: usize) {
+            MINE.set(word);
+        }
     }
 
     #[cfg(loom)]

@@ -1,0 +1,93 @@
+/* The edges of the calls that make and change mappings. Usage: mappings */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <malloc.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum { PAGE = 4096, PAGES = 256, BYTES = PAGES * PAGE };
+#define CHECK(what) do { if (!(what)) { printf("wrong: %s, line %d\n", #what, __LINE__); return 1; } } while (0)
+
+static sigjmp_buf back;
+static void caught(int signal) { siglongjmp(back, signal); }
+
+static char *fresh(void) {
+    return mmap(0, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+}
+
+int main(void) {
+    signal(SIGSEGV, caught);
+    signal(SIGBUS, caught);
+    char *map = fresh();
+    CHECK(map != MAP_FAILED);
+    memset(map, 1, BYTES);
+
+    /* A page in the middle goes; its neighbours stay. */
+    CHECK(munmap(map + 10 * PAGE, PAGE) == 0);
+    CHECK(map[9 * PAGE] == 1 && map[11 * PAGE] == 1);
+    int got = sigsetjmp(back, 1);
+    if (got == 0) {
+        volatile char c = map[10 * PAGE];
+        (void)c;
+        CHECK(!"an unmapped page was read");
+    }
+    CHECK(got == SIGSEGV || got == SIGBUS);
+
+    /* Read-only pages refuse writes, and allow them again. */
+    CHECK(mprotect(map + 20 * PAGE, 5 * PAGE, PROT_READ) == 0);
+    got = sigsetjmp(back, 1);
+    if (got == 0) {
+        map[22 * PAGE] = 2;
+        CHECK(!"a read-only page was written");
+    }
+    CHECK(got == SIGSEGV && map[22 * PAGE] == 1);
+    CHECK(mprotect(map + 20 * PAGE, 5 * PAGE, PROT_READ | PROT_WRITE) == 0);
+    map[22 * PAGE] = 2;
+    CHECK(map[22 * PAGE] == 2);
+
+    /* Dropped pages are zeros, whichever way they were dropped. */
+    CHECK(madvise(map + 30 * PAGE, PAGE, MADV_DONTNEED) == 0);
+    CHECK(map[30 * PAGE] == 0 && map[29 * PAGE] == 1);
+    CHECK(madvise(map, BYTES / 2, MADV_WILLNEED) == 0 && map[0] == 1);
+
+    /* A fixed mapping replaces what was there, and what is new is zeros. */
+    char *fixed = mmap(map + 40 * PAGE, 4 * PAGE, PROT_READ | PROT_WRITE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+    CHECK(fixed == map + 40 * PAGE && fixed[0] == 0 && fixed[-1] == 1 && fixed[4 * PAGE] == 1);
+    memset(fixed, 3, 4 * PAGE);
+    CHECK(fixed[PAGE] == 3);
+
+    /* Freed addresses come back as zeros. */
+    for (int k = 0; k < 50; k++) {
+        char *other = fresh();
+        for (int p = 0; p < PAGES; p++) {
+            CHECK(other[p * PAGE] == 0 && other[p * PAGE + PAGE - 1] == 0);
+            other[p * PAGE] = 9;
+        }
+        CHECK(munmap(other, BYTES) == 0);
+    }
+
+    /* Impossible wishes fail as they should. */
+    errno = 0;
+    CHECK(mmap(0, (size_t)1 << 46, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0) == MAP_FAILED);
+    CHECK(errno == ENOMEM);
+    CHECK(malloc((size_t)1 << 60) == 0 && errno == ENOMEM);
+    void *aligned = 0;
+    CHECK(posix_memalign(&aligned, 1 << 16, 100000) == 0 && ((size_t)aligned & 0xffff) == 0);
+    CHECK(malloc_usable_size(aligned) >= 100000);
+    free(aligned);
+    CHECK(posix_memalign(&aligned, 3, 100) == EINVAL);
+
+    /* Our descriptors survive a program that closes everything. */
+    for (int fd = 3; fd < 4096; fd++) close(fd);
+    close_range(3, ~0u, 0);
+    memset(map + 100 * PAGE, 4, 50 * PAGE);
+    CHECK(map[149 * PAGE] == 4 && map[99 * PAGE] == 1);
+    printf("ok\n");
+    return 0;
+}
