@@ -19,7 +19,7 @@ use crate::model::{Fault, ModelMmu};
 
 /// Where managed memory begins.
 const BASE: VirtAddr = VirtAddr::new(1 << 30);
-/// Faults that one access may take before we say that it never ends.
+/// Faults that one access may take before we say that it never ends, and times that it asks for memory.
 const PATIENCE: u32 = 1000;
 
 /// What a machine is made of.
@@ -121,6 +121,7 @@ impl Machine {
         Cpu {
             machine: Arc::clone(self),
             worker: Worker::new(),
+            patience: PATIENCE,
         }
     }
 
@@ -188,6 +189,8 @@ pub struct Cpu {
     machine: Arc<Machine>,
     /// What its faults are served with.
     pub worker: Worker,
+    /// How often an access asks for memory that others may free, at most.
+    pub patience: u32,
 }
 
 impl Cpu {
@@ -240,7 +243,7 @@ impl Cpu {
             Fault::WriteProtected => Access::WriteProtected,
             Fault::Poisoned => return Err(Signal::Bus),
         };
-        for _ in 0..PATIENCE {
+        for _ in 0..self.patience {
             match self
                 .machine
                 .space

@@ -114,7 +114,7 @@ fn many_steps() -> Vec<Step> {
     use proptest::strategy::ValueTree;
     use proptest::test_runner::TestRunner;
     let mut runner = TestRunner::deterministic();
-    let steps = prop::collection::vec(any_step(), 4000);
+    let steps = prop::collection::vec(any_step(), 30_000);
     steps.new_tree(&mut runner).unwrap().current()
 }
 

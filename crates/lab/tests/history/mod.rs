@@ -76,8 +76,11 @@ impl History {
             < pages as usize;
         let mapped = machine.space.map(pages, 1);
         assert_eq!(mapped, Some(machine.word(0, 0)));
+        let mut cpu = machine.cpu();
+        // Nobody else frees memory here, but what was refused once may go well the next time.
+        cpu.patience = 8;
         Self {
-            cpu: machine.cpu(),
+            cpu,
             words: BTreeMap::new(),
             live: vec![true; pages as usize],
             lost: BTreeSet::new(),
