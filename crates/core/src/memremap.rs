@@ -337,6 +337,20 @@ impl DevPagemap {
         }
     }
 
+    /// Holds the mapping while something is under way on it; `None` if it is dying.
+    #[must_use]
+    pub fn try_get(&self) -> Option<PgmapGuard<'_>> {
+        let entry = &self.map.entries[usize::from(self.pgmap.entry)];
+        // Lazily: a guard that is made is also dropped.
+        entry.users.try_get_live().then(|| PgmapGuard { entry })
+    }
+
+    /// Whether the mapping has been killed: nothing may go there any more.
+    #[must_use]
+    pub fn is_dying(&self) -> bool {
+        self.users().is_dying()
+    }
+
     /// Users now: pages in use, and guards. A guess while the mapping is live.
     #[must_use]
     pub fn users_now(&self) -> u64 {

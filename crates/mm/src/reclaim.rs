@@ -298,7 +298,8 @@ impl AddressSpace {
         count: usize,
         done: &mut Done,
     ) -> usize {
-        let Some(ops) = device.ops() else {
+        // Held to the end: the device is not gone while bytes are on their way to it.
+        let Some((_live, ops)) = device.try_get().zip(device.ops()) else {
             return count;
         };
         let mut stores = leaving.map(|item| {
@@ -347,6 +348,12 @@ impl AddressSpace {
         };
         device.set_data(device_page, data);
         let mut cursor = self.table.lock(item.page.block());
+        if device.is_dying() {
+            // Whoever takes the device away has perhaps looked at this block already.
+            drop(cursor);
+            device.put_page(device_page);
+            return false;
+        }
         match cursor.get(item.page) {
             // The slot is the generation: it was ours all the time, so an entry that names it has not changed (FLT-2).
             Pte::Staged { frame, .. }
