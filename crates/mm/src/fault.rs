@@ -17,6 +17,8 @@ use crate::policy::Class;
 use crate::pte::{Copy, Heat, Pte};
 use crate::readahead::Plan;
 use crate::reclaim::Caller;
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 use crate::space::{AddressSpace, BATCH, Worker};
 use crate::stats::Stats;
 
@@ -201,7 +203,11 @@ impl AddressSpace {
         page: PageIndex,
         plan: &Plan,
     ) -> Outcome {
-        let Some(area) = self.areas.lock().live.find(page.0) else {
+        let area = self.areas.lock().live.find(page.0);
+        #[cfg(shuttle)]
+        let area =
+            area.or(seeded_bug::has(SeededBug::FaultIgnoresTheArea).then_some(page.0..page.0 + 1));
+        let Some(area) = area else {
             return Outcome::BadAddress;
         };
         let wanted = plan.run();

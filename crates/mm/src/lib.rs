@@ -18,6 +18,8 @@ pub mod policy;
 pub mod pte;
 pub mod readahead;
 pub mod reclaim;
+#[cfg(shuttle)]
+pub mod seeded_bug;
 pub mod space;
 pub mod staging;
 pub mod stats;

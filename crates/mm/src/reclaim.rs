@@ -12,6 +12,8 @@ use pgmap_sync::atomic::Ordering;
 use crate::mmu::{Slot, Stop};
 use crate::page_table::{Cursor, PageIndex};
 use crate::pte::{Copy, Heat, Pte};
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 use crate::space::{AddressSpace, BATCH};
 use crate::stats::Stats;
 
@@ -197,13 +199,21 @@ impl AddressSpace {
                 frame,
                 heat: Heat::Cold,
                 ..
-            } => !self.map.frame(frame).is_pinned(),
+            } => !self.is_pinned(frame),
             Pte::None
             | Pte::Present { .. }
             | Pte::Staged { .. }
             | Pte::Device { .. }
             | Pte::Poisoned => false,
         }
+    }
+
+    fn is_pinned(&self, frame: Pfn) -> bool {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::TakeOutIgnoresPins) {
+            return false;
+        }
+        self.map.frame(frame).is_pinned()
     }
 
     /// Takes a page's second chance away. Whether the page is one that may leave later.
@@ -348,7 +358,7 @@ impl AddressSpace {
         };
         device.set_data(device_page, data);
         let mut cursor = self.table.lock(item.page.block());
-        if device.is_dying() {
+        if Self::must_not_go(device) {
             // Whoever takes the device away has perhaps looked at this block already.
             drop(cursor);
             device.put_page(device_page);
@@ -356,9 +366,7 @@ impl AddressSpace {
         }
         match cursor.get(item.page) {
             // The slot is the generation: it was ours all the time, so an entry that names it has not changed (FLT-2).
-            Pte::Staged { frame, .. }
-                if frame == item.frame && self.map.frame(frame).link() == item.slot.0 =>
-            {
+            Pte::Staged { frame, .. } if self.is_still(item, frame) => {
                 let stamp = self.queues.stamp();
                 cursor.set(
                     item.page,
@@ -381,6 +389,24 @@ impl AddressSpace {
             }
         }
         true
+    }
+
+    /// Whether a device is being taken away; under the cursor of a page, that is exact for this page.
+    fn must_not_go(device: &DevPagemap) -> bool {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::CommitIgnoresTheKill) {
+            return false;
+        }
+        device.is_dying()
+    }
+
+    /// Whether a page whose entry names `frame` is still where it was when it began to leave.
+    fn is_still(&self, item: Leaving, frame: Pfn) -> bool {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::CommitIgnoresTheSlot) {
+            return true;
+        }
+        frame == item.frame && self.map.frame(frame).link() == item.slot.0
     }
 
     /// Empties slots, in runs, and only then gives them and their frames back.
