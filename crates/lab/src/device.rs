@@ -28,6 +28,8 @@ pub enum Flaw {
     None,
     /// It says that pages are stored before they are: the next call stores them.
     CompletesEarly,
+    /// It is slow, which is no error: others may do much while it stores a page.
+    Slow,
 }
 
 #[derive(Debug, Default)]
@@ -106,11 +108,18 @@ impl ModelDevice {
         };
         // The first word last, because that is where most tests look.
         copy.0[PAGE_SIZE / 2..].copy_from_slice(&page.0[PAGE_SIZE / 2..]);
-        drop(self.state.lock());
+        let steps = match self.flaw {
+            Flaw::None | Flaw::CompletesEarly => 1,
+            Flaw::Slow => 100,
+        };
+        for _ in 0..steps {
+            // In the models, others may go on here.
+            drop(self.state.lock());
+        }
         copy.0[..PAGE_SIZE / 2].copy_from_slice(&page.0[..PAGE_SIZE / 2]);
         let state = &mut *self.state.lock();
         match self.flaw {
-            Flaw::None => state.pages.insert(number, copy),
+            Flaw::None | Flaw::Slow => state.pages.insert(number, copy),
             Flaw::CompletesEarly => state.early.insert(number, copy),
         };
         Ok(DeviceData(number))

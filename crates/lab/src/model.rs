@@ -242,6 +242,7 @@ impl ModelMmu {
 
     /// Pages that use memory: the mapped ones, and those in slots.
     pub fn pages_in_use(&self) -> usize {
+        self.drop_late();
         let memory = self.memory.lock();
         let pages = memory.mapped.values();
         pages
