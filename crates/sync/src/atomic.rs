@@ -1,8 +1,11 @@
 //! The atomics' facade.
 
+// loom has no fence for the compiler alone, and nothing under loom uses one.
+#[cfg(loom)]
+pub use core::sync::atomic::compiler_fence;
 #[cfg(loom)]
 pub use loom::sync::atomic::{
-    AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, compiler_fence, fence,
+    AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
 };
 
 #[cfg(all(shuttle, not(loom)))]

@@ -310,10 +310,13 @@ mod slot {
         loom::thread_local! {
             static MINE: core::cell::Cell<usize> = core::cell::Cell::new(usize::MAX);
         }
-        // Threads of one model differ modulo the number of slots: loom numbers them from 0.
-        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        loom::lazy_static! {
+            // Counts from 0 in every execution of a model, so that each is the same when it is repeated.
+            static ref NEXT: AtomicUsize = AtomicUsize::new(0);
+        }
         MINE.with(|mine| {
             if mine.get() == usize::MAX {
+                // Relaxed: loom runs one thread at a time, and this is not part of what it explores.
                 mine.set(NEXT.fetch_add(1, Ordering::Relaxed) % SLOTS);
             }
             (mine.get(), false)
