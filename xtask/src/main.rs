@@ -2,6 +2,7 @@
 //!
 //! `test` builds and runs every test, `tidy` checks what no lint can, `bench` measures.
 
+mod bench;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -14,8 +15,11 @@ fn main() -> ExitCode {
     let result = match arguments.next().as_deref() {
         Some("test") => test(arguments.collect()),
         Some("tidy") => tidy::tidy(&root()),
+        Some("bench") => bench::bench(&root(), &arguments.collect::<Vec<_>>()),
         _ => {
-            eprintln!("usage: cargo xtask test [ARGUMENTS OF cargo test] | tidy");
+            eprintln!(
+                "usage: cargo xtask test [ARGUMENTS OF cargo test] | tidy | bench [--quick] [--write] [GROUP]"
+            );
             return ExitCode::from(2);
         }
     };
