@@ -12,6 +12,7 @@ use pgmap_mm::fault::{Access, Outcome};
 use pgmap_mm::reclaim::Caller;
 use pgmap_mm::space::{AddressSpace, Parts, Worker};
 use pgmap_mm::unplug::NoRoom;
+
 use pgmap_sync::atomic::spin_loop;
 
 use crate::device::ModelDevice;
@@ -137,6 +138,10 @@ impl Machine {
     /// # Errors
     ///
     /// [`NoRoom`] if its pages have no other place: then it works on.
+    ///
+    /// # Panics
+    ///
+    /// If somebody still uses it after a drain without a deadline.
     pub fn unplug(&self, worker: &mut Worker, nth: usize) -> Result<(), NoRoom> {
         let killed = self.space.devices()[nth].clone().kill();
         if let Err(no_room) = self.space.evacuate(worker, killed.device()) {
@@ -233,6 +238,7 @@ impl Cpu {
     }
 
     /// Frees frames, as the reclaimer does.
+    #[allow(clippy::must_use_candidate, reason = "most callers only want it done")]
     pub fn reclaim(&self, want: usize) -> usize {
         self.machine.space.reclaim(Caller::Reclaimer, want)
     }
@@ -243,7 +249,7 @@ impl Cpu {
             Fault::WriteProtected => Access::WriteProtected,
             Fault::Poisoned => return Err(Signal::Bus),
         };
-        for _ in 0..self.patience {
+        for nth in 0..self.patience {
             match self
                 .machine
                 .space
@@ -251,10 +257,19 @@ impl Cpu {
             {
                 Outcome::Resolved => return Ok(()),
                 Outcome::BadAddress => return Err(Signal::Segv),
-                Outcome::NoMemory => spin_loop(),
+                Outcome::NoMemory => let_others_run(nth),
             }
         }
         Err(Signal::OutOfMemory)
+    }
+}
+
+/// Somebody else is about to free memory: at the first attempts at once, later perhaps after a while.
+fn let_others_run(attempt: u32) {
+    if attempt < 16 || cfg!(any(loom, shuttle)) {
+        spin_loop();
+    } else {
+        std::thread::sleep(core::time::Duration::from_micros(50));
     }
 }
 

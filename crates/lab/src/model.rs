@@ -189,10 +189,12 @@ impl ModelMmu {
     ///
     /// If the address is not a multiple of 8.
     pub fn store(&self, at: VirtAddr, word: u64) -> Result<(), Fault> {
-        self.for_writing(at).map(|body| body.store(at, word))
+        let memory = self.memory.lock();
+        // Under the lock: as a machine's store, it is done before the page can be taken away, or not at all.
+        writable(&memory, at).map(|body| body.store(at, word))
     }
 
-    /// Somebody pins the page at an address for DMA, and `mm` is not told (io_uring, `O_DIRECT`).
+    /// Somebody pins the page at an address for DMA, and `mm` is not told (`io_uring`, `O_DIRECT`).
     ///
     /// # Errors
     ///
@@ -215,7 +217,7 @@ impl ModelMmu {
     ///
     /// The fault that a write would raise.
     pub fn dma(self: &Arc<Self>, at: VirtAddr) -> Result<Dma, Fault> {
-        let body = self.for_writing(at)?;
+        let body = writable(&self.memory.lock(), at)?;
         Ok(Dma {
             mmu: Arc::clone(self),
             body,
@@ -249,10 +251,6 @@ impl ModelMmu {
             .filter(|mapping| matches!(mapping, Mapping::Page { .. }))
             .count()
             + memory.slots.iter().flatten().count()
-    }
-
-    fn for_writing(&self, at: VirtAddr) -> Result<Body, Fault> {
-        writable(&self.memory.lock(), at)
     }
 
     /// One step per page, until one stops.

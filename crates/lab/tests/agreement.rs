@@ -7,6 +7,7 @@
 //! cargo test -p pgmap-lab --release --test agreement
 //! PROPTEST_CASES=20000 cargo test -p pgmap-lab --release --test agreement
 //! ```
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![cfg(not(any(loom, shuttle)))]
 
 mod history;

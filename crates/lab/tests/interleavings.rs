@@ -4,6 +4,7 @@
 //! RUSTFLAGS="--cfg shuttle" cargo test -p pgmap-lab --release --test interleavings
 //! ORDERS=100000 RUSTFLAGS="--cfg shuttle" cargo test -p pgmap-lab --release --test interleavings
 //! ```
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![cfg(shuttle)]
 
 use std::borrow::Cow;

@@ -1,8 +1,8 @@
 //! What a program did to its memory, and what it may therefore find there.
 
+use core::ops::Range;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Range;
 use std::sync::Arc;
 
 use pgmap_core::addr::PAGE_SIZE;
@@ -16,7 +16,7 @@ use pgmap_mm::stats::Stats;
 
 /// One thing that happens.
 #[derive(Clone, Debug)]
-pub enum Step {
+pub(crate) enum Step {
     Store(u32, usize),
     Load(u32, usize),
     StoreRun(Range<u32>),
@@ -47,7 +47,7 @@ struct Pinned {
 }
 
 /// The machine, and the map that it has to agree with.
-pub struct History {
+pub(crate) struct History {
     machine: Arc<Machine>,
     cpu: Cpu,
     words: BTreeMap<(u32, usize), u64>,
@@ -66,7 +66,7 @@ pub struct History {
 }
 
 impl History {
-    pub fn new(machine: Arc<Machine>) -> Self {
+    pub(crate) fn new(machine: Arc<Machine>) -> Self {
         let pages = machine.pages;
         let scarce = machine
             .devices
@@ -95,7 +95,7 @@ impl History {
         }
     }
 
-    pub fn step(&mut self, step: &Step) {
+    pub(crate) fn step(&mut self, step: &Step) {
         match step {
             Step::Store(page, nth) => self.store(*page, *nth),
             Step::Load(page, nth) => self.load(*page, *nth),
@@ -125,9 +125,9 @@ impl History {
             Step::SetLimit(frames) => self.machine.space.ram().set_limit(*frames),
             Step::Unplug(nth) => self.unplug(*nth),
             Step::Fail(nth, failure) => self.fail(*nth, *failure),
-            Step::Refuse(operation, stop) => {
+            Step::Refuse(operation, why) => {
                 self.scarce = true;
-                self.machine.mmu.refuse(*operation, *stop);
+                self.machine.mmu.refuse(*operation, *why);
             }
         }
         self.check();
@@ -153,7 +153,7 @@ impl History {
     }
 
     /// Looks at every word, lets go of everything, and looks for leaks.
-    pub fn end(mut self) {
+    pub(crate) fn end(mut self) {
         self.machine.mmu.refuse_nothing();
         let words: Vec<_> = self.words.keys().copied().collect();
         for (page, nth) in words {
@@ -268,7 +268,9 @@ impl History {
         }
         // A pin is for whoever goes on to use the page: the machine's own pin would touch it.
         let holes = core::mem::take(&mut self.holes);
-        holes.into_iter().for_each(|page| self.load(page, 0));
+        for page in holes {
+            self.load(page, 0);
+        }
         let at = self.machine.word(pages.start, 0);
         let (space, count) = (&self.machine.space, pages.end - pages.start);
         let pin = pin_user_pages(
@@ -279,21 +281,9 @@ impl History {
             access,
             Cow::Borrowed("test"),
         );
-        let page_of = |at: pgmap_core::addr::VirtAddr| {
-            u32::try_from((at.get() - self.machine.word(0, 0).get()) / PAGE_SIZE).unwrap()
-        };
         let pin = match pin {
             Ok(pin) => pin,
-            Err(PinError::Poisoned { at }) => {
-                return drop(self.outcome::<()>(page_of(at), Err(Signal::Bus)));
-            }
-            Err(PinError::BadAddress { at }) => {
-                return drop(self.outcome::<()>(page_of(at), Err(Signal::Segv)));
-            }
-            Err(PinError::NoMemory { at }) => {
-                return drop(self.outcome::<()>(page_of(at), Err(Signal::OutOfMemory)));
-            }
-            Err(PinError::TooManyPins { at }) => panic!("{at:?} has too many pins"),
+            Err(error) => return self.not_pinned(error),
         };
         let dma = pages.clone().filter(|_| access == PinAccess::Write);
         let dma = dma.map(|page| {
@@ -307,6 +297,18 @@ impl History {
             dma: dma.collect(),
             pages,
         });
+    }
+
+    /// Judges a pin that could not be had as if it were an access.
+    fn not_pinned(&mut self, error: PinError) {
+        let (at, signal) = match error {
+            PinError::Poisoned { at } => (at, Signal::Bus),
+            PinError::BadAddress { at } => (at, Signal::Segv),
+            PinError::NoMemory { at } => (at, Signal::OutOfMemory),
+            PinError::TooManyPins { at } => panic!("{at:?} has too many pins"),
+        };
+        let page = (at.get() - self.machine.word(0, 0).get()) / PAGE_SIZE;
+        self.outcome::<()>(u32::try_from(page).unwrap(), Err(signal));
     }
 
     fn dma_store(&mut self, nth: usize, word: usize) {
