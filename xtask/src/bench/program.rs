@@ -2,6 +2,7 @@
 //! zram under a limit of the same size.
 
 use std::ffi::OsString;
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -36,8 +37,7 @@ enum Cpus {
 }
 
 pub(crate) fn measure(root: &Path, effort: Effort) -> anyhow::Result<Vec<Table>> {
-    let directory = tempfile::tempdir()?;
-    let bench = Bench::new(root, directory.path())?;
+    let bench = Bench::new(root)?;
     let mut tables = Vec::new();
     for cpus in [Cpus::All, Cpus::One] {
         let plain: Vec<_> = (0..effort.program_rounds)
@@ -61,7 +61,11 @@ pub(super) struct Bench {
 }
 
 impl Bench {
-    fn new(root: &Path, directory: &Path) -> anyhow::Result<Self> {
+    fn new(root: &Path) -> anyhow::Result<Self> {
+        let target = std::env::var_os("CARGO_TARGET_DIR");
+        let target = target.map_or_else(|| root.join("target"), |target| root.join(target));
+        let directory = target.join("bench");
+        fs::create_dir_all(&directory)?;
         let program = directory.join("bench_access");
         let source = root.join("tests/programs/bench_access.c");
         let built = Command::new("gcc")
@@ -72,8 +76,6 @@ impl Bench {
             .status();
         ensure!(built.context("gcc")?.success(), "gcc failed");
         crate::cargo(&["build", "--release", "--quiet"].map(str::to_owned))?;
-        let target = std::env::var_os("CARGO_TARGET_DIR");
-        let target = target.map_or_else(|| root.join("target"), |target| root.join(target));
         Ok(Self {
             program,
             pgmap: target.join("release/pgmap"),
