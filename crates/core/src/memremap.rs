@@ -8,6 +8,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::cell::UnsafeCell;
 use core::fmt;
+use core::mem::ManuallyDrop;
 use core::time::Duration;
 
 use pgmap_sync::atomic::{AtomicU8, Ordering};
@@ -91,6 +92,14 @@ impl fmt::Debug for Entry {
     }
 }
 
+impl Entry {
+    fn try_get(&self) -> Option<PgmapGuard<'_>> {
+        // Lazily: a guard that is made is also dropped.
+        let live = self.users.try_get_live();
+        live.then(|| PgmapGuard { entry: self })
+    }
+}
+
 /// One device's frames.
 #[derive(Debug)]
 struct Pgmap {
@@ -100,10 +109,25 @@ struct Pgmap {
     kind: MemoryType,
     /// Free frames of the first range of a private mapping.
     free: Mutex<FreeList>,
+    stage: AtomicU8, // A: LIVE -> KILLED by compare-exchange; from there on by who did that
+}
+
+impl Pgmap {
+    /// In use.
+    const LIVE: u8 = 0;
+    /// One handle is taking it away: it is that handle's [`Killed`] or [`Drained`].
+    const KILLED: u8 = 1;
+    /// Taken away, for ever. Its entry may be another mapping's by now, and so may its frame numbers.
+    const REMOVED: u8 = 2;
+
+    fn stage(&self) -> u8 {
+        // Acquire: pairs with the releases in `kill`, `resurrect` and `remove`.
+        self.stage.load(Ordering::Acquire)
+    }
 }
 
 impl MemoryMap {
-    /// A map of `ram_frames` frames of RAM and every other frame number.
+    /// A map of `max_frames` frames that nobody has.
     ///
     /// # Errors
     ///
@@ -177,9 +201,7 @@ impl MemoryMap {
         frames: u64,
     ) -> Result<DevPagemap, MapError> {
         let mut resources = self.resources.lock();
-        let start = resources.end().next_multiple_of(SUBSECTION_FRAMES);
-        let start = Pfn::new(start).ok_or(MapError::NoRoom)?;
-        let range = PfnRange::new(start, frames).ok_or(MapError::NoRoom)?;
+        let range = resources.find_room(frames).ok_or(MapError::NoRoom)?;
         self.map_locked(&mut resources, alloc::vec![range], MemoryType::Private(ops))
     }
 
@@ -223,6 +245,7 @@ impl MemoryMap {
             entry: number,
             kind,
             free,
+            stage: AtomicU8::new(Pgmap::LIVE),
         });
         // SAFETY: the entry is not used, so its count is dead and at zero and nobody reads `pgmap`; we hold the lock
         // of `resources`, so nobody else changes it.
@@ -258,10 +281,7 @@ impl MemoryMap {
             .load(Ordering::Acquire)
             .checked_sub(1)?;
         let entry = &self.entries[usize::from(number)];
-        if !entry.users.try_get_live() {
-            return None;
-        }
-        let guard = PgmapGuard { entry };
+        let guard = entry.try_get()?;
         // The entry may have a new device since we looked at the section, and a section's ends may be nobody's.
         guard.covers(pfn).then_some(guard)
     }
@@ -286,11 +306,14 @@ impl PgmapGuard<'_> {
     /// Whether the mapping has this frame too: then no second lookup is needed.
     #[must_use]
     pub fn covers(&self, pfn: Pfn) -> bool {
+        self.pgmap()
+            .is_some_and(|pgmap| pgmap.ranges.iter().any(|range| range.contains(pfn)))
+    }
+
+    fn pgmap(&self) -> Option<&Arc<Pgmap>> {
         // SAFETY: we hold one of the entry's users, so by the type invariant nobody changes `pgmap`.
         let pgmap = unsafe { &*self.entry.pgmap.get() };
-        pgmap
-            .as_ref()
-            .is_some_and(|pgmap| pgmap.ranges.iter().any(|range| range.contains(pfn)))
+        pgmap.as_ref()
     }
 }
 
@@ -300,7 +323,7 @@ impl Drop for PgmapGuard<'_> {
     }
 }
 
-/// A device mapping, live or dying.
+/// A device mapping, live, dying or gone: once it was removed, nothing more comes from any handle to it.
 #[derive(Clone, Debug)]
 pub struct DevPagemap {
     map: Arc<MemoryMap>,
@@ -316,10 +339,11 @@ impl DevPagemap {
         self.pgmap.ranges[0]
     }
 
-    /// Whether the device has this frame.
+    /// Whether the device has this frame. A device that was removed has none.
     #[must_use]
     pub fn contains(&self, pfn: Pfn) -> bool {
         self.pgmap.ranges.iter().any(|range| range.contains(pfn))
+            && self.pgmap.stage() != Pgmap::REMOVED
     }
 
     /// The device's frames.
@@ -340,20 +364,26 @@ impl DevPagemap {
     /// Holds the mapping while something is under way on it; `None` if it is dying.
     #[must_use]
     pub fn try_get(&self) -> Option<PgmapGuard<'_>> {
-        let entry = &self.map.entries[usize::from(self.pgmap.entry)];
-        // Lazily: a guard that is made is also dropped.
-        entry.users.try_get_live().then(|| PgmapGuard { entry })
+        let guard = self.map.entries[usize::from(self.pgmap.entry)].try_get()?;
+        // The entry may be another mapping's, if this one has been removed.
+        let ours = guard
+            .pgmap()
+            .is_some_and(|pgmap| Arc::ptr_eq(pgmap, &self.pgmap));
+        ours.then_some(guard)
     }
 
     /// Whether the mapping has been killed: nothing may go there any more.
     #[must_use]
     pub fn is_dying(&self) -> bool {
-        self.users().is_dying()
+        self.pgmap.stage() != Pgmap::LIVE
     }
 
     /// Users now: pages in use, and guards. A guess while the mapping is live.
     #[must_use]
     pub fn users_now(&self) -> u64 {
+        if self.pgmap.stage() == Pgmap::REMOVED {
+            return 0;
+        }
         self.users().count()
     }
 
@@ -361,19 +391,13 @@ impl DevPagemap {
     /// frame is free or the mapping is dying.
     #[must_use]
     pub fn alloc(&self) -> Option<Pfn> {
-        if !self.users().try_get_live() {
-            return None;
-        }
+        let guard = self.try_get()?;
         let range = self.first_range();
-        let taken = self
-            .pgmap
-            .free
-            .lock()
-            .take(&self.map, range.start(), range.count());
-        if taken.is_none() {
-            self.users().put();
-        }
-        taken
+        let mut free = self.pgmap.free.lock();
+        let taken = free.take(&self.map, range.start(), range.count())?;
+        // The page keeps the guard's reference, until `put_page` finds it unused.
+        let _kept = ManuallyDrop::new(guard);
+        Some(taken)
     }
 
     /// Notes what the driver keeps about a page.
@@ -389,6 +413,7 @@ impl DevPagemap {
 
     /// Drops a reference of a page. The last one gives the page back as its kind of memory demands (REF-3).
     pub fn put_page(&self, pfn: Pfn) {
+        debug_assert!(self.contains(pfn), "{pfn:?} is not this device's");
         if self.map.frame(pfn).put() == Put::Held {
             return;
         }
@@ -405,8 +430,24 @@ impl DevPagemap {
     }
 
     /// Ends the mapping's life: lookups and allocations fail from here on. Who has pages of it keeps them.
+    ///
+    /// # Panics
+    ///
+    /// If another handle is taking the mapping away, or has: there is one teardown, and one who does it.
     #[must_use = "a killed mapping has to be drained and removed"]
     pub fn kill(self) -> Killed {
+        // Acquire: pairs with the release in `resurrect`, so that the count is killed after it was resurrected.
+        // Release: pairs with the acquire in `stage`. Relaxed on failure: nothing is read then.
+        let first = self.pgmap.stage.compare_exchange(
+            Pgmap::LIVE,
+            Pgmap::KILLED,
+            Ordering::AcqRel,
+            Ordering::Relaxed,
+        );
+        assert!(
+            first.is_ok(),
+            "a device mapping is taken away by one handle, once"
+        );
         self.users().kill();
         Killed { device: self }
     }
@@ -457,6 +498,11 @@ impl Killed {
     #[must_use]
     pub fn resurrect(self) -> DevPagemap {
         self.device.users().resurrect();
+        // Release: pairs with the acquires in `kill` and `stage`.
+        self.device
+            .pgmap
+            .stage
+            .store(Pgmap::LIVE, Ordering::Release);
         self.device
     }
 }
@@ -477,6 +523,8 @@ impl Drained {
         let DevPagemap { map, pgmap } = self.device;
         let mut resources = map.resources.lock();
         map.publish(&pgmap, 0);
+        // Release: pairs with the acquire in `stage`.
+        pgmap.stage.store(Pgmap::REMOVED, Ordering::Release);
         let entry = &map.entries[usize::from(pgmap.entry)];
         // SAFETY: by the type invariant nobody uses the entry, nor can anybody begin to; we hold the lock of `resources`.
         unsafe { *entry.pgmap.get() = None };

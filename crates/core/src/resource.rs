@@ -2,7 +2,7 @@
 
 use alloc::vec::Vec;
 
-use crate::addr::PfnRange;
+use crate::addr::{Pfn, PfnRange};
 use crate::memremap::{MapError, aligned};
 
 /// Ranges of frames and their owners.
@@ -56,10 +56,15 @@ impl Resources {
         self.devices.iter().any(|(owner, _)| *owner == device)
     }
 
-    /// The first number after all ranges.
-    pub(crate) fn end(&self) -> u64 {
-        let ends = self.devices.iter().map(|(_, range)| range).chain(&self.ram);
-        ends.map(|range| range.end()).max().unwrap_or(0)
+    /// The lowest whole sub-sections after RAM that have room for so many frames.
+    pub(crate) fn find_room(&self, frames: u64) -> Option<PfnRange> {
+        let after_ram = self.ram.map_or(0, |ram| aligned(ram).1);
+        let ends = self.devices.iter().map(|(_, range)| aligned(*range).1);
+        ends.chain([after_ram])
+            .filter(|start| *start >= after_ram)
+            .filter_map(|start| PfnRange::new(Pfn::new(start)?, frames))
+            .filter(|room| !self.devices.iter().any(|(_, range)| collide(*range, *room)))
+            .min_by_key(|room| room.start())
     }
 }
 

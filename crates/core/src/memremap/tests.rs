@@ -129,7 +129,107 @@ fn private_memory_has_numbers_of_its_own() {
     assert!(!a.intersects(b) && a.start().get() >= ram.capacity());
 }
 
+/// MAP-6: a handle that outlives its mapping gets nothing from the mapping that has its place and its numbers now.
+#[test]
+fn a_removed_device_gives_nothing() {
+    let map = map(8192);
+    let device = map
+        .memremap_private(Arc::new(Counting::default()), 100)
+        .unwrap();
+    let stale = device.clone();
+    let first = device.ranges()[0].start();
+    device.kill().drain(None).unwrap().remove();
+    let next = map
+        .memremap_private(Arc::new(Counting::default()), 100)
+        .unwrap();
+    let page = next.alloc().unwrap();
+    assert_eq!(page, first);
+    assert!(next.contains(page) && !stale.contains(page));
+    assert!(stale.is_dying() && stale.alloc().is_none() && stale.try_get().is_none());
+    assert_eq!((stale.users_now(), next.users_now()), (0, 1));
+}
+
+/// MAP-6: a mapping that is gone cannot be killed through an old handle: another may have its place.
+#[test]
+#[should_panic = "by one handle, once"]
+fn a_removed_device_is_not_killed_again() {
+    let map = map(8192);
+    let device = map
+        .memremap_pages(&[range(1024, 512)], MemoryType::Generic)
+        .unwrap();
+    let stale = device.clone();
+    device.kill().drain(None).unwrap().remove();
+    let _killed = stale.kill();
+}
+
+/// MAP-6: nobody can give a mapping its life back while somebody else removes it.
+#[test]
+#[should_panic = "by one handle, once"]
+fn two_handles_do_not_both_take_a_device_away() {
+    let map = map(8192);
+    let device = map
+        .memremap_pages(&[range(1024, 512)], MemoryType::Generic)
+        .unwrap();
+    let other = device.clone();
+    let _drained = device.kill().drain(None).unwrap();
+    let _alive = other.kill().resurrect();
+}
+
+/// MAP-6: a mapping that got its life back can be used and taken away again.
+#[test]
+fn a_resurrected_device_can_be_taken_away_again() {
+    let map = map(8192);
+    let device = map
+        .memremap_pages(&[range(1024, 512)], MemoryType::Generic)
+        .unwrap();
+    let device = device.kill().resurrect();
+    assert!(!device.is_dying() && device.try_get().is_some());
+    device.kill().drain(None).unwrap().remove();
+}
+
+/// MAP-10: the numbers of removed devices are given out again, however devices come and go.
+#[test]
+fn numbers_of_removed_devices_come_back() {
+    let map = map(8192);
+    let _ram = map.add_ram(700).unwrap();
+    let mut device = map
+        .memremap_private(Arc::new(Counting::default()), 1000)
+        .unwrap();
+    for _ in 0..100 {
+        let next = map.memremap_private(Arc::new(Counting::default()), 1000);
+        device.kill().drain(None).unwrap().remove();
+        device = next.unwrap();
+    }
+}
+
 proptest! {
+    /// REF-2, REF-3: the device's allocator agrees with a set; each page's data comes back once, with its last put.
+    #[test]
+    fn device_pages_agree_with_a_set(steps in prop::collection::vec((any::<bool>(), 0usize..64), 1..200)) {
+        let map = map(8192);
+        let ops = Arc::new(Counting::default());
+        let device = map.memremap_private(ops.clone(), 48).unwrap();
+        let mut used: BTreeMap<Pfn, u64> = BTreeMap::new();
+        let mut freed = Vec::new();
+        for (nth, (take, which)) in steps.into_iter().enumerate() {
+            let data = nth as u64;
+            if take {
+                let page = device.alloc();
+                prop_assert_eq!(page.is_some(), used.len() < 48);
+                if let Some(page) = page {
+                    prop_assert_eq!(device.data(page), DeviceData(0), "REF-4");
+                    device.set_data(page, DeviceData(data));
+                    prop_assert_eq!(used.insert(page, data), None);
+                }
+            } else if let Some(page) = used.keys().nth(which).copied() {
+                device.put_page(page);
+                freed.extend(used.remove(&page));
+            }
+            prop_assert_eq!(device.users_now(), used.len() as u64);
+            prop_assert_eq!(&*ops.freed.lock(), &freed);
+        }
+    }
+
     /// MAP-2 to MAP-5: mapping, unmapping and lookup agree with a list of ranges.
     #[test]
     fn lookup_agrees_with_a_list(steps in prop::collection::vec((0u64..14, 1u64..1500, any::<bool>()), 1..40)) {
