@@ -167,9 +167,12 @@ impl Frame {
     }
 
     /// Claims a frame that has exactly `refs` references and no pin; others' gets and pins fail until
-    /// [`unfreeze`](Self::unfreeze). False if it has others: then back off (REF-6).
+    /// [`unfreeze`](Self::unfreeze). False if it has others, or its bytes are lost: then back off (REF-6).
     #[must_use]
     pub fn freeze(&self, refs: u32) -> bool {
+        if u64::from(refs) > REFS {
+            return false;
+        }
         // Acquire: pairs with the releases of those who let go. Relaxed on failure: nothing is concluded but "busy".
         self.state
             .compare_exchange(u64::from(refs), FROZEN, Ordering::AcqRel, Ordering::Relaxed)
@@ -180,12 +183,14 @@ impl Frame {
     ///
     /// # Panics
     ///
-    /// If the frame is not claimed.
+    /// If the frame is not claimed, or cannot count so many.
     pub fn unfreeze(&self, refs: u32) {
-        // Release: pairs with the acquire of the next get.
-        let state = self.state.swap(u64::from(refs), Ordering::AcqRel);
+        let refs = u64::from(refs);
+        assert!(refs <= REFS, "a frame cannot count {refs} references");
+        // Subtracts, so that a poisoning meanwhile is kept. Release: pairs with the acquire of the next get.
+        let state = self.state.fetch_sub(FROZEN - refs, Ordering::Release);
         assert!(
-            state == FROZEN,
+            state & !POISONED == FROZEN,
             "the frame was not claimed: state {state:#x}"
         );
     }
@@ -194,6 +199,13 @@ impl Frame {
     pub fn poison(&self) {
         // Relaxed: a flag that stands alone.
         self.state.fetch_or(POISONED, Ordering::Relaxed);
+    }
+
+    /// Whether the frame's bytes are lost.
+    #[must_use]
+    pub fn is_poisoned(&self) -> bool {
+        // Relaxed: a flag that stands alone.
+        self.state.load(Ordering::Relaxed) & POISONED != 0
     }
 
     /// Whether somebody has the frame pinned. No false positives (REF-5).
@@ -342,5 +354,28 @@ mod tests {
         assert!(!frame.freeze(0));
         frame.unfreeze(1);
         assert_eq!(frame.try_get(), Ok(()));
+    }
+
+    /// REF-5, REF-6: a count that the field cannot hold is not looked for among the pins.
+    #[test]
+    fn a_claim_does_not_take_pins_for_references() {
+        let frame = Frame::default();
+        assert!(frame.allocate());
+        frame.try_pin().unwrap();
+        assert_eq!(frame.put(), Put::Held);
+        assert!(!frame.freeze(1 << 24));
+        assert!(frame.is_pinned());
+    }
+
+    /// FLT-1: bytes that are lost while a frame is claimed stay lost.
+    #[test]
+    fn poison_outlives_a_claim() {
+        let frame = Frame::default();
+        assert!(frame.allocate() && frame.freeze(1));
+        frame.poison();
+        frame.unfreeze(1);
+        assert!(frame.is_poisoned());
+        assert_eq!(frame.put(), Put::Last);
+        assert!(!frame.allocate());
     }
 }
