@@ -1,6 +1,8 @@
 //! Tables that are as long as memory is, and cost RAM only where they are used.
 
 #[cfg(any(loom, shuttle))]
+use alloc::vec::Vec;
+#[cfg(any(loom, shuttle))]
 use core::ops::Index;
 
 use pgmap_sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
@@ -25,7 +27,7 @@ unsafe impl Zeroable for AtomicU8 {}
 /// A slice of zeroed values; in the models, whose atomics are more than their bytes, an ordinary vector.
 #[cfg(any(loom, shuttle))]
 #[derive(Debug)]
-pub struct ZeroedSlice<T: Zeroable>(alloc::vec::Vec<T>);
+pub struct ZeroedSlice<T: Zeroable>(Vec<T>);
 
 #[cfg(any(loom, shuttle))]
 impl<T: Zeroable + Default> ZeroedSlice<T> {

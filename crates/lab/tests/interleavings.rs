@@ -5,6 +5,10 @@
 //! ORDERS=100000 RUSTFLAGS="--cfg shuttle" cargo test -p pgmap-lab --release --test interleavings
 //! ```
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![allow(
+    clippy::excessive_nesting,
+    reason = "a thread's code reads best where it is started"
+)]
 #![cfg(shuttle)]
 
 use std::borrow::Cow;
@@ -46,7 +50,7 @@ const SOUND: Flaws = Flaws {
 };
 
 /// Two frames of RAM for three pages, and `devices` devices.
-fn machine(devices: usize, flaws: &Flaws) -> Arc<Machine> {
+fn machine(devices: usize, flaws: Flaws) -> Arc<Machine> {
     let machine = Machine::new(Setup {
         pages: 64,
         frames: 2,
@@ -73,7 +77,7 @@ fn reclaimer(machine: &Arc<Machine>) -> thread::JoinHandle<()> {
 }
 
 /// A program finds what it stored last, however its pages come and go (FLT-2, FLT-4).
-fn faults_against_reclaim(flaws: &Flaws) {
+fn faults_against_reclaim(flaws: Flaws) {
     let machine = machine(1, flaws);
     let reclaimer = reclaimer(&machine);
     let programs = [0u32, 1].map(|page| {
@@ -100,14 +104,14 @@ fn faults_against_reclaim(flaws: &Flaws) {
 
 #[test]
 fn faults_and_reclaim_lose_no_store() {
-    explore(|| faults_against_reclaim(&SOUND));
+    explore(|| faults_against_reclaim(SOUND));
 }
 
 /// A page that is touched while it is being stored, and taken out again before the store ends, keeps its newest bytes:
 /// the slot tells the two stays in staging apart (FLT-2).
 fn touches_against_stores() {
     let device = device::Flaw::Slow;
-    let machine = machine(1, &Flaws { device, ..SOUND });
+    let machine = machine(1, Flaws { device, ..SOUND });
     let done = Arc::new(AtomicBool::new(false));
     let until_done = |step: fn(&Machine)| {
         let (machine, done) = (Arc::clone(&machine), Arc::clone(&done));
@@ -154,11 +158,11 @@ fn a_commit_that_ignores_the_slot_is_found() {
 #[should_panic = "the last word stored"]
 fn a_device_that_completes_early_is_found() {
     let device = device::Flaw::CompletesEarly;
-    explore(move || faults_against_reclaim(&Flaws { device, ..SOUND }));
+    explore(move || faults_against_reclaim(Flaws { device, ..SOUND }));
 }
 
 /// A page that was discarded reads as zeros, whatever was on its way to or from a device (FLT-2).
-fn faults_against_discard(flaws: &Flaws) {
+fn faults_against_discard(flaws: Flaws) {
     let machine = machine(1, flaws);
     let reclaimer = reclaimer(&machine);
     let neighbour = {
@@ -194,19 +198,19 @@ fn faults_against_discard(flaws: &Flaws) {
 
 #[test]
 fn faults_and_discard_never_show_old_bytes() {
-    explore(|| faults_against_discard(&SOUND));
+    explore(|| faults_against_discard(SOUND));
 }
 
 #[test]
 #[should_panic = "discarded pages are zeros"]
 fn a_machine_that_drops_late_is_found() {
     let mmu = model::Flaw::DropsLate;
-    explore(move || faults_against_discard(&Flaws { mmu, ..SOUND }));
+    explore(move || faults_against_discard(Flaws { mmu, ..SOUND }));
 }
 
 /// Whoever gets addresses that another gave back finds zeros there, and a late access of the other leaves nothing behind.
 fn faults_against_unmap() {
-    let machine = machine(1, &SOUND);
+    let machine = machine(1, SOUND);
     let reclaimer = reclaimer(&machine);
     let late = {
         let machine = Arc::clone(&machine);
@@ -255,7 +259,7 @@ fn a_fault_that_ignores_the_area_is_found() {
 
 /// A device is taken away under a running program: its pages come back, and none goes there afterwards (MAP-6).
 fn faults_against_unplug() {
-    let machine = machine(2, &SOUND);
+    let machine = machine(2, SOUND);
     let reclaimer = reclaimer(&machine);
     let program = {
         let machine = Arc::clone(&machine);
@@ -307,7 +311,7 @@ fn faults_and_unplug_lose_nothing_and_leave_nothing() {
 /// A store that began before the device was killed does not end there after it was evacuated: nobody would bring the page
 /// back, and the drain would wait for ever (MAP-6).
 fn stores_against_unplug() {
-    let machine = machine(2, &SOUND);
+    let machine = machine(2, SOUND);
     let mut cpu = machine.cpu();
     for page in 0..2 {
         assert_eq!(cpu.store(machine.word(page, 0), 1), Ok(()));
@@ -346,7 +350,7 @@ fn a_commit_that_ignores_the_kill_is_found() {
 }
 
 /// A device that cannot read costs the pages that it lost, for ever until they are discarded, and no others (FLT-1).
-fn faults_against_device_failure(flaws: &Flaws) {
+fn faults_against_device_failure(flaws: Flaws) {
     let machine = machine(1, flaws);
     let reclaimer = reclaimer(&machine);
     let breaker = {
@@ -396,19 +400,19 @@ fn faults_against_device_failure(flaws: &Flaws) {
 
 #[test]
 fn a_device_failure_costs_only_what_it_lost() {
-    explore(|| faults_against_device_failure(&SOUND));
+    explore(|| faults_against_device_failure(SOUND));
 }
 
 #[test]
 #[should_panic = "the last word stored"]
 fn a_failing_device_that_completes_early_is_found() {
     let device = device::Flaw::CompletesEarly;
-    explore(move || faults_against_device_failure(&Flaws { device, ..SOUND }));
+    explore(move || faults_against_device_failure(Flaws { device, ..SOUND }));
 }
 
 /// What a device writes to a page that `mm` knows to be pinned is what the program reads (GUP-3, RMAP-1).
 fn pins_against_take_out() {
-    let machine = machine(1, &SOUND);
+    let machine = machine(1, SOUND);
     let reclaimer = reclaimer(&machine);
     let program = {
         let machine = Arc::clone(&machine);
@@ -464,7 +468,7 @@ fn a_take_out_that_ignores_pins_is_found() {
 }
 
 /// What a device writes to a page that only the machine knows to be pinned is what the program reads (GUP-3).
-fn unseen_pins_against_take_out(flaws: &Flaws) {
+fn unseen_pins_against_take_out(flaws: Flaws) {
     let machine = machine(1, flaws);
     let reclaimer = reclaimer(&machine);
     let mut cpu = machine.cpu();
@@ -488,12 +492,12 @@ fn unseen_pins_against_take_out(flaws: &Flaws) {
 
 #[test]
 fn pages_pinned_behind_our_back_stay() {
-    explore(|| unseen_pins_against_take_out(&SOUND));
+    explore(|| unseen_pins_against_take_out(SOUND));
 }
 
 #[test]
 #[should_panic = "what the device wrote"]
 fn a_machine_that_moves_pinned_pages_is_found() {
     let mmu = model::Flaw::TakesPinned;
-    explore(move || unseen_pins_against_take_out(&Flaws { mmu, ..SOUND }));
+    explore(move || unseen_pins_against_take_out(Flaws { mmu, ..SOUND }));
 }
