@@ -3,6 +3,11 @@
 //! ```text
 //! RUSTFLAGS="--cfg loom" cargo test -p pgmap-sync --release --test percpu_ref
 //! ```
+#![allow(
+    clippy::excessive_nesting,
+    clippy::unwrap_used,
+    reason = "a thread's code reads best where it is started; a test fails by panicking"
+)]
 #![cfg(loom)]
 
 use loom::cell::UnsafeCell;
