@@ -156,8 +156,9 @@ impl Ram {
     /// Drops one pin of a frame; if its owner has let go meanwhile, the frame is free now.
     pub fn unpin(&self, pfn: Pfn) {
         if self.map.frame(pfn).unpin() == Put::Last {
-            self.free.lock().give(&self.map, Pfn::from_u32(0), pfn);
-            // Relaxed: only ever read as a snapshot.
+            let mut free = self.free.lock();
+            free.give(&self.map, Pfn::from_u32(0), pfn);
+            // Relaxed: changed under the lock only.
             self.in_use.fetch_sub(1, Ordering::Relaxed);
         }
     }

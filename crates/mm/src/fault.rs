@@ -161,20 +161,25 @@ impl AddressSpace {
         let at = self.table.address(page);
         let slot = Slot(self.map.frame(frame).link());
         let claimed = self.staging.claim(slot);
-        let progress = if claimed && copy == Copy::None {
-            self.mmu.give_back(slot, 1, at)
-        } else {
-            // A clean page must come back protected, and a slot that somebody reads must keep its page.
+        let mut progress = Progress {
+            done: 0,
+            stop: None,
+        };
+        if claimed && copy == Copy::None {
+            progress = self.mmu.give_back(slot, 1, at);
+        }
+        if progress.done == 0 && !matches!(progress.stop, Some(Stop::NoMemory | Stop::Gone)) {
+            // A clean page must come back protected, a slot that somebody reads must keep its page, and the machine
+            // moves nothing to where the program may not write now.
             let protect = protection(copy);
             // SAFETY: the entry says that the slot is filled, and whoever claimed it empties it only
             // after changing the entry, under the cursor that we hold.
             let bytes = unsafe { self.mmu.staged(slot) };
-            let progress = self.mmu.install(at, slice::from_ref(bytes), protect);
+            progress = self.mmu.install(at, slice::from_ref(bytes), protect);
             if claimed && progress.done == 1 {
                 self.mmu.empty(slot, 1);
             }
-            progress
-        };
+        }
         if progress.done == 1 {
             if claimed {
                 self.staging.release(slot);

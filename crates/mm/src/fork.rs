@@ -4,6 +4,7 @@
 //! its faults: a page that was elsewhere would read as zeros. So before anybody else runs in the child, the
 //! missing pages are copied into it.
 
+use core::ops::ControlFlow;
 use core::slice;
 
 use pgmap_core::addr::{Page, VirtAddr};
@@ -11,7 +12,7 @@ use pgmap_core::driver::{DeviceError, Load};
 use pgmap_sync::atomic::Ordering;
 
 use crate::mmu::Slot;
-use crate::page_table::{BLOCK_PAGES, BlockIndex, Cursor, PageIndex};
+use crate::page_table::{Cursor, PageIndex};
 use crate::pte::Pte;
 use crate::space::{AddressSpace, Worker};
 
@@ -25,19 +26,26 @@ pub enum ChildPage<'a> {
 }
 
 impl AddressSpace {
-    /// Gives every page that is not mapped to `install`. Called between the fork and the moment when the child runs on.
+    /// Gives every page that is not mapped to `install`, until that breaks off. Called between the fork and the moment when the child runs on.
     pub fn for_each_missing(
         &self,
         worker: &mut Worker,
-        mut install: impl FnMut(VirtAddr, ChildPage<'_>),
-    ) {
+        mut install: impl FnMut(VirtAddr, ChildPage<'_>) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
         // Relaxed: a hint for reclaim, which looks at it again and again.
         self.forked.store(true, Ordering::Relaxed);
-        let areas = self.areas.lock().live.blocks(BLOCK_PAGES);
-        for block in areas.into_iter().flatten().map(BlockIndex) {
+        let mut next = 0;
+        loop {
+            // One block at a time, so that nothing is allocated here.
+            let area = self.areas.lock().live.first_from(next);
+            let Some(area) = area else {
+                return ControlFlow::Continue(());
+            };
+            let block = PageIndex(area.start.max(next)).block();
+            next = block.pages().end;
             let cursor = self.table.lock(block);
             for page in block.pages().map(PageIndex) {
-                self.give_missing(&cursor, worker, page, &mut install);
+                self.give_missing(&cursor, worker, page, &mut install)?;
             }
         }
     }
@@ -47,16 +55,16 @@ impl AddressSpace {
         cursor: &Cursor<'_>,
         worker: &mut Worker,
         page: PageIndex,
-        install: &mut impl FnMut(VirtAddr, ChildPage<'_>),
-    ) {
+        install: &mut impl FnMut(VirtAddr, ChildPage<'_>) -> ControlFlow<()>,
+    ) -> ControlFlow<()> {
         let at = self.table.address(page);
         match cursor.get(page) {
-            Pte::None | Pte::Present { .. } => {}
+            Pte::None | Pte::Present { .. } => ControlFlow::Continue(()),
             Pte::Staged { frame, .. } => {
                 let slot = Slot(self.map.frame(frame).link());
                 // SAFETY: the entry says that the slot is filled, and whoever claimed it empties it only
                 // after changing the entry, under the cursor that we hold.
-                install(at, ChildPage::Bytes(unsafe { self.mmu.staged(slot) }));
+                install(at, ChildPage::Bytes(unsafe { self.mmu.staged(slot) }))
             }
             Pte::Device {
                 page: device_page, ..

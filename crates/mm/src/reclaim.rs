@@ -171,7 +171,14 @@ impl AddressSpace {
             return (0, Some(Stop::NoMemory));
         };
         let at = self.table.address(PageIndex(start));
-        let progress = self.mmu.take_out(at, slots as usize, first);
+        let mut progress = self.mmu.take_out(at, slots as usize, first);
+        if progress.done == 0
+            && slots > 1
+            && matches!(progress.stop, Some(Stop::Unevictable | Stop::Hole))
+        {
+            // A run that crosses a change of protection is refused as a whole: its first page may leave alone.
+            progress = self.mmu.take_out(at, 1, first);
+        }
         #[allow(clippy::cast_possible_truncation, reason = "at most `slots`")]
         let done = progress.done as u32;
         for nth in 0..slots {

@@ -11,12 +11,12 @@ use pgmap_core::memremap::{DevPagemap, MemoryMap};
 use pgmap_core::platform::{OutOfAddressSpace, Platform};
 use pgmap_core::ram::Ram;
 use pgmap_sync::Mutex;
-use pgmap_sync::atomic::AtomicBool;
+use pgmap_sync::atomic::{AtomicBool, Ordering};
 
 use crate::mmu::Mmu;
 use crate::page_table::{PageIndex, PageTable};
 use crate::policy::Queues;
-use crate::pte::Copy;
+use crate::pte::{Copy, Pte};
 use crate::readahead::{MAX_WINDOW, Readahead};
 use crate::staging::Staging;
 use crate::stats::Stats;
@@ -70,6 +70,8 @@ pub struct AddressSpace {
     pub(crate) inactive_most: u32,
     /// Whether a child may share pages with us, which the machine then does not move.
     pub(crate) forked: AtomicBool,
+    /// Whether an address outside all areas has been poisoned.
+    strays: AtomicBool,
 }
 
 impl AddressSpace {
@@ -96,6 +98,7 @@ impl AddressSpace {
             stats: parts.stats,
             inactive_most: parts.slots / 2,
             forked: AtomicBool::new(false),
+            strays: AtomicBool::new(false),
         })
     }
 
@@ -128,6 +131,8 @@ impl AddressSpace {
         let mut areas = self.areas.lock();
         let range = areas.taken.allocate(pages, align)?;
         areas.live.insert(range.clone());
+        drop(areas);
+        self.clear_strays(&range);
         Some(self.table.address(PageIndex(range.start)))
     }
 
@@ -152,7 +157,40 @@ impl AddressSpace {
             areas.taken.insert(start..end);
             areas.live.insert(start..end);
         }
+        drop(areas);
+        if free {
+            self.clear_strays(&(start..end));
+        }
         free
+    }
+
+    /// Makes an address outside all areas answer with SIGBUS. Nothing if it is inside one now.
+    pub fn poison_stray(&self, at: VirtAddr) {
+        let Some(page) = self.page_at(at) else { return };
+        let mut cursor = self.table.lock(page.block());
+        let areas = self.areas.lock();
+        let at = self.table.address(page);
+        if areas.live.contains(page.0) || cursor.get(page) != Pte::None {
+            self.mmu.wake(at, 1);
+            return;
+        }
+        if self.mmu.poison(at, 1).done == 1 {
+            // Release: pairs with the acquire in `clear_strays`.
+            self.strays.store(true, Ordering::Release);
+            cursor.set(page, Pte::Poisoned);
+        }
+    }
+
+    /// Makes fresh addresses fresh, whatever was poisoned there before they were handed out.
+    fn clear_strays(&self, range: &Range<u32>) {
+        // Acquire: pairs with the release in `poison_stray`.
+        if self.strays.load(Ordering::Acquire) {
+            // Nobody can have pinned what nobody was given yet.
+            let _ = self.discard(
+                self.table.address(PageIndex(range.start)),
+                range.end - range.start,
+            );
+        }
     }
 
     /// The page that holds an address, if it is one of this address space's.

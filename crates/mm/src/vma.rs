@@ -127,13 +127,16 @@ impl Vmas {
         (*end > page).then_some(*start..*end)
     }
 
-    /// The numbers of the blocks of `size` pages in which there are areas.
+    /// The first area that does not end before or at a page.
     #[must_use]
-    pub fn blocks(&self, size: u32) -> Vec<Range<u32>> {
-        self.areas
-            .iter()
-            .map(|(start, end)| start / size..end.div_ceil(size))
-            .collect()
+    pub fn first_from(&self, page: u32) -> Option<Range<u32>> {
+        let around = self.find(page);
+        around.or_else(|| {
+            self.areas
+                .range(page..)
+                .next()
+                .map(|(start, end)| *start..*end)
+        })
     }
 
     fn take(&mut self, range: Range<u32>, first_gap: Option<u32>) -> Range<u32> {

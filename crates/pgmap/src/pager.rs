@@ -5,6 +5,7 @@
 //! Neither ever touches managed memory, and neither allocates once it runs.
 
 use core::mem;
+use core::ops::ControlFlow;
 use core::time::Duration;
 use std::process;
 use std::sync::Arc;
@@ -12,12 +13,13 @@ use std::sync::OnceLock;
 use std::thread::{self, Thread};
 use std::time::Instant;
 
-use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
+use pgmap_core::addr::{PAGE_SIZE, Page, VirtAddr};
 use pgmap_host::affinity::Placement;
 use pgmap_host::event::{ChildSpace, Event};
 use pgmap_host::mmu::HostMmu;
 use pgmap_mm::fault::{Access, Outcome};
 use pgmap_mm::fork::ChildPage;
+use pgmap_mm::mmu::Stop;
 use pgmap_mm::reclaim::Caller;
 use pgmap_mm::space::{AddressSpace, Worker};
 use pgmap_mm::stats::Stats;
@@ -257,7 +259,7 @@ impl Pager {
                 Outcome::Resolved => break,
                 Outcome::BadAddress => {
                     // The program touched what it does not own; SIGBUS tells it so.
-                    let _ = self.space.mmu().poison(at.page_start(), 1);
+                    self.space.poison_stray(at);
                     break;
                 }
                 Outcome::NoMemory if start.elapsed() < PATIENCE => {
@@ -279,14 +281,33 @@ impl Pager {
     /// A fork's child gets every byte that is not mapped, and then runs on without us.
     fn serve_fork(&self, worker: &mut Worker, child: &ChildSpace) {
         Stats::add(&self.space.stats().forks, 1);
-        self.space.for_each_missing(worker, |at, page| match page {
-            ChildPage::Bytes(bytes) => {
-                let _ = child.install(at, bytes);
+        let given = self.space.for_each_missing(worker, |at, page| match page {
+            ChildPage::Bytes(bytes) => give(child, at, bytes),
+            ChildPage::Lost => {
+                child.poison(at);
+                ControlFlow::Continue(())
             }
-            ChildPage::Lost => child.poison(at),
         });
+        // A child that has ended or exec'd needs no more.
+        let _ = given;
         // Dropping the child's descriptor ends its registration: what is still missing there reads as zeros, as it
         // should.
+    }
+}
+
+/// Gives a child a page, or, if the machine has no memory for it for too long, SIGBUS instead of zeros (FLT-3).
+fn give(child: &ChildSpace, at: VirtAddr, bytes: &Page) -> ControlFlow<()> {
+    let start = Instant::now();
+    loop {
+        match child.install(at, bytes) {
+            Ok(()) => return ControlFlow::Continue(()),
+            Err(Stop::Gone) => return ControlFlow::Break(()),
+            Err(_) if start.elapsed() < PATIENCE => thread::sleep(RETRY),
+            Err(_) => {
+                child.poison(at);
+                return ControlFlow::Continue(());
+            }
+        }
     }
 }
 

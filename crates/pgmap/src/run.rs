@@ -147,8 +147,9 @@ pub fn start() -> Result<Option<&'static AddressSpace>, String> {
 /// Ends this process's part: its last numbers go to the supervisor.
 pub fn stop() {
     if let Some(run) = RUN.get().filter(|run| run.pid == std::process::id()) {
+        // The place itself stays until the process is gone: its other threads and later destructors still use what
+        // it holds.
         publish(run);
-        leave(&run.region, &run.config, |other| other == run.pid);
     }
 }
 
@@ -211,7 +212,7 @@ fn on_tick() {
 
 /// Every living process has an equal share of the budget.
 fn share_budget(run: &Run) {
-    let alive = run.region.alive().len().max(1) as u64;
+    let alive = run.region.alive().max(1);
     let least = MIN_RAM_BYTES / PAGE_SIZE as u64;
     run.memory
         .space()

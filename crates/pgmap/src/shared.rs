@@ -263,16 +263,12 @@ impl Region {
         reaped
     }
 
-    /// Processes that are alive, or have not been reaped.
+    /// How many processes are alive, or have not been reaped.
     #[must_use]
-    pub fn alive(&self) -> Vec<u32> {
+    pub fn alive(&self) -> u64 {
         // Relaxed: a snapshot.
-        let pids = self
-            .layout()
-            .processes
-            .iter()
-            .map(|p| p.pid.load(Ordering::Relaxed));
-        pids.filter(|pid| *pid != 0).collect()
+        let used = |process: &&Process| process.pid.load(Ordering::Relaxed) != 0;
+        self.layout().processes.iter().filter(used).count() as u64
     }
 
     /// Sums up what all processes hold, and remembers the most. `peak` is the most bytes that one process knows of itself.
@@ -327,7 +323,7 @@ mod tests {
         Stats::add(&region.devices()[0].taken, 70);
         assert_eq!(region.reap(|pid| pid == 100), [first]);
         assert_eq!(Stats::get(&region.devices()[0].taken), 20);
-        assert_eq!(region.alive(), [200]);
+        assert_eq!(region.alive(), 1);
         assert_eq!(region.claim(300).unwrap().0, first);
     }
 

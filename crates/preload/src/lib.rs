@@ -10,11 +10,12 @@ mod alloc;
 mod fds;
 mod glibc;
 mod maps;
+mod own;
 mod raw;
 mod state;
 
 #[global_allocator]
-static GLOBAL: glibc::Glibc = glibc::Glibc;
+static GLOBAL: own::Own = own::Own::new();
 
 /// Runs when the program is loaded, before its `main`.
 #[used]
