@@ -5,7 +5,7 @@
 
 mod common;
 
-use std::fmt::Write as _;
+use core::fmt::Write as _;
 use std::fs;
 use std::process::Command;
 

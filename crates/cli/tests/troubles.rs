@@ -5,10 +5,10 @@
 
 mod common;
 
+use core::time::Duration;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
 
 use common::{compile, machine_can_run, pgmap, run};
 
@@ -198,6 +198,7 @@ fn stopping_and_continuing_works() {
 
 /// Every mistake gets one line that says what to do, and the exit status that shells use.
 #[test]
+#[allow(clippy::too_many_lines, reason = "a table")]
 fn every_mistake_gets_one_clear_line() {
     let directory = tempfile::tempdir().unwrap();
     let here = directory.path().display().to_string();

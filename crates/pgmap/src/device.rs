@@ -1,6 +1,6 @@
 //! Devices: where pages go that are not in RAM.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -41,6 +41,8 @@ pub(crate) struct Part {
 pub struct Device {
     pub(crate) ops: Arc<dyn PrivateOps>,
     pub(crate) frames: u64,
+    /// A descriptor that must stay open.
+    pub(crate) descriptor: Option<RawFd>,
 }
 
 impl Device {
@@ -59,7 +61,11 @@ impl Device {
     /// A device of your own: `ops` stores up to `frames` pages.
     #[must_use]
     pub fn custom(ops: Arc<dyn PrivateOps>, frames: u64) -> Self {
-        Self { ops, frames }
+        Self {
+            ops,
+            frames,
+            descriptor: None,
+        }
     }
 
     /// This process's part of a device that a run's processes share.
@@ -89,11 +95,13 @@ impl Device {
                 let owner = u8::try_from(part.number).ok().and_then(Owner::new);
                 let owner = owner.ok_or("there are too many processes")?;
                 let fd = reopen(opened, *direct).map_err(|error| error.to_string())?;
+                let descriptor = Some(fd.as_raw_fd());
                 let slots = Slots::shared(words, owner);
                 let device = FileDevice::from_fd(fd, slots, &path.display().to_string());
                 Ok(Self {
                     ops: Arc::new(device),
                     frames,
+                    descriptor,
                 })
             }
             DeviceSpec::Faulty { plan, device } => {
@@ -101,10 +109,15 @@ impl Device {
                     spec: (**device).clone(),
                     opened: config.opened.clone(),
                 };
-                let Self { ops, frames } = Self::shared(&config, part)?;
+                let Self {
+                    ops,
+                    frames,
+                    descriptor,
+                } = Self::shared(&config, part)?;
                 Ok(Self {
                     ops: Arc::new(FaultyDevice::new(ops, *plan)),
                     frames,
+                    descriptor,
                 })
             }
         }
@@ -126,6 +139,7 @@ impl Device {
         Ok(Self {
             ops: Arc::new(device),
             frames,
+            descriptor: None,
         })
     }
 }

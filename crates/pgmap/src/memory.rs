@@ -100,7 +100,9 @@ impl MemoryBuilder {
         let map = MemoryMap::new(&PLATFORM, MAX_PFN)?;
         let ram = map.add_ram(ram_frames)?;
         let mut devices = Vec::with_capacity(self.devices.len());
+        let mut descriptors = mmu.descriptors().to_vec();
         for device in self.devices {
+            descriptors.extend(device.descriptor);
             devices.push(map.memremap_private(device.ops, device.frames)?);
         }
         let addresses = mmu.range();
@@ -125,18 +127,20 @@ impl MemoryBuilder {
             space,
             pager,
             threads: Some(threads),
+            descriptors,
         })
     }
 }
 
 /// Memory of which only a part is in RAM.
 ///
-/// Dropping it stops its pager; mappings keep it alive.
+/// Dropping it stops its pager; its mappings borrow it, so none is left then.
 #[derive(Debug)]
 pub struct Memory {
     space: Arc<AddressSpace>,
     pager: Arc<Pager>,
     threads: Option<[JoinHandle<()>; 2]>,
+    descriptors: Vec<RawFd>,
 }
 
 impl Memory {
@@ -170,7 +174,7 @@ impl Memory {
     /// The descriptors that must stay open.
     #[must_use]
     pub(crate) fn descriptors(&self) -> Vec<RawFd> {
-        self.pager.mmu.descriptors().into()
+        self.descriptors.clone()
     }
 
     /// Who has pinned any of these addresses, oldest first (REF-7).
@@ -242,6 +246,7 @@ impl Drop for Mapping<'_> {
     fn drop(&mut self) {
         // It fails only while somebody has a page pinned; then the addresses stay taken, which is what the pin's
         // holder needs.
-        let _ = self.memory.space.unmap(self.range.start, self.range.len());
+        // SAFETY: by the type invariant the range is ours, and nobody borrows it any more.
+        let _ = unsafe { self.memory.space.unmap(self.range.start, self.range.len()) };
     }
 }

@@ -5,6 +5,7 @@
 
 use core::fmt::Write as _;
 use core::str::FromStr;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -27,6 +28,8 @@ pub const RUN_VARIABLE: &str = "PGMAP_RUN";
 pub struct Config {
     /// Bytes of RAM for all processes together.
     pub ram_bytes: u64,
+    /// Which process numbers the run is counted in: see [`pid_namespace`].
+    pub pid_namespace: u64,
     /// The devices, in the order in which they are tried.
     pub devices: Vec<DeviceConfig>,
 }
@@ -54,7 +57,7 @@ impl Config {
     /// The text that [`parse`](Self::parse) understands.
     #[must_use]
     pub fn to_text(&self) -> String {
-        let mut text = format!("ram {}\n", self.ram_bytes);
+        let mut text = format!("ram {}\npids {}\n", self.ram_bytes, self.pid_namespace);
         for device in &self.devices {
             // Writing to a string cannot fail.
             let _ = match &device.opened {
@@ -74,6 +77,7 @@ impl Config {
         for line in text.lines() {
             match line.split_once(' ')? {
                 ("ram", bytes) => config.ram_bytes = bytes.parse().ok()?,
+                ("pids", namespace) => config.pid_namespace = namespace.parse().ok()?,
                 ("device", spec) => {
                     let spec = DeviceSpec::from_str(spec).ok()?;
                     config.devices.push(DeviceConfig { spec, opened: None });
@@ -102,10 +106,15 @@ struct Run {
     pid: u32,
     ram_frames: u64,
     memory: Memory,
-    config: Config,
 }
 
 static RUN: OnceLock<Run> = OnceLock::new();
+
+/// The namespace in which this process's number means something, as the kernel numbers namespaces; 0 if it does not say.
+#[must_use]
+pub fn pid_namespace() -> u64 {
+    std::fs::metadata("/proc/self/ns/pid").map_or(0, |namespace| namespace.ino())
+}
 
 /// Joins the run that the environment names, and starts the pager. `None` if there is no run, or it has as many
 /// processes as it can have: then this process lives in plain memory.
@@ -122,6 +131,10 @@ pub fn start() -> Result<Option<&'static AddressSpace>, String> {
         return Ok(None);
     };
     let config = Config::parse(region.config()).ok_or("the configuration cannot be read")?;
+    // The supervisor could not tell whether we are alive by a number that means another process to it.
+    if config.pid_namespace != pid_namespace() {
+        return Ok(None);
+    }
     let pid = std::process::id();
     // After an exec the process finds its own old place.
     leave(&region, &config, |other| other == pid);
@@ -138,7 +151,6 @@ pub fn start() -> Result<Option<&'static AddressSpace>, String> {
         pid,
         ram_frames,
         memory,
-        config,
     });
     share_budget(run);
     Ok(Some(run.memory.space()))

@@ -47,6 +47,8 @@ pub struct AddressSpace {
     mmu: Arc<HostMmu>,
     /// Where the machine allows less than reading and writing.
     restricted: Mutex<Vmas>,
+    /// Addresses at which the program has mapped something else: they are the kernel's, for ever.
+    given_away: Mutex<Vmas>,
     /// The most bytes that one mapping may have.
     most_bytes: usize,
 }
@@ -62,6 +64,7 @@ impl AddressSpace {
             inner,
             mmu,
             restricted: Mutex::new(Vmas::new(pages)),
+            given_away: Mutex::new(Vmas::new(pages)),
             most_bytes,
         }
     }
@@ -106,7 +109,11 @@ impl AddressSpace {
     /// # Errors
     ///
     /// [`MapError::BadRange`] or [`MapError::Pinned`].
-    pub fn unmap(&self, at: usize, bytes: usize) -> Result<(), MapError> {
+    ///
+    /// # Safety
+    ///
+    /// The caller owns the range: nobody relies on its bytes or its addresses.
+    pub unsafe fn unmap(&self, at: usize, bytes: usize) -> Result<(), MapError> {
         let (at, pages) = self.pages(at, bytes)?;
         self.mmu.settle_forks();
         self.unrestrict(at, pages)?;
@@ -118,11 +125,60 @@ impl AddressSpace {
     /// # Errors
     ///
     /// [`MapError::BadRange`] or [`MapError::Pinned`].
-    pub fn give_away(&self, at: usize, bytes: usize) -> Result<(), MapError> {
+    ///
+    /// # Safety
+    ///
+    /// The caller owns the range: nobody relies on its bytes or its addresses.
+    pub unsafe fn give_away(&self, at: usize, bytes: usize) -> Result<(), MapError> {
         let (at, pages) = self.pages(at, bytes)?;
         self.mmu.settle_forks();
-        self.inner.retire(at, pages);
+        let range = self.inner.retire(at, pages);
+        if let Some(range) = range {
+            self.given_away.lock().insert(range);
+        }
         Ok(self.inner.discard(at, pages)?)
+    }
+
+    /// Whether the program has mapped something else at any address of a range.
+    #[must_use]
+    pub fn is_given_away(&self, at: usize, bytes: usize) -> bool {
+        let Ok((at, pages)) =
+            self.pages(at.max(self.range().start) & !(PAGE_SIZE - 1), bytes.max(1))
+        else {
+            return false;
+        };
+        let first = self.inner.page_at(at).map_or(0, |page| page.0);
+        self.given_away
+            .lock()
+            .overlaps(&(first..first.saturating_add(pages)))
+    }
+
+    /// Whether a range is one that [`map`](Self::map) gave, as a whole.
+    #[must_use]
+    pub fn is_mapped(&self, at: usize, bytes: usize) -> bool {
+        let Ok((start, pages)) = self.pages(at, bytes) else {
+            return false;
+        };
+        let first = self.inner.page_at(start).map_or(0, |page| page.0);
+        self.inner
+            .area_at(start)
+            .is_some_and(|area| area.end >= first.saturating_add(pages))
+    }
+
+    /// Makes a mapped range as fresh as a new mapping: zeros that may be read and written.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::BadRange`] or [`MapError::Pinned`].
+    ///
+    /// # Safety
+    ///
+    /// The caller owns the range: nobody relies on its bytes.
+    pub unsafe fn renew(&self, at: usize, bytes: usize) -> Result<(), MapError> {
+        let (start, pages) = self.pages(at, bytes)?;
+        // SAFETY: by this function's contract.
+        unsafe { self.discard(at, bytes)? };
+        self.unrestrict(start, pages)
     }
 
     /// Drops the pages of a range: they read as zeros from now on (`MADV_DONTNEED`).
@@ -130,7 +186,11 @@ impl AddressSpace {
     /// # Errors
     ///
     /// [`MapError::BadRange`] or [`MapError::Pinned`].
-    pub fn discard(&self, at: usize, bytes: usize) -> Result<(), MapError> {
+    ///
+    /// # Safety
+    ///
+    /// The caller owns the range: nobody relies on its bytes or its addresses.
+    pub unsafe fn discard(&self, at: usize, bytes: usize) -> Result<(), MapError> {
         let (at, pages) = self.pages(at, bytes)?;
         self.mmu.settle_forks();
         Ok(self.inner.discard(at, pages)?)
@@ -142,7 +202,11 @@ impl AddressSpace {
     /// # Errors
     ///
     /// [`MapError::BadRange`], or what the machine answers.
-    pub fn protect(&self, at: usize, bytes: usize, prot: i32) -> Result<(), MapError> {
+    ///
+    /// # Safety
+    ///
+    /// The caller owns the range: nobody relies on its bytes or its addresses.
+    pub unsafe fn protect(&self, at: usize, bytes: usize, prot: i32) -> Result<(), MapError> {
         let (start, pages) = self.pages(at, bytes)?;
         let flags = MprotectFlags::from_bits_retain(prot.cast_unsigned());
         let first = self.inner.page_at(start).ok_or(MapError::BadRange)?.0;
@@ -162,7 +226,11 @@ impl AddressSpace {
     /// # Errors
     ///
     /// [`MapError::OutOfMemory`] if there is no room, [`MapError::BadRange`], [`MapError::Pinned`].
-    pub fn remap(
+    ///
+    /// # Safety
+    ///
+    /// The caller owns the mapping, and uses its old addresses no more if it moved.
+    pub unsafe fn remap(
         &self,
         at: usize,
         old: usize,
@@ -176,7 +244,8 @@ impl AddressSpace {
         let old_bytes = old_pages as usize * PAGE_SIZE;
         if new_bytes <= old_bytes {
             if new_bytes < old_bytes {
-                self.unmap(at + new_bytes, old_bytes - new_bytes)?;
+                // SAFETY: by this function's contract.
+                unsafe { self.unmap(at + new_bytes, old_bytes - new_bytes)? };
             }
             return Ok(at);
         }
@@ -195,23 +264,9 @@ impl AddressSpace {
         // SAFETY: the caller owns the old mapping, the new one is fresh, and both are at least `old_bytes` long;
         // pages that are missing are brought in by the pager, of whose locks we hold none.
         unsafe { ptr::copy_nonoverlapping(at as *const u8, to as *mut u8, old_bytes) };
-        self.unmap(at, old_bytes)?;
+        // SAFETY: by this function's contract; the bytes have been copied.
+        unsafe { self.unmap(at, old_bytes)? };
         Ok(to)
-    }
-
-    /// Brings a range into RAM as far as RAM goes (`MADV_POPULATE_READ`).
-    ///
-    /// # Errors
-    ///
-    /// [`MapError::BadRange`].
-    pub fn populate(&self, at: usize, bytes: usize) -> Result<(), MapError> {
-        let (start, pages) = self.pages(at, bytes)?;
-        for page in 0..pages as usize {
-            let at = (start.get() + page * PAGE_SIZE) as *const u8;
-            // SAFETY: the caller maps the range, so its pages can be read; the value does not matter.
-            unsafe { at.read_volatile() };
-        }
-        Ok(())
     }
 
     /// Pins a range: its pages are in RAM and stay where they are until the guard is dropped.

@@ -7,6 +7,12 @@ use pgmap_host::thread::SignalsBlocked;
 
 use crate::maps::{fail, managing};
 use crate::raw::{errno, syscall_int, word};
+use crate::state;
+
+/// As [`libc::MADV_DONTNEED`], for locked pages too.
+const MADV_DONTNEED_LOCKED: c_int = 24;
+const MADV_GUARD_INSTALL: c_int = 102;
+const MADV_GUARD_REMOVE: c_int = 103;
 
 /// See madvise(2).
 ///
@@ -19,7 +25,10 @@ pub(crate) unsafe extern "C" fn madvise(
     bytes: usize,
     advice: c_int,
 ) -> c_int {
-    if let Some(space) = managing(address as usize)
+    if state::contains(address as usize) && state::space().is_none() && drops(advice) {
+        fetch(address as usize, bytes);
+    }
+    if let Some(space) = managing(address as usize, bytes)
         && let Some(answer) = managed(space, address as usize, bytes, advice)
     {
         return answer;
@@ -39,13 +48,13 @@ fn managed(space: &AddressSpace, address: usize, bytes: usize, advice: c_int) ->
         return Some(0);
     }
     match advice {
-        libc::MADV_DONTNEED | libc::MADV_FREE => {
+        advice if drops(advice) => {
             let _blocked = SignalsBlocked::new();
-            Some(space.discard(address, bytes).map_or_else(fail, |()| 0))
+            // SAFETY: the program gives up the bytes.
+            Some(unsafe { space.discard(address, bytes) }.map_or_else(fail, |()| 0))
         }
-        libc::MADV_POPULATE_READ | libc::MADV_POPULATE_WRITE => {
-            Some(space.populate(address, bytes).map_or_else(fail, |()| 0))
-        }
+        // Guard pages would hide pages of which the kernel knows nothing: as on kernels that do not have them.
+        MADV_GUARD_INSTALL | MADV_GUARD_REMOVE => Some(crate::raw::fail(libc::EINVAL)),
         // Hints: our own policies decide.
         libc::MADV_NORMAL
         | libc::MADV_RANDOM
@@ -62,10 +71,26 @@ fn managed(space: &AddressSpace, address: usize, bytes: usize, advice: c_int) ->
     }
 }
 
+/// Whether advice drops the bytes.
+const fn drops(advice: c_int) -> bool {
+    matches!(
+        advice,
+        libc::MADV_DONTNEED | libc::MADV_FREE | MADV_DONTNEED_LOCKED
+    )
+}
+
+/// In a fork's child: has the parent's pager bring what it still owes us, before it is dropped. Otherwise it would come
+/// afterwards.
+pub(crate) fn fetch(address: usize, bytes: usize) {
+    let arguments = [address, bytes, word(libc::MADV_POPULATE_READ), 0, 0, 0];
+    // SAFETY: reading pages changes none.
+    unsafe { syscall_int(libc::SYS_madvise, arguments) };
+}
+
 /// See `posix_madvise(3)`. Its `POSIX_MADV_DONTNEED` keeps the bytes.
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn posix_madvise(address: *mut c_void, bytes: usize, advice: c_int) -> c_int {
-    if managing(address as usize).is_some() || advice == libc::POSIX_MADV_DONTNEED {
+    if managing(address as usize, bytes).is_some() || advice == libc::POSIX_MADV_DONTNEED {
         return 0;
     }
     let arguments = [address as usize, bytes, word(advice), 0, 0, 0];

@@ -63,13 +63,30 @@ pub(crate) unsafe extern "C" fn mmap(
         && let Some(space) = state::space()
     {
         let _blocked = SignalsBlocked::new();
-        match space.map(bytes, PAGE) {
-            Ok(at) if protection == READ_WRITE => return at as *mut c_void,
-            Ok(at) => return answer(space.protect(at, bytes, protection).map(|()| at)),
-            Err(error) => return answer(Err(error)),
-        }
+        // Without a reservation a program may ask for more than there is, as long as it does not use it.
+        let mapped = if flags & libc::MAP_NORESERVE == 0 {
+            space.map(bytes, PAGE)
+        } else {
+            space.reserve(bytes, PAGE)
+        };
+        return answer(mapped.and_then(|at| allow(space, at, bytes, protection)));
     }
     if flags & (libc::MAP_FIXED | libc::MAP_FIXED_NOREPLACE) == libc::MAP_FIXED {
+        let anonymous = flags & !libc::MAP_FIXED & !HARMLESS == 0
+            && flags & libc::MAP_PRIVATE != 0
+            && flags & libc::MAP_ANONYMOUS != 0;
+        if let Some(space) = managing(address as usize, bytes)
+            && anonymous
+            && protection & !libc::PROT_EXEC == READ_WRITE
+            && space.is_mapped(address as usize, bytes)
+        {
+            let _blocked = SignalsBlocked::new();
+            // SAFETY: by this function's contract.
+            let renewed = unsafe { space.renew(address as usize, bytes) };
+            return answer(
+                renewed.and_then(|()| allow(space, address as usize, bytes, protection)),
+            );
+        }
         replace(address as usize, bytes);
     }
     let arguments = [
@@ -82,6 +99,24 @@ pub(crate) unsafe extern "C" fn mmap(
     ];
     // SAFETY: by this function's contract.
     unsafe { syscall_pointer(libc::SYS_mmap, arguments) }
+}
+
+/// Gives fresh memory the rights that were asked for, or takes it back.
+fn allow(
+    space: &AddressSpace,
+    at: usize,
+    bytes: usize,
+    protection: c_int,
+) -> Result<usize, MapError> {
+    if protection == READ_WRITE {
+        return Ok(at);
+    }
+    // SAFETY: the memory is fresh, and nobody has it yet.
+    let allowed = unsafe { space.protect(at, bytes, protection) };
+    allowed.map(|()| at).inspect_err(|_| {
+        // SAFETY: as above.
+        let _ = unsafe { space.unmap(at, bytes) };
+    })
 }
 
 /// See mmap(2).
@@ -110,7 +145,8 @@ fn replace(address: usize, bytes: usize) {
     {
         let _blocked = SignalsBlocked::new();
         // A range that is not whole pages is refused by the kernel just after.
-        let _ = space.give_away(start, len);
+        // SAFETY: the program maps something else there, and so gives up what it had.
+        let _ = unsafe { space.give_away(start, len) };
     }
 }
 
@@ -138,12 +174,18 @@ pub(crate) unsafe extern "C" fn munmap(address: *mut c_void, bytes: usize) -> c_
     }
     let Some(space) = state::space() else {
         // A fork's child: the addresses stay, the pages go.
+        crate::advice::fetch(start, len);
         let arguments = [start, len, word(libc::MADV_DONTNEED), 0, 0, 0];
         // SAFETY: by this function's contract.
         return unsafe { syscall_int(libc::SYS_madvise, arguments) };
     };
+    if space.is_given_away(start, len) {
+        // SAFETY: by this function's contract.
+        return unsafe { unmap_raw(start, len) };
+    }
     let _blocked = SignalsBlocked::new();
-    space.unmap(start, len).map_or_else(fail, |()| 0)
+    // SAFETY: by this function's contract.
+    unsafe { space.unmap(start, len) }.map_or_else(fail, |()| 0)
 }
 
 /// # Safety
@@ -167,7 +209,7 @@ pub(crate) unsafe extern "C" fn mremap(
     flags: c_int,
     target: *mut c_void,
 ) -> *mut c_void {
-    if let Some(space) = managing(address as usize) {
+    if let Some(space) = managing(address as usize, old) {
         return answer(remap(space, address as usize, (old, new), flags));
     }
     if flags & libc::MREMAP_FIXED != 0 {
@@ -191,7 +233,8 @@ fn remap(
         _ => return Err(MapError::BadRange),
     };
     let _blocked = SignalsBlocked::new();
-    space.remap(address, old, new, place)
+    // SAFETY: the program asks for it, as mremap(2) has it.
+    unsafe { space.remap(address, old, new, place) }
 }
 
 /// See mprotect(2).
@@ -206,11 +249,11 @@ pub(crate) unsafe extern "C" fn mprotect(
     protection: c_int,
 ) -> c_int {
     if bytes > 0
-        && let Some(space) = managing(address as usize)
+        && let Some(space) = managing(address as usize, bytes)
     {
         let _blocked = SignalsBlocked::new();
-        return space
-            .protect(address as usize, bytes, protection)
+        // SAFETY: by this function's contract.
+        return unsafe { space.protect(address as usize, bytes, protection) }
             .map_or_else(fail, |()| 0);
     }
     let arguments = [address as usize, bytes, word(protection), 0, 0, 0];
@@ -230,11 +273,12 @@ pub(crate) extern "C" fn mlockall(flags: c_int) -> c_int {
     unsafe { syscall_int(libc::SYS_mlockall, arguments) }
 }
 
-/// What manages the memory at an address, if anything does.
-pub(crate) fn managing(address: usize) -> Option<&'static AddressSpace> {
-    if state::contains(address) {
+/// What manages the memory of a range that begins at an address, if anything does.
+pub(crate) fn managing(address: usize, bytes: usize) -> Option<&'static AddressSpace> {
+    let space = if state::contains(address) {
         state::space()
     } else {
         None
-    }
+    };
+    space.filter(|space| !space.is_given_away(address, bytes))
 }

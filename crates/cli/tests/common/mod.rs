@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// The command under test. The preloaded library lies beside it: `cargo xtask test` builds both.
-pub fn pgmap() -> Command {
+pub(crate) fn pgmap() -> Command {
     let command = PathBuf::from(env!("CARGO_BIN_EXE_pgmap"));
     let library = command.with_file_name("libpgmap_preload.so");
     assert!(
@@ -21,7 +21,7 @@ pub fn pgmap() -> Command {
 }
 
 /// `pgmap run` with a budget and devices, `--quiet`, and the program that follows.
-pub fn run(ram: &str, devices: &[&str]) -> Command {
+pub(crate) fn run(ram: &str, devices: &[&str]) -> Command {
     let mut command = pgmap();
     command.args(["run", "--quiet", "--ram", ram]);
     for device in devices {
@@ -32,7 +32,7 @@ pub fn run(ram: &str, devices: &[&str]) -> Command {
 }
 
 /// Whether this machine can run programs in managed memory; says so if it cannot.
-pub fn machine_can_run() -> bool {
+pub(crate) fn machine_can_run() -> bool {
     let able = pgmap().args(["doctor"]).output().unwrap().status.success();
     if !able {
         eprintln!("SKIPPED: this machine does not allow `pgmap run`; see `pgmap doctor`");
@@ -41,7 +41,7 @@ pub fn machine_can_run() -> bool {
 }
 
 /// Compiles one of `tests/programs`.
-pub fn compile(name: &str, directory: &Path) -> PathBuf {
+pub(crate) fn compile(name: &str, directory: &Path) -> PathBuf {
     let source = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../../tests/programs")
         .join(name)
@@ -58,7 +58,7 @@ pub fn compile(name: &str, directory: &Path) -> PathBuf {
 }
 
 /// Standard output, after checking that the program ended well.
-pub fn succeeded(output: &Output) -> String {
+pub(crate) fn succeeded(output: &Output) -> String {
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}: {errors}", output.status);
     String::from_utf8_lossy(&output.stdout).into_owned()
