@@ -62,6 +62,33 @@ int main(void) {
     memset(fixed, 3, 4 * PAGE);
     CHECK(fixed[PAGE] == 3);
 
+    /* A stray access fails, and leaves nothing behind for the next owner of the address. */
+    int pipe_fds[2];
+    CHECK(pipe(pipe_fds) == 0);
+    char *stray = fresh();
+    CHECK(munmap(stray, BYTES) == 0);
+    CHECK(write(pipe_fds[1], stray + 2 * PAGE, 1) == -1 && errno == EFAULT);
+    CHECK(fresh() != MAP_FAILED);
+    stray[2 * PAGE] = 1;
+
+    /* What another mapping was put over is the kernel's; its addresses come back only as fresh memory. */
+    char *over = fresh();
+    CHECK(mmap(over, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == over);
+    memset(over, 7, BYTES);
+    CHECK(over[BYTES - 1] == 7 && munmap(over, BYTES) == 0);
+    for (int k = 0; k < 8; k++) {
+        char *other = fresh();
+        CHECK(other[0] == 0 && other[BYTES - 1] == 0);
+    }
+
+    /* Read-only pages that were evicted can still be read. */
+    char *large = mmap(0, 64 << 20, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(large != MAP_FAILED);
+    for (size_t p = 0; p < (64 << 20) / PAGE; p++) large[p * PAGE] = (char)p;
+    CHECK(mprotect(large, 64 << 20, PROT_READ) == 0);
+    for (size_t p = 0; p < (64 << 20) / PAGE; p += 3) CHECK(large[p * PAGE] == (char)p);
+    CHECK(munmap(large, 64 << 20) == 0);
+
     /* Freed addresses come back as zeros. */
     for (int k = 0; k < 50; k++) {
         char *other = fresh();

@@ -166,3 +166,9 @@ fn children_of_fork_have_every_byte() {
 fn mappings_behave_at_their_edges() {
     verifies("8M", &["compressed:1G"], "mappings", &[]);
 }
+
+/// A fork that waits for the pager holds the C library's locks: the pager must not want them.
+#[test]
+fn forks_and_mappings_do_not_wait_for_each_other() {
+    verifies("16M", &["compressed:1G"], "fork_storm", &["1000"]);
+}

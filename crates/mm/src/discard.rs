@@ -32,12 +32,18 @@ impl AddressSpace {
             return Ok(());
         };
         let end = first.0.saturating_add(pages).min(self.table.pages());
-        let mut next = first.0;
-        while next < end {
-            let block = PageIndex(next).block();
-            let block_end = block.pages().end.min(end);
-            self.discard_in_block(block, next, block_end)?;
-            next = block_end;
+        let mut next = first;
+        while next.0 < end {
+            // What was never used has nothing to drop, however large it is.
+            let Some(block) = self.table.next_used(next.block()) else {
+                break;
+            };
+            let start = next.0.max(block.pages().start);
+            if start >= end {
+                break;
+            }
+            next = PageIndex(block.pages().end.min(end));
+            self.discard_in_block(block, start, next.0)?;
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use pgmap_core::driver::{DeviceError, Load};
 use pgmap_sync::atomic::Ordering;
 
 use crate::mmu::Slot;
-use crate::page_table::{Cursor, PageIndex};
+use crate::page_table::{BlockIndex, Cursor, PageIndex};
 use crate::pte::Pte;
 use crate::space::{AddressSpace, Worker};
 
@@ -34,20 +34,15 @@ impl AddressSpace {
     ) -> ControlFlow<()> {
         // Relaxed: a hint for reclaim, which looks at it again and again.
         self.forked.store(true, Ordering::Relaxed);
-        let mut next = 0;
-        loop {
-            // One block at a time, so that nothing is allocated here.
-            let area = self.areas.lock().live.first_from(next);
-            let Some(area) = area else {
-                return ControlFlow::Continue(());
-            };
-            let block = PageIndex(area.start.max(next)).block();
-            next = block.pages().end;
+        let mut next = BlockIndex(0);
+        while let Some(block) = self.table.next_used(next) {
+            next = BlockIndex(block.0 + 1);
             let cursor = self.table.lock(block);
             for page in block.pages().map(PageIndex) {
                 self.give_missing(&cursor, worker, page, &mut install)?;
             }
         }
+        ControlFlow::Continue(())
     }
 
     fn give_missing(

@@ -48,6 +48,8 @@ impl BlockIndex {
 #[derive(Debug)]
 pub struct PageTable {
     entries: ZeroedSlice<AtomicU64>, // B: the lock of the entry's block
+    /// One bit for each block: whether it has ever had an entry that was not empty.
+    used: ZeroedSlice<AtomicU64>, // A
     locks: Box<[Mutex<()>]>,
     base: VirtAddr,
     pages: u32,
@@ -66,9 +68,11 @@ impl PageTable {
     ) -> Result<Self, OutOfAddressSpace> {
         let pages = pages.next_multiple_of(BLOCK_PAGES);
         let entries = ZeroedSlice::new(platform, pages as usize)?;
+        let used = ZeroedSlice::new(platform, pages.div_ceil(BLOCK_PAGES * u64::BITS) as usize)?;
         let locks = (0..LOCKS).map(|_| Mutex::new(())).collect();
         Ok(Self {
             entries,
+            used,
             locks,
             base,
             pages,
@@ -101,6 +105,24 @@ impl PageTable {
         assert!(page.0 < self.pages, "{page:?} is outside the page table");
         let offset = (page.0 as usize) << PAGE_SHIFT;
         self.base.checked_add(offset).unwrap_or(self.base)
+    }
+
+    /// The first block at or after `from` that has ever been used. Address spaces are large and empty: what looks for
+    /// pages looks here first.
+    #[must_use]
+    pub fn next_used(&self, from: BlockIndex) -> Option<BlockIndex> {
+        let blocks = self.pages / BLOCK_PAGES;
+        let mut block = from.0;
+        while block < blocks {
+            // Acquire: pairs with the release in `Cursor::set`; a block that is used later is later.
+            let word = self.used[(block / u64::BITS) as usize].load(Ordering::Acquire);
+            let rest = word >> (block % u64::BITS);
+            if rest != 0 {
+                return Some(BlockIndex(block + rest.trailing_zeros()));
+            }
+            block = (block / u64::BITS + 1) * u64::BITS;
+        }
+        None
     }
 
     /// Waits for the lock of a block.
@@ -139,6 +161,13 @@ impl Cursor<'_> {
 
     /// Replaces the entry of a page of this block.
     pub fn set(&mut self, page: PageIndex, pte: Pte) {
+        let (word, bit) = (self.block.0 / u64::BITS, 1 << (self.block.0 % u64::BITS));
+        let used = &self.table.used[word as usize];
+        // Relaxed: a bit that is seen stays; one that is not is set again.
+        if pte != Pte::None && used.load(Ordering::Relaxed) & bit == 0 {
+            // Release: pairs with the acquire in `next_used`.
+            used.fetch_or(bit, Ordering::Release);
+        }
         // Relaxed: the block's lock orders every access to the entry.
         self.word(page).store(pte.to_word(), Ordering::Relaxed);
     }
@@ -202,6 +231,28 @@ mod tests {
                 prop_assert_eq!(table.lock(PageIndex(page).block()).get(PageIndex(page)), expected);
             }
         }
+    }
+
+    /// Blocks that were never used are skipped, those that were are found.
+    #[test]
+    fn used_blocks_are_found() {
+        let table = table(64 * 300);
+        for block in [3, 64, 299] {
+            assert_eq!(
+                table.lock(BlockIndex(block)).get(PageIndex(block * 64)),
+                Pte::None
+            );
+            table
+                .lock(BlockIndex(block))
+                .set(PageIndex(block * 64 + 1), Pte::Poisoned);
+        }
+        let mut found = Vec::new();
+        let mut next = BlockIndex(0);
+        while let Some(block) = table.next_used(next) {
+            found.push(block.0);
+            next = BlockIndex(block.0 + 1);
+        }
+        assert_eq!(found, [3, 64, 299]);
     }
 
     /// A run stops at its limit, at the block's edges, and at the first entry that is not wanted.

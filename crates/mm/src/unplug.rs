@@ -5,7 +5,7 @@
 use pgmap_core::memremap::DevPagemap;
 
 use crate::fault::{Access, Outcome};
-use crate::page_table::{BLOCK_PAGES, BlockIndex, PageIndex};
+use crate::page_table::{BlockIndex, PageIndex};
 use crate::pte::{Copy, Pte};
 use crate::space::{AddressSpace, Worker};
 
@@ -24,10 +24,12 @@ impl AddressSpace {
     ///
     /// [`NoRoom`] if there is no other place for them.
     pub fn evacuate(&self, worker: &mut Worker, device: &DevPagemap) -> Result<(), NoRoom> {
-        let blocks = 0..self.table.pages() / BLOCK_PAGES;
-        blocks
-            .map(BlockIndex)
-            .try_for_each(|block| self.evacuate_block(worker, device, block))
+        let mut next = BlockIndex(0);
+        while let Some(block) = self.table.next_used(next) {
+            next = BlockIndex(block.0 + 1);
+            self.evacuate_block(worker, device, block)?;
+        }
+        Ok(())
     }
 
     fn evacuate_block(

@@ -127,18 +127,6 @@ impl Vmas {
         (*end > page).then_some(*start..*end)
     }
 
-    /// The first area that does not end before or at a page.
-    #[must_use]
-    pub fn first_from(&self, page: u32) -> Option<Range<u32>> {
-        let around = self.find(page);
-        around.or_else(|| {
-            self.areas
-                .range(page..)
-                .next()
-                .map(|(start, end)| *start..*end)
-        })
-    }
-
     fn take(&mut self, range: Range<u32>, first_gap: Option<u32>) -> Range<u32> {
         self.insert(range.clone());
         // Nothing was free before the first gap that was looked at.

@@ -69,7 +69,9 @@ pub(crate) unsafe extern "C" fn mmap(
         } else {
             space.reserve(bytes, PAGE)
         };
-        return answer(mapped.and_then(|at| allow(space, at, bytes, protection)));
+        if mapped.is_ok() || flags & libc::MAP_NORESERVE == 0 {
+            return answer(mapped.and_then(|at| allow(space, at, bytes, protection)));
+        }
     }
     if flags & (libc::MAP_FIXED | libc::MAP_FIXED_NOREPLACE) == libc::MAP_FIXED {
         let anonymous = flags & !libc::MAP_FIXED & !HARMLESS == 0
