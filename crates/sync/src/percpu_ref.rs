@@ -24,7 +24,7 @@ use crate::atomic::{AtomicBool, AtomicU64, Ordering};
 #[cfg(not(any(loom, shuttle)))]
 const SLOTS: usize = 32;
 #[cfg(any(loom, shuttle))]
-const SLOTS: usize = 3;
+const SLOTS: usize = 2;
 
 #[derive(Debug, Default)]
 #[repr(align(64))]
@@ -35,7 +35,11 @@ struct Slot(AtomicU64);
 /// # Invariants
 ///
 /// The wrapping sum of all slots is the number of gets that succeeded less the number of puts, except that a get
-/// which finds the count dead adds and subtracts one within itself.
+/// which finds the count dead adds and subtracts one within itself, in one slot.
+///
+/// Hence [`count`](Self::count), which reads the slots one after the other, is never too low once the count is dead: no get
+/// succeeds any more, so that a slot read early misses puts only. (To count users up without looking at `dead` would
+/// break that: one taken in a slot already read, and put in one still to be read, would cancel another that is held.)
 #[derive(Debug)]
 pub struct PercpuRef {
     dead: AtomicBool,
@@ -74,30 +78,20 @@ impl PercpuRef {
     pub fn try_get_live(&self) -> bool {
         self.add(1);
         barrier::light();
-        // Relaxed: ordered after the addition by the barrier, which pairs with the heavy one in `kill`: either we
-        // see `dead`, or `kill` sees our addition.
-        if !self.dead.load(Ordering::Relaxed) {
+        // Ordered after the addition by the barrier, which pairs with the heavy one in `kill`: either we see `dead`, or
+        // `kill` sees our addition. Acquire: pairs with the release in `resurrect`.
+        if !self.dead.load(Ordering::Acquire) {
             return true;
         }
         self.put();
         false
     }
 
-    /// Adds `count` users to a count that is kept live by one that the caller holds.
-    pub fn get_many(&self, count: u64) {
-        self.add(count);
-    }
-
     /// Takes a user away.
     pub fn put(&self) {
-        self.put_many(1);
-    }
-
-    /// Takes `count` users away.
-    pub fn put_many(&self, count: u64) {
-        self.add(count.wrapping_neg());
+        self.add(1_u64.wrapping_neg());
         barrier::light();
-        // Relaxed: as in `try_get_live`.
+        // Relaxed: the barrier orders it as in `try_get_live`, and nothing is read after it but the waiters.
         if self.dead.load(Ordering::Relaxed) {
             self.drained.wake_all();
         }
@@ -112,7 +106,8 @@ impl PercpuRef {
 
     /// Makes the count live again.
     pub fn resurrect(&self) {
-        // Release: pairs with nothing but the reader's own later accesses; a late get may still fail.
+        // Release: pairs with the acquire in `try_get_live`, so that who gets a user sees what was made ready for them.
+        // A late get may still fail.
         self.dead.store(false, Ordering::Release);
     }
 
@@ -126,7 +121,7 @@ impl PercpuRef {
     /// Users now, if the count is dead; otherwise a guess.
     #[must_use]
     pub fn count(&self) -> u64 {
-        // Acquire: pairs with the releasing additions, so that who sees zero sees what the users did.
+        // Acquire: pairs with the release in `add`, so that who sees zero sees what the users did.
         self.slots.iter().fold(0, |sum, slot| {
             sum.wrapping_add(slot.0.load(Ordering::Acquire))
         })
@@ -317,9 +312,10 @@ mod slot {
         MINE.with(|mine| {
             if mine.get() == usize::MAX {
                 // Relaxed: loom runs one thread at a time, and this is not part of what it explores.
-                mine.set(NEXT.fetch_add(1, Ordering::Relaxed) % SLOTS);
+                mine.set(NEXT.fetch_add(1, Ordering::Relaxed).min(SLOTS - 1));
             }
-            (mine.get(), false)
+            // As on the machine: the last slot is everybody else's.
+            (mine.get(), mine.get() < SLOTS - 1)
         })
     }
 
