@@ -38,8 +38,11 @@ impl FreeList {
         Some(pfn)
     }
 
-    /// Gives back a frame whose last hold was dropped.
+    /// Gives back a frame whose last hold was dropped. A poisoned one is lost: nobody gets it again.
     pub(crate) fn give(&mut self, map: &MemoryMap, first: Pfn, pfn: Pfn) {
+        if map.frame(pfn).is_poisoned() {
+            return;
+        }
         map.frame(pfn).set_link(self.head);
         self.head = pfn.as_u32() - first.as_u32() + 1;
     }
@@ -164,7 +167,7 @@ impl Ram {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
     use crate::platform::HeapPlatform;
@@ -197,6 +200,21 @@ mod tests {
                 prop_assert_eq!(ram.in_use(), used.len() as u64);
             }
         }
+    }
+
+    /// WB-6: a frame whose bytes are lost is not handed out again; the others are.
+    #[test]
+    fn a_poisoned_frame_is_not_reused() {
+        let map = MemoryMap::new(&HeapPlatform, 2).unwrap();
+        let ram = map.add_ram(2).unwrap();
+        let mut out = [Pfn::from_u32(0); 2];
+        assert_eq!(ram.alloc(&mut out), 2);
+        map.frame(out[0]).poison();
+        ram.free(&out);
+        assert_eq!(ram.in_use(), 0);
+        let mut again = [Pfn::from_u32(0); 2];
+        assert_eq!(ram.alloc(&mut again), 1);
+        assert_eq!(again[0], out[1]);
     }
 
     /// GUP-3: a pinned frame is not handed out again before its last pin is dropped.
