@@ -13,7 +13,7 @@ const MOST_RAM_BYTES: u64 = 1 << 46;
 
 /// Run programs in less RAM than they ask for: the rest lives on devices of your choice.
 #[derive(Parser, Debug)]
-#[command(name = "pgmap", version, arg_required_else_help = true)]
+#[command(name = "pgmap", version, arg_required_else_help = true, after_help = EXAMPLES)]
 pub(crate) struct Cli {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -45,6 +45,12 @@ pub(crate) enum Command {
     #[command(name = "__workload", hide = true)]
     Workload,
 }
+
+const EXAMPLES: &str = "\
+Examples:
+  pgmap doctor
+  pgmap run --ram 64M
+  pgmap run --ram 256M --device compressed:2G -- python3 job.py";
 
 const RUN_EXAMPLES: &str = "\
 Examples:

@@ -6,6 +6,8 @@ use anyhow::bail;
 use pgmap::probe::{Check, Finding, Need, checks};
 use serde_json::json;
 
+use crate::{output, run};
+
 /// How the checks are printed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Format {
@@ -14,25 +16,25 @@ pub(crate) enum Format {
 }
 
 pub(crate) fn doctor(format: Format) -> anyhow::Result<ExitCode> {
-    let checks = checks(&std::env::temp_dir());
-    if format == Format::Json {
-        let rows: Vec<_> = checks.iter().map(row).collect();
-        println!("{}", serde_json::to_string_pretty(&rows)?);
-    } else {
-        checks.iter().for_each(print);
-    }
+    let mut checks = checks(&std::env::temp_dir());
+    checks.push(library());
     let runs = checks.iter().all(Check::allows_run);
-    if format == Format::Text {
-        println!();
-        println!(
-            "{}",
-            if runs {
+    let text = match format {
+        Format::Json => {
+            let rows: Vec<_> = checks.iter().map(row).collect();
+            serde_json::to_string_pretty(&rows)? + "\n"
+        }
+        Format::Text => {
+            let verdict = if runs {
                 "`pgmap run` works here."
             } else {
                 "`pgmap run` does not work here yet: see above."
-            }
-        );
-    }
+            };
+            let lines: String = checks.iter().map(line).collect();
+            format!("{lines}\n{verdict}\n")
+        }
+    };
+    output::print(text.as_bytes())?;
     Ok(if runs {
         ExitCode::SUCCESS
     } else {
@@ -58,15 +60,31 @@ pub(crate) fn refuse_if_hopeless() -> anyhow::Result<()> {
     }
 }
 
-fn print(check: &Check) {
-    println!(
-        "{:<9} {:<28} {}",
+/// Whether what is preloaded is where `run` will look for it.
+fn library() -> Check {
+    let (finding, seen, mend) = match run::library() {
+        Ok(path) => (Finding::Ok, path.display().to_string(), None),
+        Err(error) => (Finding::Missing, error.to_string(), Some(run::LIBRARY_MEND)),
+    };
+    Check {
+        name: "preloaded library",
+        need: Need::Run,
+        finding,
+        seen,
+        mend,
+    }
+}
+
+fn line(check: &Check) -> String {
+    let line = format!(
+        "{:<9} {:<28} {}\n",
         word(check.finding),
         check.name,
         check.seen
     );
-    if let Some(mend) = check.mend {
-        println!("{:<9} {:<28} -> {mend}", "", "");
+    match check.mend {
+        Some(mend) => format!("{line}{:<9} {:<28} -> {mend}\n", "", ""),
+        None => line,
     }
 }
 

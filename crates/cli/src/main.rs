@@ -5,6 +5,7 @@
 mod args;
 mod doctor;
 mod elf;
+mod output;
 mod program;
 mod progress;
 mod report;
@@ -17,6 +18,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Context;
+use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 
 use crate::args::{Cli, Command};
@@ -34,21 +36,23 @@ fn main() -> ExitCode {
             doctor::Format::Text
         }),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "pgmap", &mut std::io::stdout());
-            Ok(ExitCode::SUCCESS)
+            let mut text = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "pgmap", &mut text);
+            output::print(&text).map(|()| ExitCode::SUCCESS)
         }
         Command::Man { dir } => man(&dir),
         Command::Workload => Ok(workload::workload()),
     };
     result.unwrap_or_else(|error| {
-        eprintln!("pgmap: {error:#}");
+        output::tell(format_args!("pgmap: {error:#}\n"));
         ExitCode::from(USAGE)
     })
 }
 
 /// Help goes to the terminal as it is; a mistake gets one line that says what to do.
 fn exit_with(error: &clap::Error) -> ! {
-    if !error.use_stderr() {
+    let kind = error.kind();
+    if !error.use_stderr() || kind == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         error.exit();
     }
 
@@ -63,12 +67,13 @@ fn exit_with(error: &clap::Error) -> ! {
         .take_while(|line| !line.is_empty() && !line.starts_with("Usage"))
         .flat_map(|line| [" ", line])
         .collect();
-    eprintln!("pgmap: {line}{more} (try `pgmap --help`)");
+    output::tell(format_args!("pgmap: {line}{more} (try `pgmap --help`)\n"));
     std::process::exit(i32::from(USAGE));
 }
 
 fn man(dir: &Path) -> anyhow::Result<ExitCode> {
-    clap_mangen::generate_to(Cli::command(), dir)
+    std::fs::create_dir_all(dir)
+        .and_then(|()| clap_mangen::generate_to(Cli::command(), dir))
         .with_context(|| format!("cannot write man pages to {}", dir.display()))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -22,7 +22,7 @@ pub(crate) struct Refusal {
 }
 
 const NOT_FOUND: u8 = 127;
-const NOT_EXECUTABLE: u8 = 126;
+pub(crate) const NOT_EXECUTABLE: u8 = 126;
 
 /// Finds a program as a shell would, and checks that it can be managed.
 pub(crate) fn resolve(name: &OsStr) -> Result<PathBuf, Refusal> {
@@ -33,6 +33,12 @@ pub(crate) fn resolve(name: &OsStr) -> Result<PathBuf, Refusal> {
 
 fn find(name: &OsStr) -> Result<PathBuf, Refusal> {
     let shown = name.to_string_lossy();
+    if name.is_empty() {
+        return refuse(
+            NOT_FOUND,
+            "the program's name is empty: write one after `--`".to_owned(),
+        );
+    }
     if name.as_bytes().contains(&b'/') {
         let path = PathBuf::from(name);
         return match path.metadata() {
@@ -71,17 +77,12 @@ fn check(path: &Path, interpreters_left: usize) -> Result<(), Refusal> {
     let Ok(file) = File::open(path) else {
         return Ok(());
     };
-    let mode = file
-        .metadata()
-        .map(|data| (data.permissions().mode(), data.uid()));
-    let own_uid = rustix::process::getuid().as_raw();
-    if let Ok((mode, owner)) = mode
-        && (mode & SETUID != 0 && owner != own_uid || mode & SETGID != 0)
-    {
+    if gives_privileges(&file) {
         return refuse(
             crate::USAGE,
             format!(
-                "{shown} is setuid or setgid: the loader preloads nothing into it; run a copy without that bit"
+                "{shown} is setuid, setgid or has file capabilities: the loader preloads nothing into it; \
+                 run a plain copy of it"
             ),
         );
     }
@@ -105,6 +106,32 @@ fn check(path: &Path, interpreters_left: usize) -> Result<(), Refusal> {
             }
             _ => Ok(()),
         },
+    }
+}
+
+/// Whether a program gets rights that we do not have; the loader takes no advice then.
+fn gives_privileges(file: &File) -> bool {
+    let Ok(data) = file.metadata() else {
+        return false;
+    };
+    let mode = data.permissions().mode();
+    let uid = rustix::process::getuid();
+    let setuid = mode & SETUID != 0 && data.uid() != uid.as_raw();
+    let setgid = mode & SETGID != 0 && data.gid() != rustix::process::getgid().as_raw();
+    let has_capabilities = rustix::fs::fgetxattr_query(file, "security.capability").is_ok();
+    // Root has them all, so nothing is gained.
+    setuid || setgid || has_capabilities && !uid.is_root()
+}
+
+/// Why a program that was found could not be started.
+pub(crate) fn explain(path: &Path, error: &std::io::Error) -> String {
+    let shown = path.display();
+    match error.raw_os_error() {
+        Some(libc::ENOENT) => format!("{shown}: the interpreter that it names does not exist"),
+        Some(libc::ENOEXEC) => {
+            format!("{shown}: neither a program, nor a script whose first line starts with #!")
+        }
+        _ => format!("{shown}: {error}"),
     }
 }
 

@@ -1,16 +1,22 @@
 //! What happens during a run, shown while it happens: one line that is written over on a terminal, lines elsewhere.
 
 use core::time::Duration;
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::time::Instant;
 
 use pgmap::Stats;
 use pgmap::shared::Region;
 
+use crate::output::tell;
 use crate::summary::{Bytes, Count};
 
 /// Time between two lines.
 const INTERVAL: Duration = Duration::from_millis(250);
+/// To the line's start, and erase it.
+const ERASE: &str = "\r\x1b[K";
+/// A line that is longer than the terminal is wide is cut, not wrapped: it could not be written over.
+const CUT: &str = "\x1b[?7l";
+const WRAP: &str = "\x1b[?7h";
 
 #[derive(Debug)]
 pub(crate) struct Progress {
@@ -40,19 +46,17 @@ impl Progress {
             Count(Stats::get(&stats.pages_stored)),
             Count(Stats::get(&stats.pages_brought_back)),
         );
-        let mut stderr = std::io::stderr().lock();
-        // Whoever closed our stderr does not want to read it.
-        let _ = if self.terminal {
-            write!(stderr, "\r\x1b[K{line}")
+        if self.terminal {
+            tell(format_args!("{ERASE}{CUT}{line}{WRAP}"));
         } else {
-            writeln!(stderr, "{line}")
-        };
+            tell(format_args!("{line}\n"));
+        }
     }
 
-    /// Leaves the line as it is and goes to the next.
+    /// Takes the line away: the summary says more.
     pub(crate) fn end(self) {
         if self.terminal && self.shown.is_some() {
-            eprintln!();
+            tell(ERASE);
         }
     }
 }

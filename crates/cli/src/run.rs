@@ -4,25 +4,36 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode};
+use std::process::{Child, Command, ExitCode, ExitStatus};
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail, ensure};
 use pgmap::run::{Config, DeviceConfig, RUN_VARIABLE};
 use pgmap::shared::{DEVICES, Region};
 use pgmap::spec::DeviceSpec;
 use pgmap::{Algorithm, FileDevice, open_backing};
 
 use crate::args::RunArgs;
+use crate::doctor;
+use crate::output::tell;
 use crate::program::{self, Refusal};
 use crate::progress::Progress;
 use crate::report::Report;
-use crate::{doctor, summary, supervisor};
+use crate::summary::Summary;
+use crate::supervisor::{self, Supervisor};
 
 /// The library that is preloaded.
 const LIBRARY: &str = "libpgmap_preload.so";
+/// What to do without it.
+pub(crate) const LIBRARY_MEND: &str = "build it with `cargo build --release`, or reinstall pgmap";
+/// Bytes of pages that frames have numbers for, with room to align each device.
+const MOST_BYTES: u64 = 15 << 40;
+/// Bytes of pages that are numbered for each byte of a pool, at most.
+const PAGES_OF_A_POOL: u64 = 8;
 /// The least pool of the default device, in bytes.
 const LEAST_POOL_BYTES: u64 = 1 << 30;
+/// And the most.
+const MOST_POOL_BYTES: u64 = 1 << 40;
 
 /// What a run's processes share, and what keeps it alive.
 struct Shared {
@@ -38,50 +49,68 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         Some((name, arguments)) => match program::resolve(name) {
             Ok(path) => (path, arguments.to_vec()),
             Err(Refusal { status, message }) => {
-                eprintln!("pgmap: {message}");
+                tell(format_args!("pgmap: {message}\n"));
                 return Ok(ExitCode::from(status));
             }
         },
         None => (std::env::current_exe()?, vec![OsString::from("__workload")]),
     };
     doctor::refuse_if_hopeless()?;
-    let library = library()?;
-    let report = args.report.as_deref().map(Report::create).transpose()?;
+    let library = library().map_err(|error| anyhow!("{error}: {LIBRARY_MEND}"))?;
     let shared = share(args)?;
+    // Last: what is refused above leaves an older report as it is.
+    let report = args.report.as_deref().map(Report::create).transpose()?;
+    let supervisor = Supervisor::new();
     let started = Instant::now();
     let name = args
         .program
         .first()
         .map_or(program.as_os_str(), OsString::as_os_str);
-    let mut child = match start(&shared, &library, &program, name, &arguments) {
+    let child = match start(&shared, &library, &program, name, &arguments) {
         Ok(child) => child,
         Err(error) => {
-            eprintln!("pgmap: {}: {error}", program.display());
-            return Ok(ExitCode::from(126));
+            tell(format_args!(
+                "pgmap: {}\n",
+                program::explain(&program, &error)
+            ));
+            report.into_iter().for_each(Report::cancel);
+            return Ok(ExitCode::from(program::NOT_EXECUTABLE));
         }
     };
+    let status = stand_by(args, supervisor, child, &shared, started)?;
+    let summary = Summary::new(&shared.config, &shared.region, started.elapsed(), status);
+    if !args.quiet {
+        tell(&summary);
+    }
+    // The exit status stays the program's, whatever becomes of the report.
+    if let Some(Err(error)) = report.map(|report| report.write(&summary)) {
+        tell(format_args!("pgmap: {error:#}\n"));
+    }
+    Ok(supervisor::leave_as(status))
+}
+
+fn stand_by(
+    args: &RunArgs,
+    supervisor: Supervisor,
+    mut child: Child,
+    shared: &Shared,
+    started: Instant,
+) -> std::io::Result<ExitStatus> {
     let mut progress = args.progress.then(Progress::new);
-    let status = supervisor::stand_by(&child, || {
-        bury(&shared);
+    let status = supervisor.stand_by(&child, || {
+        bury(shared);
         shared.region.note_peaks(0);
         if let Some(progress) = &mut progress {
             progress.show(&shared.region, started.elapsed());
         }
-    })?;
+    });
     // It has been waited for: this only tells the standard library.
     let _ = child.try_wait();
     if let Some(progress) = progress {
         progress.end();
     }
-    bury(&shared);
-    let summary = summary::Summary::new(&shared.config, &shared.region, started.elapsed(), status);
-    if let Some(report) = report {
-        report.write(&summary)?;
-    }
-    if !args.quiet {
-        eprint!("{summary}");
-    }
-    Ok(supervisor::leave_as(status))
+    bury(shared);
+    status
 }
 
 /// Gives back what dead processes held.
@@ -96,7 +125,7 @@ fn bury(shared: &Shared) {
 }
 
 /// The library beside this command, or where it would be installed.
-fn library() -> anyhow::Result<PathBuf> {
+pub(crate) fn library() -> anyhow::Result<PathBuf> {
     let command = std::env::current_exe().context("cannot find this command's own file")?;
     let directory = command.parent().unwrap_or(Path::new("/"));
     let places = [
@@ -104,12 +133,9 @@ fn library() -> anyhow::Result<PathBuf> {
         directory.join("../lib/pgmap").join(LIBRARY),
     ];
     let found = places.iter().find(|place| place.is_file());
-    found.cloned().with_context(|| {
-        format!(
-            "{LIBRARY} is not in {}: build it with `cargo build --release`, or reinstall pgmap",
-            directory.display()
-        )
-    })
+    found
+        .cloned()
+        .with_context(|| format!("{LIBRARY} is not in {}", directory.display()))
 }
 
 fn share(args: &RunArgs) -> anyhow::Result<Shared> {
@@ -124,9 +150,16 @@ fn share(args: &RunArgs) -> anyhow::Result<Shared> {
             devices.len()
         );
     }
+    let numbered = devices.iter().map(numbered_bytes);
+    ensure!(
+        numbered.fold(args.ram, u64::saturating_add) <= MOST_BYTES,
+        "the budget and the devices are larger together than pgmap can address (15T; a compressed pool counts \
+         {PAGES_OF_A_POOL} times): give less"
+    );
     let (mut backing, mut words) = (Vec::new(), 0);
     let mut config = Config {
         ram_bytes: args.ram,
+        pid_namespace: pgmap::run::pid_namespace(),
         devices: Vec::new(),
     };
     for spec in devices {
@@ -139,7 +172,12 @@ fn share(args: &RunArgs) -> anyhow::Result<Shared> {
         }
         config.devices.push(device);
     }
-    let (region, region_file) = Region::create(&config.to_text(), words)?;
+    let text = config.to_text();
+    ensure!(
+        Config::parse(&text).as_ref() == Some(&config),
+        "a device's path has a character in it that cannot be passed on, such as a line break: name another"
+    );
+    let (region, region_file) = Region::create(&text, words)?;
     Ok(Shared {
         config,
         region,
@@ -148,7 +186,18 @@ fn share(args: &RunArgs) -> anyhow::Result<Shared> {
     })
 }
 
-/// A compressed pool of half the machine's memory.
+/// What a device takes of the frames' numbers, in bytes of pages.
+fn numbered_bytes(spec: &DeviceSpec) -> u64 {
+    match spec {
+        DeviceSpec::Compressed { capacity_bytes, .. } => {
+            capacity_bytes.saturating_mul(PAGES_OF_A_POOL)
+        }
+        DeviceSpec::File { size_bytes, .. } => *size_bytes,
+        DeviceSpec::Faulty { device, .. } => numbered_bytes(device),
+    }
+}
+
+/// A compressed pool of half the machine's memory, in whole MiB.
 fn default_device() -> DeviceSpec {
     let info = rustix::system::sysinfo();
     #[allow(
@@ -156,7 +205,7 @@ fn default_device() -> DeviceSpec {
         reason = "its width differs between machines"
     )]
     let total = u64::from(info.totalram) * u64::from(info.mem_unit);
-    let capacity_bytes = (total / 2).max(LEAST_POOL_BYTES);
+    let capacity_bytes = ((total / 2 >> 20) << 20).clamp(LEAST_POOL_BYTES, MOST_POOL_BYTES);
     DeviceSpec::Compressed {
         capacity_bytes,
         algorithm: Algorithm::Lz4,
