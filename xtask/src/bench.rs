@@ -60,7 +60,8 @@ pub(crate) fn bench(root: &Path, arguments: &[String]) -> anyhow::Result<()> {
     }
     let chosen = |name| only.is_empty() || only.contains(&name);
     let mut sections = Vec::new();
-    println!("{}\n", table::machine());
+    let machine = table::machine();
+    println!("{machine}\n");
     for (name, group) in GROUPS.iter().filter(|(name, _)| chosen(name)) {
         let tables = group(root, effort)?;
         let text: Vec<_> = tables.iter().map(ToString::to_string).collect();
@@ -72,7 +73,12 @@ pub(crate) fn bench(root: &Path, arguments: &[String]) -> anyhow::Result<()> {
         let command = ["cargo xtask bench"]
             .into_iter()
             .chain(arguments.iter().map(String::as_str));
-        table::write(root, &command.collect::<Vec<_>>().join(" "), &sections)?;
+        table::write(
+            root,
+            &command.collect::<Vec<_>>().join(" "),
+            &machine,
+            &sections,
+        )?;
     }
     Ok(())
 }

@@ -148,8 +148,10 @@ pub(crate) fn machine() -> String {
     let memory = field(&read("/proc/meminfo"), "MemTotal");
     let kernel = read("/proc/sys/kernel/osrelease");
     let model = field(&read("/proc/cpuinfo"), "model name");
+    let load = read("/proc/loadavg");
+    let load = load.split(' ').next().unwrap_or_default();
     format!(
-        "{cpus} CPUs, {model}, {memory} of memory, Linux {}",
+        "{cpus} CPUs, {model}, {memory} of memory, Linux {}, load average before {load}",
         kernel.trim()
     )
 }
@@ -158,12 +160,17 @@ const BEGIN: &str = "<!-- measured: ";
 const END: &str = "<!-- end -->";
 
 /// Replaces the measured sections of the document, each between its two marks.
-pub(crate) fn write(root: &Path, command: &str, sections: &[(&str, String)]) -> anyhow::Result<()> {
+pub(crate) fn write(
+    root: &Path,
+    command: &str,
+    machine: &str,
+    sections: &[(&str, String)],
+) -> anyhow::Result<()> {
     let path = root.join("docs/benchmarks.md");
     let mut document = fs::read_to_string(&path).context("docs/benchmarks.md")?;
     let date = Command::new("date").args(["-u", "+%Y-%m-%d"]).output()?;
     let date = String::from_utf8_lossy(&date.stdout);
-    let head = format!("`{command}`, {}, on {}.", date.trim(), machine());
+    let head = format!("`{command}`, {}, on {}.", date.trim(), machine);
     for (name, text) in sections {
         document = replace(&document, name, &format!("{head}\n\n{text}"))
             .with_context(|| format!("docs/benchmarks.md has no section \"{name}\""))?;
