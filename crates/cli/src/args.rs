@@ -91,11 +91,7 @@ pub(crate) struct RunArgs {
     pub(crate) progress: bool,
 
     /// The program and its arguments; without one a built-in workload runs
-    #[arg(
-        trailing_var_arg = true,
-        allow_hyphen_values = true,
-        value_name = "PROGRAM"
-    )]
+    #[arg(trailing_var_arg = true, value_name = "PROGRAM")]
     pub(crate) program: Vec<OsString>,
 }
 

@@ -205,7 +205,9 @@ fn default_device() -> DeviceSpec {
         reason = "its width differs between machines"
     )]
     let total = u64::from(info.totalram) * u64::from(info.mem_unit);
-    let capacity_bytes = ((total / 2 >> 20) << 20).clamp(LEAST_POOL_BYTES, MOST_POOL_BYTES);
+    let capacity_bytes = (total / 2)
+        .next_multiple_of(1 << 20)
+        .clamp(LEAST_POOL_BYTES, MOST_POOL_BYTES);
     DeviceSpec::Compressed {
         capacity_bytes,
         algorithm: Algorithm::Lz4,

@@ -10,20 +10,28 @@ use pgmap::run::Config;
 use pgmap::shared::Region;
 use serde::Serialize;
 
-/// The numbers of a run. Field names end in their unit; counts have none.
+/// The numbers of a run: the fields of the report. Names end in their unit; counts have none.
 #[derive(Debug, Serialize)]
 pub(crate) struct Summary {
+    /// How the program ended: one of these two is null.
     pub(crate) exit_code: Option<i32>,
     pub(crate) signal: Option<i32>,
     pub(crate) elapsed_seconds: f64,
+    /// Processes that took part, the program's children included; 0 if nothing was managed.
     pub(crate) managed_processes: u64,
     pub(crate) ram_budget_bytes: u64,
+    /// The most in RAM at once, as far as the processes said before they ended.
     pub(crate) peak_resident_bytes: u64,
+    /// Of all kinds; `counters` has each.
     pub(crate) faults: u64,
+    /// The fields of `pgmap::Stats` by their names, in pages or events.
     pub(crate) counters: serde_json::Map<String, serde_json::Value>,
+    /// Half of the faults took no longer than this, from their arrival at the pager to their end.
     pub(crate) fault_p50_ns: u64,
+    /// 99 of 100 faults took no longer than this.
     pub(crate) fault_p99_ns: u64,
     pub(crate) fault_total_seconds: f64,
+    /// In the order in which they are tried.
     pub(crate) devices: Vec<DeviceSummary>,
 }
 
@@ -34,7 +42,7 @@ pub(crate) struct DeviceSummary {
     pub(crate) peak_pages: u64,
     pub(crate) peak_bytes: u64,
     pub(crate) capacity_bytes: u64,
-    /// Bytes of pages for each byte that they took; absent if nothing was held.
+    /// Bytes of pages for each byte that they took; null if nothing was held.
     pub(crate) ratio: Option<f64>,
 }
 
@@ -113,23 +121,7 @@ impl fmt::Display for Summary {
             Bytes(self.ram_budget_bytes),
         );
         writeln!(f, "  resident  {peak} at most, of a budget of {budget}")?;
-        writeln!(
-            f,
-            "  faults    {}: {} first touch, {} from a device, {} second chance, {} first write, {} spurious",
-            Count(self.faults),
-            count("faults_zero_fill"),
-            count("faults_bring_back"),
-            count("faults_give_back"),
-            count("faults_write_protect"),
-            count("faults_spurious"),
-        )?;
-        writeln!(
-            f,
-            "  in faults {:.2} s; half took under {}, 99% under {}",
-            self.fault_total_seconds,
-            Nanos(self.fault_p50_ns),
-            Nanos(self.fault_p99_ns)
-        )?;
+        self.faults(f)?;
         writeln!(
             f,
             "  pages     {} stored, {} left without storing (unchanged), {} brought back, {} read ahead",
@@ -144,7 +136,7 @@ impl fmt::Display for Summary {
             count("busy_skipped")
         )?;
         for device in &self.devices {
-            write!(f, "  {}: ", device.spec)?;
+            write!(f, "  device    {}: ", device.spec)?;
             let (held, room) = (Bytes(device.peak_bytes), Bytes(device.capacity_bytes));
             write!(
                 f,
@@ -161,6 +153,33 @@ impl fmt::Display for Summary {
 }
 
 impl Summary {
+    fn faults(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "  faults    {}", Count(self.faults))?;
+        let kinds = [
+            ("faults_zero_fill", "first touch"),
+            ("faults_bring_back", "from a device"),
+            ("faults_give_back", "second chance"),
+            ("faults_write_protect", "first write"),
+            ("faults_spurious", "spurious"),
+        ];
+        let seen = kinds.map(|(name, text)| (self.counter(name), text));
+        let seen = seen.iter().filter(|(count, _)| *count > 0);
+        for (place, (count, text)) in seen.enumerate() {
+            let before = if place == 0 { ":" } else { "," };
+            write!(f, "{before} {} {text}", Count(*count))?;
+        }
+        if self.faults == 0 {
+            return writeln!(f);
+        }
+        writeln!(
+            f,
+            "\n  in faults {:.2} s; half took under {}, 99% under {}",
+            self.fault_total_seconds,
+            Nanos(self.fault_p50_ns),
+            Nanos(self.fault_p99_ns)
+        )
+    }
+
     /// What should not have happened, if it has.
     fn troubles(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let troubles = [

@@ -151,7 +151,7 @@ fn a_full_device_overflows_into_the_next() {
     verifies("16M", &["compressed:8M", &device], "threads", &["16", "1"]);
 }
 
-/// GUP-3: what the kernel reads into and writes from, by O_DIRECT too, is never moved away from under it.
+/// GUP-3: what the kernel reads into and writes from, by `O_DIRECT` too, is never moved away from under it.
 #[test]
 fn files_are_read_and_written_through_evicted_memory() {
     verifies("16M", &["compressed:1G"], "files", &["16", "/var/tmp"]);
