@@ -5,7 +5,7 @@
 //! until the tail passes it.
 //!
 //! What must never happen here: a slot is handed out while somebody still reads it. A slot is
-//! [`Claimed`](SlotState::Claimed) by one thread from `reserve`, `claim` or `take_oldest` to `fill` or `release`,
+//! `Claimed` by one thread from `reserve`, `claim` or `take_oldest` to `fill` or `release`,
 //! whatever becomes of its page.
 
 use alloc::vec::Vec;

@@ -66,7 +66,7 @@ struct Layout {
 ///
 /// # Invariants
 ///
-/// `layout` is a mapping of a whole [`Layout`] that is never unmapped, and `tables` follows it.
+/// `layout` is a mapping of a whole `Layout` that is never unmapped, and `tables` follows it.
 #[derive(Clone, Copy, Debug)]
 pub struct Region {
     layout: NonNull<Layout>,
