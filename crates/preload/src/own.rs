@@ -10,12 +10,17 @@ use dlmalloc::{Allocator, Dlmalloc};
 use pgmap_sync::Mutex;
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 
+/// Taken from the kernel at a time. The pool's superblocks are cut from it: with little more than one in each, what is left
+/// over would be a twentieth of the pool.
+const SEGMENT_BYTES: usize = 4 << 20;
+
 /// Memory straight from the kernel.
 struct Kernel;
 
 // SAFETY: `alloc` answers fresh, zeroed memory of the size asked for, or null; pages are as the kernel has them.
 unsafe impl Allocator for Kernel {
     fn alloc(&self, size: usize) -> (*mut u8, usize, u32) {
+        let size = size.next_multiple_of(SEGMENT_BYTES);
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
         let memory =
