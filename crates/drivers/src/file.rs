@@ -10,6 +10,7 @@ use std::sync::Mutex;
 
 use pgmap_core::addr::{PAGE_SIZE, Page};
 use pgmap_core::driver::{DeviceData, DeviceError, Latency, Load, PrivateOps, Store, Usage};
+use pgmap_host::fds::OurFd;
 use pgmap_host::uring::Ring;
 
 pub use crate::medium::{Direct, FileError};
@@ -39,7 +40,7 @@ pub struct FileOptions {
 /// A file that holds pages.
 #[derive(Debug)]
 pub struct FileDevice {
-    fd: OwnedFd,
+    fd: OurFd,
     slots: Slots,
     /// For one thread at a time; who finds it taken does without.
     ring: Mutex<Ring>,
@@ -113,7 +114,7 @@ impl FileDevice {
     #[must_use]
     pub fn from_fd(fd: OwnedFd, slots: Slots, path: &str) -> Self {
         Self {
-            fd,
+            fd: OurFd::new(fd),
             slots,
             ring: Mutex::new(Ring::new(RING_DEPTH)),
             name: format!("file:{path}"),
@@ -230,7 +231,7 @@ impl AsFd for FileDevice {
 
 impl AsRawFd for FileDevice {
     fn as_raw_fd(&self) -> RawFd {
-        self.fd.as_raw_fd()
+        self.fd.as_fd().as_raw_fd()
     }
 }
 

@@ -62,6 +62,12 @@ impl Placement {
         }
     }
 
+    /// Whether the thread keeps off one of two CPUs that its process has.
+    #[must_use]
+    pub fn is_one_of_two(&self) -> bool {
+        self.current.is_some() && self.allowed.is_some_and(|allowed| allowed.count() == 2)
+    }
+
     /// The CPU to which [`follow`](Self::follow) has moved the thread, if it has.
     #[must_use]
     pub const fn current(&self) -> Option<usize> {

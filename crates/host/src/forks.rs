@@ -18,7 +18,6 @@ use pgmap_mm::mmu::Protect;
 use rustix::io::Errno;
 
 use crate::event::{ChildSpace, Event};
-use crate::mmu::out_of_the_way;
 use crate::uffd::{Done, Message, RawMessage, Uffd};
 
 /// Messages, and children, that wait at most. A program whose forks are more than that ahead of the pager waits in fork.
@@ -244,7 +243,7 @@ impl State {
         // SAFETY: the kernel made this descriptor for the reader of its message, and every message is read once and
         // parsed once.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let uffd = Uffd::from_fd(out_of_the_way(fd));
+        let uffd = Uffd::from_fd(fd);
         let id = self.next_id;
         self.next_id += 1;
         self.children.push(Child { id, uffd });

@@ -7,6 +7,7 @@
 pub mod affinity;
 mod area;
 pub mod event;
+pub mod fds;
 mod forks;
 pub mod mmu;
 pub mod platform;

@@ -9,7 +9,6 @@
 
 use core::ops::Range;
 use core::time::Duration;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use pgmap_core::addr::{PAGE_SIZE, Page, VirtAddr};
@@ -20,6 +19,7 @@ use rustix::mm::{Advice, ProtFlags, madvise};
 
 use crate::area::{Area, ForkMark, OnFork};
 use crate::event::Event;
+use crate::fds::OurFd;
 use crate::forks::{Drained, Forks};
 use crate::thread::SignalsBlocked;
 use crate::uffd::{
@@ -35,8 +35,6 @@ const ZEROS: usize = 64;
 const SETTLING: Duration = Duration::from_micros(100);
 /// Between two tries to read a message that is there, but cannot be had.
 const UNREADABLE: Duration = Duration::from_micros(50);
-/// Our descriptors are moved out of the program's way, above this number.
-const LOWEST_FD: RawFd = 700;
 
 /// Why the host's page tables cannot be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -80,7 +78,7 @@ pub enum HostError {
 pub struct HostMmu {
     uffd: Uffd,
     staging_uffd: Uffd,
-    kick: OwnedFd,
+    kick: OurFd,
     forks: Arc<Forks>,
     children: Children,
     made_here: ForkMark,
@@ -109,7 +107,7 @@ impl HostMmu {
         let (uffd, children) = open_arena()?;
         let staging_uffd = open(FEATURE_SIGBUS | FEATURE_MOVE)?;
         let kick = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
-        let kick = out_of_the_way(kick.map_err(|errno| other("eventfd", errno))?);
+        let kick = OurFd::new(kick.map_err(|errno| other("eventfd", errno))?);
         let read_write = ProtFlags::READ | ProtFlags::WRITE;
         let arena = reserve(bytes, read_write, children.on_fork())?;
         // A child has no use for slots; and pages that it does not share are never refused on their way back.
@@ -144,16 +142,6 @@ impl HostMmu {
     #[must_use]
     pub fn range(&self) -> Range<usize> {
         self.arena.address()..self.arena.address() + self.arena.len()
-    }
-
-    /// The descriptors that the program must not close.
-    #[must_use]
-    pub fn descriptors(&self) -> [RawFd; 3] {
-        [
-            self.uffd.as_fd().as_raw_fd(),
-            self.staging_uffd.as_fd().as_raw_fd(),
-            self.kick.as_raw_fd(),
-        ]
     }
 
     /// Makes [`next_events`](Self::next_events) return.
@@ -422,7 +410,7 @@ fn open_arena() -> Result<(Uffd, Children), HostError> {
 fn open(features: u64) -> Result<Uffd, HostError> {
     let uffd = Uffd::open().map_err(HostError::Forbidden)?;
     match uffd.handshake(features) {
-        Ok(_) => Ok(uffd.map_fd(out_of_the_way)),
+        Ok(_) => Ok(uffd),
         Err(Errno::PERM) => Err(HostError::Forbidden(Errno::PERM)),
         Err(_) => Err(HostError::TooOld),
     }
@@ -434,13 +422,6 @@ fn reserve(bytes: usize, protection: ProtFlags, fork: OnFork) -> Result<Area, Ho
 
 fn other(what: &'static str, errno: Errno) -> HostError {
     HostError::Other { what, errno }
-}
-
-/// Gives a descriptor a high number, so that programs that count on low ones find them.
-#[must_use]
-pub fn out_of_the_way(fd: OwnedFd) -> OwnedFd {
-    // Where the limit is lower the descriptor stays as it is.
-    rustix::io::fcntl_dupfd_cloexec(&fd, LOWEST_FD).unwrap_or(fd)
 }
 
 /// What an errno of a page operation means.

@@ -12,6 +12,8 @@ use rustix::io::Errno;
 use rustix::ioctl::{self, Opcode, Updater, opcode};
 use rustix::mm::UserfaultfdFlags;
 
+use crate::fds::OurFd;
+
 const GROUP: u8 = 0xAA;
 const API: u64 = 0xAA;
 
@@ -151,7 +153,7 @@ pub(crate) struct Done {
 /// A userfaultfd.
 #[derive(Debug)]
 pub(crate) struct Uffd {
-    fd: OwnedFd,
+    fd: OurFd,
 }
 
 impl Uffd {
@@ -165,14 +167,7 @@ impl Uffd {
     }
 
     pub(crate) fn from_fd(fd: OwnedFd) -> Self {
-        Self { fd }
-    }
-
-    /// The same userfaultfd under another number.
-    pub(crate) fn map_fd(self, renumber: impl FnOnce(OwnedFd) -> OwnedFd) -> Self {
-        Self {
-            fd: renumber(self.fd),
-        }
+        Self { fd: OurFd::new(fd) }
     }
 
     /// Asks for exactly these features, once; may be repeated after an error. Answers all that the kernel has.

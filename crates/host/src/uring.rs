@@ -5,13 +5,14 @@
 
 use core::fmt;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, IntoRawFd, RawFd};
 
 use io_uring::{IoUring, opcode, squeue, types};
 use pgmap_core::addr::{PAGE_SIZE, Page};
 use rustix::io::Errno;
 
 use crate::area::ForkMark;
+use crate::fds::{Mark, out_of_the_way};
 
 /// One page to be read.
 #[derive(Debug)]
@@ -37,8 +38,28 @@ pub struct Write<'a> {
 
 /// A queue of requests to the kernel, for one thread at a time.
 pub struct Ring {
-    ring: Option<IoUring>,
+    ring: Option<MarkedRing>,
     made_here: Option<ForkMark>,
+}
+
+/// A queue that the program cannot close.
+struct MarkedRing {
+    // Dropped first: fields are dropped in this order.
+    _mark: Mark,
+    ring: IoUring,
+}
+
+impl MarkedRing {
+    fn new(depth: u32) -> io::Result<Self> {
+        let low = IoUring::new(depth)?;
+        // SAFETY: the descriptor is open for as long as `low` is.
+        let fd = unsafe { BorrowedFd::borrow_raw(low.as_raw_fd()) };
+        let high = out_of_the_way(fd.try_clone_to_owned()?);
+        let mark = Mark::new(&high);
+        // SAFETY: the descriptor is a copy of `low`'s, whose parameters these are, and nobody else's.
+        let ring = unsafe { IoUring::from_fd(high.into_raw_fd(), low.params().clone()) }?;
+        Ok(Self { _mark: mark, ring })
+    }
 }
 
 impl fmt::Debug for Ring {
@@ -100,7 +121,7 @@ impl Ring {
     #[must_use]
     pub fn new(depth: u32) -> Self {
         let made_here = ForkMark::new().ok();
-        let ring = made_here.as_ref().and_then(|_| IoUring::new(depth).ok());
+        let ring = made_here.as_ref().and_then(|_| MarkedRing::new(depth).ok());
         Self { ring, made_here }
     }
 
@@ -129,7 +150,7 @@ impl Ring {
             *request.outcome() = Err(Errno::INPROGRESS);
         }
         if let Some(ring) = &mut self.ring
-            && let Err(Broken) = run_queued(ring, fd, batch)
+            && let Err(Broken) = run_queued(&mut ring.ring, fd, batch)
         {
             // What it never took is still in the queue, so nobody may enter it again.
             self.ring = None;

@@ -1,6 +1,6 @@
 //! Devices: where pages go that are not in RAM.
 
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -12,7 +12,6 @@ use pgmap_drivers::file::{Direct, FileDevice, FileError, FileOptions};
 use pgmap_drivers::quota::Quota;
 use pgmap_drivers::slots::{Owner, Slots};
 use pgmap_drivers::spec::DeviceSpec;
-use pgmap_host::mmu::out_of_the_way;
 use pgmap_sync::atomic::AtomicU64;
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::Errno;
@@ -41,8 +40,6 @@ pub(crate) struct Part {
 pub struct Device {
     pub(crate) ops: Arc<dyn PrivateOps>,
     pub(crate) frames: u64,
-    /// A descriptor that must stay open.
-    pub(crate) descriptor: Option<RawFd>,
 }
 
 impl Device {
@@ -61,11 +58,7 @@ impl Device {
     /// A device of your own: `ops` stores up to `frames` pages.
     #[must_use]
     pub fn custom(ops: Arc<dyn PrivateOps>, frames: u64) -> Self {
-        Self {
-            ops,
-            frames,
-            descriptor: None,
-        }
+        Self { ops, frames }
     }
 
     /// This process's part of a device that a run's processes share.
@@ -95,13 +88,11 @@ impl Device {
                 let owner = u8::try_from(part.number).ok().and_then(Owner::new);
                 let owner = owner.ok_or("there are too many processes")?;
                 let fd = reopen(opened, *direct).map_err(|error| error.to_string())?;
-                let descriptor = Some(fd.as_raw_fd());
                 let slots = Slots::shared(words, owner);
                 let device = FileDevice::from_fd(fd, slots, &path.display().to_string());
                 Ok(Self {
                     ops: Arc::new(device),
                     frames,
-                    descriptor,
                 })
             }
             DeviceSpec::Faulty { plan, device } => {
@@ -109,15 +100,10 @@ impl Device {
                     spec: (**device).clone(),
                     opened: config.opened.clone(),
                 };
-                let Self {
-                    ops,
-                    frames,
-                    descriptor,
-                } = Self::shared(&config, part)?;
+                let Self { ops, frames } = Self::shared(&config, part)?;
                 Ok(Self {
                     ops: Arc::new(FaultyDevice::new(ops, *plan)),
                     frames,
-                    descriptor,
                 })
             }
         }
@@ -139,7 +125,6 @@ impl Device {
         Ok(Self {
             ops: Arc::new(device),
             frames,
-            descriptor: None,
         })
     }
 }
@@ -151,8 +136,7 @@ fn reopen(path: &Path, direct: Direct) -> Result<OwnedFd, Errno> {
         Direct::Auto => open(path, flags | OFlags::DIRECT, Mode::empty()).ok(),
         Direct::Off => None,
     };
-    let fd = past_cache.map_or_else(|| open(path, flags, Mode::empty()), Ok)?;
-    Ok(out_of_the_way(fd))
+    past_cache.map_or_else(|| open(path, flags, Mode::empty()), Ok)
 }
 
 /// Opens the file that a device needs, for all processes of a run; `None` for a device that needs none.

@@ -2,7 +2,6 @@
 
 use core::ops::Range;
 use core::slice;
-use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -100,9 +99,7 @@ impl MemoryBuilder {
         let map = MemoryMap::new(&PLATFORM, MAX_PFN)?;
         let ram = map.add_ram(ram_frames)?;
         let mut devices = Vec::with_capacity(self.devices.len());
-        let mut descriptors = mmu.descriptors().to_vec();
         for device in self.devices {
-            descriptors.extend(device.descriptor);
             devices.push(map.memremap_private(device.ops, device.frames)?);
         }
         let addresses = mmu.range();
@@ -127,7 +124,6 @@ impl MemoryBuilder {
             space,
             pager,
             threads: Some(threads),
-            descriptors,
         })
     }
 }
@@ -140,7 +136,6 @@ pub struct Memory {
     space: Arc<AddressSpace>,
     pager: Arc<Pager>,
     threads: Option<[JoinHandle<()>; 2]>,
-    descriptors: Vec<RawFd>,
 }
 
 impl Memory {
@@ -169,12 +164,6 @@ impl Memory {
     #[must_use]
     pub fn stats(&self) -> &'static Stats {
         self.space.inner().stats()
-    }
-
-    /// The descriptors that must stay open.
-    #[must_use]
-    pub(crate) fn descriptors(&self) -> Vec<RawFd> {
-        self.descriptors.clone()
     }
 
     /// Who has pinned any of these addresses, oldest first (REF-7).

@@ -165,14 +165,6 @@ pub fn stop() {
     }
 }
 
-/// The descriptors that the program must not close.
-#[must_use]
-pub fn descriptors() -> Vec<i32> {
-    RUN.get()
-        .map(|run| run.memory.descriptors())
-        .unwrap_or_default()
-}
-
 /// Gives back what the processes that `dead` names held: their places, their share of the devices.
 pub fn leave(region: &Region, config: &Config, dead: impl Fn(u32) -> bool) {
     for number in region.reap(dead) {

@@ -3,28 +3,20 @@
 //! Only the managed process itself has to be kept from them: a child has its own table of descriptors.
 
 use core::ffi::{c_int, c_uint};
-use std::sync::OnceLock;
+
+use pgmap_host::fds::{is_ours, lowest_of_ours};
 
 use crate::raw::{fail, syscall_int, word};
 use crate::state;
 
-/// Our descriptors, in ascending order.
-fn ours() -> &'static [c_int] {
-    static OURS: OnceLock<Vec<c_int>> = OnceLock::new();
-    if state::space().is_none() {
-        return &[];
-    }
-    OURS.get_or_init(|| {
-        let mut fds = pgmap::run::descriptors();
-        fds.sort_unstable();
-        fds
-    })
+fn is_protected(fd: c_int) -> bool {
+    is_ours(fd) && state::space().is_some()
 }
 
 /// See close(2). Ours are not open, as far as the program is concerned.
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn close(fd: c_int) -> c_int {
-    if ours().contains(&fd) {
+    if is_protected(fd) {
         return fail(libc::EBADF);
     }
     // SAFETY: the descriptor is the program's to close.
@@ -34,11 +26,15 @@ pub(crate) extern "C" fn close(fd: c_int) -> c_int {
 /// See `close_range(2)`. Ours stay open.
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn close_range(first: c_uint, last: c_uint, flags: c_int) -> c_int {
+    if state::space().is_none() {
+        return close_range_raw(first, last, flags);
+    }
+    let end = c_int::try_from(last).unwrap_or(c_int::MAX);
     let mut next = first;
-    for fd in ours().iter().filter_map(|fd| c_uint::try_from(*fd).ok()) {
-        if fd < next || fd > last {
-            continue;
-        }
+    while let Ok(from) = c_int::try_from(next)
+        && let Some(ours) = lowest_of_ours(from..end.saturating_add(1))
+    {
+        let fd = ours.cast_unsigned();
         if fd > next && close_range_raw(next, fd - 1, flags) != 0 {
             return -1;
         }
@@ -65,7 +61,7 @@ pub(crate) extern "C" fn closefrom(first: c_int) {
 /// See dup2(2). A number of ours is taken.
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn dup2(old: c_int, new: c_int) -> c_int {
-    if ours().contains(&new) {
+    if is_protected(new) {
         return fail(libc::EBUSY);
     }
     // SAFETY: the descriptors are the program's.
@@ -75,7 +71,7 @@ pub(crate) extern "C" fn dup2(old: c_int, new: c_int) -> c_int {
 /// See dup3(2). A number of ours is taken.
 #[unsafe(no_mangle)]
 pub(crate) extern "C" fn dup3(old: c_int, new: c_int, flags: c_int) -> c_int {
-    if ours().contains(&new) {
+    if is_protected(new) {
         return fail(libc::EBUSY);
     }
     // SAFETY: the descriptors are the program's.
