@@ -1,6 +1,6 @@
-//! How much memory a device may hold, counted over all processes that share the limit.
+//! How much memory may be held, counted over all processes that share the limit: by a device, or in RAM.
 //!
-//! Drivers call this when they take memory from the allocator or give it back: never per page. The
+//! Called when memory is taken from the allocator or given back: never per page. The
 //! counters may lie in memory that several processes map.
 
 use pgmap_sync::atomic::{AtomicU64, Ordering};
@@ -34,8 +34,9 @@ impl Quota {
         }
     }
 
-    /// Counts `bytes` more, unless that would pass the limit.
-    pub(crate) fn take(&self, bytes: u64) -> bool {
+    /// Counts `bytes` more, unless that would pass the limit. Says whether it did.
+    #[must_use]
+    pub fn take(&self, bytes: u64) -> bool {
         // Relaxed: the counters guard no other memory; the compare-exchange alone keeps the limit.
         let taken = self
             .used
@@ -49,14 +50,14 @@ impl Quota {
     }
 
     /// Counts `bytes` more, even past the limit: they are held already.
-    pub(crate) fn charge(&self, bytes: u64) {
+    pub fn charge(&self, bytes: u64) {
         // Relaxed: as in `take`.
         self.used.fetch_add(bytes, Ordering::Relaxed);
         self.add_mine(bytes);
     }
 
     /// Counts `bytes` less.
-    pub(crate) fn give(&self, bytes: u64) {
+    pub fn give(&self, bytes: u64) {
         // Relaxed: only this process subtracts from its own counter.
         self.mine.fetch_sub(bytes, Ordering::Relaxed);
         // Release: pairs with the acquire of a supervisor that reads `used`, then `mine`.

@@ -15,6 +15,7 @@
 //! manages; [`Mapping`] a piece of them; [`Pin`] pages that stay where they are. The names below are those of
 //! the rooms that do the work.
 
+mod budget;
 mod device;
 mod memory;
 mod pager;

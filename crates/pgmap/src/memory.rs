@@ -143,8 +143,9 @@ impl Memory {
     #[must_use]
     pub fn builder() -> MemoryBuilder {
         let surroundings = Surroundings {
-            on_full: kill_as_out_of_memory,
-            on_tick: || {},
+            out_of_memory: kill_as_out_of_memory,
+            short_of_frames: || {},
+            tick: || {},
         };
         MemoryBuilder {
             ram_bytes: 0,

@@ -92,9 +92,11 @@ pub(crate) struct Pager {
 /// What a pager is told about its surroundings.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Surroundings {
-    pub(crate) on_full: OnFull,
+    pub(crate) out_of_memory: OnFull,
+    /// Called by the fault thread when frames are short: more may be had by now.
+    pub(crate) short_of_frames: fn(),
     /// Called by the reclaimer every [`TICK`].
-    pub(crate) on_tick: fn(),
+    pub(crate) tick: fn(),
 }
 
 impl Pager {
@@ -161,7 +163,11 @@ impl Pager {
 
     /// Keeps the reclaimer supplied: pages are taken out here, on the CPU on which the program runs, so that no other CPU has
     /// to be interrupted; storing them, which takes longer, is left to the reclaimer and whatever CPU is idle.
-    fn keep_ahead(&self) {
+    fn keep_ahead(&self, surroundings: Surroundings) {
+        if self.space.ram().free_count() >= self.low_water() {
+            return;
+        }
+        (surroundings.short_of_frames)();
         if self.space.ram().free_count() >= self.low_water() {
             return;
         }
@@ -189,7 +195,7 @@ impl Pager {
             let nap = self.free_some();
             if ticked.elapsed() >= TICK {
                 ticked = Instant::now();
-                (surroundings.on_tick)();
+                (surroundings.tick)();
             }
             if nap.is_some() && placement.is_one_of_two() {
                 self.linger();
@@ -243,7 +249,7 @@ impl Pager {
             let count = self.mmu.next_events(&mut events, None);
             for event in &mut events[..count] {
                 let event = mem::replace(event, Event::Kick);
-                self.handle(&mut worker, &mut placement, event, surroundings.on_full);
+                self.handle(&mut worker, &mut placement, event, surroundings);
             }
         }
         worker.release(&self.space);
@@ -254,7 +260,7 @@ impl Pager {
         worker: &mut Worker,
         placement: &mut Placement,
         event: Event,
-        on_full: OnFull,
+        surroundings: Surroundings,
     ) {
         match event {
             Event::Kick => {}
@@ -264,12 +270,18 @@ impl Pager {
                 // Relaxed: a hint to the reclaimer.
                 let cpu = placement.current().map_or(0, |cpu| cpu + 1);
                 self.fault_cpu.store(cpu, Ordering::Relaxed);
-                self.serve_fault(worker, at, access, on_full);
+                self.serve_fault(worker, at, access, surroundings);
             }
         }
     }
 
-    fn serve_fault(&self, worker: &mut Worker, at: VirtAddr, access: Access, on_full: OnFull) {
+    fn serve_fault(
+        &self,
+        worker: &mut Worker,
+        at: VirtAddr,
+        access: Access,
+        surroundings: Surroundings,
+    ) {
         let start = Instant::now();
         let stats = self.space.stats();
         loop {
@@ -281,19 +293,21 @@ impl Pager {
                     break;
                 }
                 Outcome::NoMemory if start.elapsed() < PATIENCE => {
-                    self.keep_ahead();
+                    self.keep_ahead(surroundings);
                     thread::sleep(Duration::from_millis(1));
                 }
                 Outcome::NoMemory => {
                     Stats::add(&stats.out_of_memory, 1);
-                    on_full("RAM and devices are full, and nothing can be freed");
+                    (surroundings.out_of_memory)(
+                        "RAM and devices are full, and nothing can be freed",
+                    );
                 }
             }
         }
         stats
             .fault_latency
             .record(start.elapsed().as_nanos().try_into().unwrap_or(u64::MAX));
-        self.keep_ahead();
+        self.keep_ahead(surroundings);
     }
 
     /// A fork's child gets every byte that is not mapped, and then runs on without us.

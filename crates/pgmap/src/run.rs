@@ -1,7 +1,7 @@
 //! One managed process of a `pgmap run`: what the preloaded library calls, before `main` and at the end.
 //!
 //! The supervisor names its shared memory in [`RUN_VARIABLE`]; the process finds the configuration there, takes a place among
-//! the processes, and builds its own [`Memory`] in an equal share of the budget.
+//! the processes, and builds its own [`Memory`] in its part of the budget.
 
 use core::fmt::Write as _;
 use core::str::FromStr;
@@ -10,12 +10,14 @@ use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
 use pgmap_core::addr::PAGE_SIZE;
+use pgmap_drivers::quota::Quota;
 use pgmap_drivers::slots::{Owner, release_owner};
 use pgmap_drivers::spec::DeviceSpec;
 use pgmap_sync::atomic::Ordering;
 
+use crate::budget::Grant;
 use crate::device::{Device, Part};
-use crate::memory::{MIN_RAM_BYTES, Memory};
+use crate::memory::Memory;
 use crate::pager::{Surroundings, kill_as_out_of_memory};
 use crate::shared::{DEVICES, Process, Region};
 use crate::space::AddressSpace;
@@ -104,7 +106,7 @@ struct Run {
     region: Region,
     process: &'static Process,
     pid: u32,
-    ram_frames: u64,
+    grant: Grant,
     memory: Memory,
 }
 
@@ -144,15 +146,20 @@ pub fn start() -> Result<Option<&'static AddressSpace>, String> {
     pgmap_host::platform::use_membarrier();
     let built = build(&config, region, number, process);
     let memory = built.inspect_err(|_| leave(&region, &config, |other| other == pid))?;
-    let ram_frames = config.ram_bytes / PAGE_SIZE as u64;
+    let quota = Quota {
+        limit: config.ram_bytes,
+        used: region.granted(),
+        mine: &process.granted,
+    };
+    let ram = memory.space().inner().ram();
+    let grant = Grant::new(quota, region.processes(), process, ram);
     let run = RUN.get_or_init(|| Run {
         region,
         process,
         pid,
-        ram_frames,
+        grant,
         memory,
     });
-    share_budget(run);
     Ok(Some(run.memory.space()))
 }
 
@@ -199,30 +206,27 @@ fn build(
         builder = builder.device(Device::shared(shared, &part)?);
     }
     builder.surroundings = Surroundings {
-        on_full: kill_as_out_of_memory,
-        on_tick,
+        out_of_memory: kill_as_out_of_memory,
+        short_of_frames,
+        tick,
     };
     builder.build().map_err(|error| error.to_string())
 }
 
 /// Called by the reclaimer now and then.
-fn on_tick() {
+fn tick() {
     // Before `start` has returned there is nothing to publish; in a fork's child there is no reclaimer.
     if let Some(run) = RUN.get() {
-        share_budget(run);
+        run.grant.look(run.memory.space().inner().ram());
         publish(run);
     }
 }
 
-/// Every living process has an equal share of the budget.
-fn share_budget(run: &Run) {
-    let alive = run.region.alive().max(1);
-    let least = MIN_RAM_BYTES / PAGE_SIZE as u64;
-    run.memory
-        .space()
-        .inner()
-        .ram()
-        .set_limit((run.ram_frames / alive).max(least));
+/// Called by the fault thread when frames are short.
+fn short_of_frames() {
+    if let Some(run) = RUN.get() {
+        run.grant.grow(run.memory.space().inner().ram());
+    }
 }
 
 fn publish(run: &Run) {

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
 use pgmap_mm::stats::Stats;
-use pgmap_sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use pgmap_sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use rustix::fs::MemfdFlags;
 use rustix::io::Errno;
 use rustix::mm::{MapFlags, ProtFlags, mmap};
@@ -22,7 +22,7 @@ pub const DEVICES: usize = 8;
 /// Bytes of configuration text.
 const CONFIG_BYTES: usize = 8192;
 /// "pgmap" and the version of this layout.
-const MAGIC: u64 = 0x7067_6d61_7000_0001;
+const MAGIC: u64 = 0x7067_6d61_7000_0002;
 
 /// What is known about one device of one process, or of all.
 #[derive(Debug, Default)]
@@ -41,6 +41,10 @@ pub struct DeviceUse {
 #[repr(C)]
 pub struct Process {
     pid: AtomicU32, // 0: free; claimed by compare-exchange
+    /// Bytes of the budget that are its own to use.
+    pub granted: AtomicU64,
+    /// Whether it lacked frames when it looked last.
+    pub hungry: AtomicBool,
     /// Bytes in RAM.
     pub resident: AtomicU64,
     /// What each device holds for it.
@@ -56,6 +60,8 @@ struct Layout {
     config: [u8; CONFIG_BYTES],
     stats: Stats,
     managed: AtomicU64,
+    /// Bytes of the budget that processes have.
+    granted: AtomicU64,
     peak_resident: AtomicU64,
     /// The most that each device has held, and what is taken of its capacity now.
     devices: [DeviceUse; DEVICES],
@@ -255,12 +261,25 @@ impl Region {
                 held.pages.store(0, Ordering::Relaxed);
                 held.bytes.store(0, Ordering::Relaxed);
             }
+            let granted = process.granted.swap(0, Ordering::Relaxed);
+            layout.granted.fetch_sub(granted, Ordering::Relaxed);
+            process.hungry.store(false, Ordering::Relaxed);
             process.resident.store(0, Ordering::Relaxed);
             reaped.push(number);
             // Release: pairs with the claim; the next owner finds the place empty.
             process.pid.store(0, Ordering::Release);
         }
         reaped
+    }
+
+    /// Bytes of the budget that processes have.
+    pub(crate) fn granted(&self) -> &'static AtomicU64 {
+        &self.layout().granted
+    }
+
+    /// All processes, and free places for some.
+    pub(crate) fn processes(&self) -> &'static [Process; PROCESSES] {
+        &self.layout().processes
     }
 
     /// How many processes are alive, or have not been reaped.
