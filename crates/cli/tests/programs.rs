@@ -9,7 +9,7 @@ use core::fmt::Write as _;
 use std::fs;
 use std::process::Command;
 
-use common::{compile, machine_can_run, run, succeeded};
+use common::{compile, machine_can_run, pgmap, run, succeeded};
 
 /// Runs a program plainly and managed, and compares everything that it says.
 fn same_as_plain(ram: &str, devices: &[&str], program: &[&str]) {
@@ -160,6 +160,40 @@ fn files_are_read_and_written_through_evicted_memory() {
 #[test]
 fn children_of_fork_have_every_byte() {
     verifies("16M", &["compressed:1G"], "forks", &["48", "3"]);
+}
+
+/// Where the kernel does not tell of forks, they are announced, and the children have every byte all the same.
+#[test]
+fn children_of_announced_forks_have_every_byte() {
+    if !machine_can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let program = compile("forks", directory.path());
+    let managed = run("16M", &["compressed:1G"]);
+    let output = without_tracing(&managed)
+        .arg(program)
+        .args(["48", "3"])
+        .output()
+        .unwrap();
+    assert_eq!(succeeded(&output), "ok\n");
+    let doctor = without_tracing(pgmap().arg("doctor")).output().unwrap();
+    assert!(succeeded(&doctor).contains("degraded  userfaultfd fork events"));
+}
+
+/// A command without the right to trace others, as most users are.
+fn without_tracing(command: &Command) -> Command {
+    if !rustix::process::geteuid().is_root() {
+        let mut same = Command::new(command.get_program());
+        same.args(command.get_args());
+        return same;
+    }
+    let mut confined = Command::new("setpriv");
+    confined
+        .args(["--bounding-set", "-sys_ptrace"])
+        .arg(command.get_program())
+        .args(command.get_args());
+    confined
 }
 
 #[test]

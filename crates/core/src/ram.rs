@@ -48,15 +48,20 @@ impl FreeList {
     }
 }
 
+/// Frames that somebody who waits may take while those above the limit are being freed.
+const SLACK: u64 = 64;
+
 /// The RAM that pgmap may use.
 #[derive(Debug)]
 pub struct Ram {
     map: Arc<MemoryMap>,
     free: Mutex<FreeList>,
     capacity: u64,
-    limit: AtomicU64,  // A
+    limit: AtomicU64, // A
+    /// Frames that may be in use for a while, though they are above the limit; 0 if none may.
+    ceiling: AtomicU64, // read and changed under `free`'s lock
     in_use: AtomicU64, // changed under `free`'s lock, read by anybody
-    peak: AtomicU64,   // as `in_use`
+    peak: AtomicU64,  // as `in_use`
 }
 
 impl Ram {
@@ -66,6 +71,7 @@ impl Ram {
             free,
             capacity,
             limit: AtomicU64::new(capacity),
+            ceiling: AtomicU64::new(0),
             in_use: AtomicU64::new(0),
             peak: AtomicU64::new(0),
         }
@@ -75,6 +81,12 @@ impl Ram {
     #[must_use]
     pub const fn capacity(&self) -> u64 {
         self.capacity
+    }
+
+    /// Frames that have ever been in use: those from this number on have not.
+    #[must_use]
+    pub fn touched(&self) -> u64 {
+        self.free.lock().fresh
     }
 
     /// Frames that may be in use.
@@ -87,6 +99,8 @@ impl Ram {
     /// Changes how many frames may be in use, up to the capacity. Frames above a lower limit stay in use until
     /// somebody frees them: see [`deficit`](Self::deficit).
     pub fn set_limit(&self, frames: u64) {
+        let _lock = self.free.lock();
+        self.allowed();
         // Relaxed: as in `limit`.
         self.limit
             .store(frames.min(self.capacity), Ordering::Relaxed);
@@ -118,10 +132,39 @@ impl Ram {
         self.in_use().saturating_sub(self.limit())
     }
 
+    /// Lets all frames be used, whatever the limit, until [`restore_limit`](Self::restore_limit).
+    pub fn suspend_limit(&self) {
+        let _lock = self.free.lock();
+        // Relaxed, here and below: changed under the lock only.
+        self.ceiling.store(u64::MAX, Ordering::Relaxed);
+    }
+
+    /// The limit holds again. Frames that are in use above it now may be used until they are freed, and are not had again.
+    pub fn restore_limit(&self) {
+        let _lock = self.free.lock();
+        self.ceiling.store(self.in_use() + SLACK, Ordering::Relaxed);
+        self.allowed();
+    }
+
+    /// Frames that may be in use now. Under the lock.
+    fn allowed(&self) -> u64 {
+        let (limit, in_use) = (self.limit(), self.in_use());
+        let mut ceiling = self.ceiling.load(Ordering::Relaxed);
+        if ceiling != 0 && ceiling != u64::MAX {
+            ceiling = if in_use <= limit {
+                0
+            } else {
+                ceiling.min(in_use + SLACK)
+            };
+            self.ceiling.store(ceiling, Ordering::Relaxed);
+        }
+        limit.max(ceiling)
+    }
+
     /// Takes frames, one reference each, as many as there are up to the length of `out`. Says how many.
     pub fn alloc(&self, out: &mut [Pfn]) -> usize {
         let mut free = self.free.lock();
-        let most = usize::try_from(self.free_count())
+        let most = usize::try_from(self.allowed().saturating_sub(self.in_use()))
             .unwrap_or(usize::MAX)
             .min(out.len());
         let mut taken = 0;
@@ -154,6 +197,7 @@ impl Ram {
         }
         // Relaxed: changed under the lock only.
         self.in_use.fetch_sub(freed, Ordering::Relaxed);
+        self.allowed();
     }
 
     /// Drops one pin of a frame; if its owner has let go meanwhile, the frame is free now.
@@ -163,6 +207,7 @@ impl Ram {
             free.give(&self.map, Pfn::from_u32(0), pfn);
             // Relaxed: changed under the lock only.
             self.in_use.fetch_sub(1, Ordering::Relaxed);
+            self.allowed();
         }
     }
 }
@@ -200,6 +245,29 @@ mod tests {
                 prop_assert_eq!(ram.in_use(), used.len() as u64);
             }
         }
+    }
+
+    /// While the limit is suspended all frames can be had; afterwards each that is freed counts, until the limit is kept.
+    #[test]
+    fn a_suspended_limit_is_kept_again_as_frames_are_freed() {
+        let map = MemoryMap::new(&HeapPlatform, 1024).unwrap();
+        let ram = map.add_ram(1024).unwrap();
+        let mut out = [Pfn::from_u32(0); 1024];
+        ram.set_limit(100);
+        assert_eq!(ram.alloc(&mut out), 100);
+        ram.suspend_limit();
+        assert_eq!(ram.alloc(&mut out[100..500]), 400);
+        ram.free(&out[490..500]);
+        assert_eq!(ram.alloc(&mut out[490..500]), 10);
+        ram.restore_limit();
+        assert_eq!((ram.limit(), ram.deficit()), (100, 400));
+        assert_eq!(ram.alloc(&mut out[500..]), 64);
+        ram.free(&out[264..564]);
+        assert_eq!(ram.deficit(), 164);
+        assert_eq!(ram.alloc(&mut out[264..]), 64);
+        ram.free(&out[..328]);
+        assert_eq!(ram.in_use(), 0);
+        assert_eq!(ram.alloc(&mut out), 100);
     }
 
     /// WB-6: a frame whose bytes are lost is not handed out again; the others are.

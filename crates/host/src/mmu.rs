@@ -92,9 +92,19 @@ pub struct HostMmu {
 pub enum Children {
     /// All of it, as children should.
     Served,
-    /// Nothing, and an access there is a SIGSEGV: this process may not be told of its forks (that takes
-    /// `CAP_SYS_PTRACE`), and a child that reads zeros instead of its bytes would be worse.
-    Excluded,
+    /// Nothing, and an access there is a SIGSEGV, unless the fork is announced: see [`HostMmu::let_children_inherit`]. This
+    /// process may not be told of its forks (that takes `CAP_SYS_PTRACE`), and a child that reads zeros instead of its
+    /// bytes would be worse.
+    Announced,
+}
+
+/// What the child of an announced fork finds in a part of the arena.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Inherit {
+    /// The pages of its parent.
+    Pages,
+    /// No memory at all.
+    Nothing,
 }
 
 impl HostMmu {
@@ -136,6 +146,26 @@ impl HostMmu {
     #[must_use]
     pub const fn children(&self) -> Children {
         self.children
+    }
+
+    /// Lets the children of forks inherit a part of the arena, or not. It is for those that are
+    /// [announced](Children::Announced), when all pages are there.
+    ///
+    /// # Errors
+    ///
+    /// What the machine answers if it has no room for another mapping.
+    ///
+    /// # Panics
+    ///
+    /// If the range is not in the arena.
+    pub fn let_children_inherit(&self, range: Range<usize>, inherit: Inherit) -> Result<(), Errno> {
+        self.check(VirtAddr::new(range.start), range.len() / PAGE_SIZE);
+        let advice = match inherit {
+            Inherit::Pages => Advice::LinuxDoFork,
+            Inherit::Nothing => Advice::LinuxDontFork,
+        };
+        // SAFETY: the advice changes no contents.
+        unsafe { madvise(range.start as *mut _, range.len(), advice) }
     }
 
     /// The managed addresses, in bytes.
@@ -383,10 +413,11 @@ unsafe impl Mmu for HostMmu {
         };
     }
 
-    fn unshare(&self, at: VirtAddr) -> bool {
-        self.check(at, 1);
-        // SAFETY: touching a page of the arena for writing changes none of its bytes.
-        unsafe { madvise(at.get() as *mut _, PAGE_SIZE, Advice::LinuxPopulateWrite) }.is_ok()
+    fn unshare(&self, at: VirtAddr, count: usize) -> bool {
+        self.check(at, count);
+        let len = count * PAGE_SIZE;
+        // SAFETY: touching pages of the arena for writing changes none of their bytes.
+        unsafe { madvise(at.get() as *mut _, len, Advice::LinuxPopulateWrite) }.is_ok()
     }
 }
 
@@ -394,7 +425,7 @@ impl Children {
     const fn on_fork(self) -> OnFork {
         match self {
             Self::Served => OnFork::Inherit,
-            Self::Excluded => OnFork::Leave,
+            Self::Announced => OnFork::Leave,
         }
     }
 }
@@ -402,7 +433,7 @@ impl Children {
 fn open_arena() -> Result<(Uffd, Children), HostError> {
     match open(NEEDED | FEATURE_EVENT_FORK) {
         // The kernel tells a process of its forks only if it may trace others.
-        Err(HostError::Forbidden(_)) => Ok((open(NEEDED)?, Children::Excluded)),
+        Err(HostError::Forbidden(_)) => Ok((open(NEEDED)?, Children::Announced)),
         served => Ok((served?, Children::Served)),
     }
 }

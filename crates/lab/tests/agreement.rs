@@ -35,14 +35,17 @@ fn machine(
     let devices = capacities
         .iter()
         .map(|capacity| ModelDevice::new(*capacity, device));
-    Machine::new(Setup {
+    let machine = Machine::new(Setup {
         pages: PAGES,
-        frames,
+        // For forks, which need all pages at once.
+        frames: frames + u64::from(PAGES),
         slots,
         mmu: ModelMmu::new(slots, mmu),
         devices: devices.collect(),
     })
-    .unwrap()
+    .unwrap();
+    machine.space.ram().set_limit(frames);
+    machine
 }
 
 fn any_step() -> impl Strategy<Value = Step> {
@@ -81,6 +84,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         2 => page().prop_map(Step::PinUnseen),
         2 => any::<usize>().prop_map(Step::UnpinUnseen),
         1 => page().prop_map(Step::DropUnseen),
+        1 => Just(Step::Fork),
         1 => (8u64..40).prop_map(Step::SetLimit),
         1 => (0usize..2).prop_map(Step::Unplug),
         1 => (0usize..2, failure).prop_map(|(device, failure)| Step::Fail(device, failure)),

@@ -501,3 +501,38 @@ fn a_machine_that_moves_pinned_pages_is_found() {
     let mmu = model::Flaw::TakesPinned;
     explore(move || unseen_pins_against_take_out(Flaws { mmu, ..SOUND }));
 }
+
+/// From its announcement until it is done, a fork finds every page where the child inherits it, while others reclaim.
+fn announced_forks_against_take_out() {
+    let machine = machine(1, SOUND);
+    machine.space.ram().set_limit(1);
+    let reclaimer = reclaimer(&machine);
+    let mut cpu = machine.cpu();
+    for round in 1..3 {
+        for page in 0..2u32 {
+            assert_eq!(cpu.store(machine.word(page, 0), round), Ok(()));
+        }
+        assert!(machine.space.before_fork(&mut cpu.worker));
+        for page in [0, 1, 0] {
+            thread::yield_now();
+            let inherited = machine.mmu.load(machine.word(page, 0));
+            assert_eq!(inherited, Ok(round), "a child inherits every page");
+        }
+        machine.space.after_fork();
+    }
+    drop(cpu);
+    reclaimer.join().unwrap();
+    machine.assert_empty();
+}
+
+#[test]
+fn announced_forks_have_every_page() {
+    explore(announced_forks_against_take_out);
+}
+
+#[test]
+#[should_panic = "a child inherits every page"]
+fn a_take_out_that_ignores_forks_is_found() {
+    seed(SeededBug::TakeOutIgnoresForks);
+    explore(announced_forks_against_take_out);
+}

@@ -2,7 +2,7 @@
 //!
 //! A child inherits the pages that are mapped, copy-on-write, but not the machine's promise to tell us of
 //! its faults: a page that was elsewhere would read as zeros. So before anybody else runs in the child, the
-//! missing pages are copied into it.
+//! missing pages are copied into it; or, where the machine does not tell of forks, all pages are brought into RAM before.
 
 use core::ops::ControlFlow;
 use core::slice;
@@ -11,10 +11,12 @@ use pgmap_core::addr::{Page, VirtAddr};
 use pgmap_core::driver::{DeviceError, Load};
 use pgmap_sync::atomic::Ordering;
 
+use crate::fault::{Access, Outcome};
 use crate::mmu::Slot;
 use crate::page_table::{BlockIndex, Cursor, PageIndex};
 use crate::pte::Pte;
 use crate::space::{AddressSpace, Worker};
+use crate::stats::Stats;
 
 /// What becomes of one of the parent's pages in the child.
 #[derive(Debug)]
@@ -26,6 +28,50 @@ pub enum ChildPage<'a> {
 }
 
 impl AddressSpace {
+    /// Before a fork of which the machine will not tell: brings every page into RAM, whatever the limit, and keeps
+    /// them all there until [`after_fork`](Self::after_fork), so that the child inherits them. False if a page could not be
+    /// had; then the child must not inherit any. To be called by a thread that serves no faults.
+    #[must_use]
+    pub fn before_fork(&self, worker: &mut Worker) -> bool {
+        // Relaxed: a hint for reclaim, which looks at it again and again.
+        self.forked.store(true, Ordering::Relaxed);
+        Stats::add(&self.stats.forks, 1);
+        *self.forking.lock() += 1;
+        self.ram.suspend_limit();
+        let mut next = BlockIndex(0);
+        while let Some(block) = self.table.next_used(next) {
+            next = BlockIndex(block.0 + 1);
+            if !block
+                .pages()
+                .all(|page| self.bring_in(worker, PageIndex(page)))
+            {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// The fork is done, or has failed: pages may leave again.
+    pub fn after_fork(&self) {
+        let mut forking = self.forking.lock();
+        *forking -= 1;
+        if *forking == 0 {
+            self.ram.restore_limit();
+        }
+    }
+
+    /// Whether a page is where a child inherits it, or needs nothing.
+    fn bring_in(&self, worker: &mut Worker, page: PageIndex) -> bool {
+        let at = self.table.address(page);
+        let is_away = |pte| matches!(pte, Pte::Staged { .. } | Pte::Device { .. });
+        while is_away(self.table.lock(page.block()).get(page)) {
+            if self.fault(worker, at, Access::Read) != Outcome::Resolved {
+                return false;
+            }
+        }
+        true
+    }
+
     /// Gives every page that is not mapped to `install`, until that breaks off. Called between the fork and the moment when the child runs on.
     pub fn for_each_missing(
         &self,

@@ -124,6 +124,10 @@ impl AddressSpace {
 
     /// Takes the next block's cold pages out of the address space. Says how many; `None` if no block is left.
     fn take_out_block(&self, caller: Caller, fruitless: u32) -> Option<usize> {
+        let forking = self.forking.lock();
+        if Self::must_stay(*forking) {
+            return None;
+        }
         let (block, class) = self.queues.pop(fruitless)?;
         let mut cursor = self.table.lock(block);
         let pages = cursor.pages();
@@ -159,10 +163,20 @@ impl AddressSpace {
             self.queues.push(block, class);
         }
         drop(cursor);
+        drop(forking);
         if let Some(page) = busy {
             self.unshare(caller, page);
         }
         Some(taken)
+    }
+
+    /// Whether every page has to stay, as a fork's child is to inherit them.
+    fn must_stay(forking: u32) -> bool {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::TakeOutIgnoresForks) {
+            return false;
+        }
+        forking > 0
     }
 
     /// Moves up to `count` pages into staging. Says how many, and why not all: [`Stop::NoMemory`] if staging is full.
@@ -239,12 +253,24 @@ impl AddressSpace {
         true
     }
 
-    /// After a fork the machine moves no page that is still shared with the child. One page per block is made private at
-    /// a time: the others of a block that matters follow at its next turn.
+    /// After a fork the machine moves no page that is still shared with the child, until it has been made private. That
+    /// takes RAM, so it is done for one page of a block at a time; unless the limit is passed, and all have to go.
     fn unshare(&self, caller: Caller, page: PageIndex) {
         // Relaxed: a hint; a page that is shared unseen only stays where it is.
-        if caller == Caller::Reclaimer && self.forked.load(Ordering::Relaxed) {
-            self.mmu.unshare(self.table.address(page));
+        if caller != Caller::Reclaimer || !self.forked.load(Ordering::Relaxed) {
+            return;
+        }
+        let most = if self.ram.deficit() > 0 { u32::MAX } else { 1 };
+        let mut cursor = self.table.lock(page.block());
+        let limit = page.0..page.0.saturating_add(most);
+        let run = cursor.run(page.0, &limit, |pte| matches!(pte, Pte::Present { .. }));
+        for page in run.clone() {
+            // Writing to a protected page would wait for the thread that serves faults, and that may wait for us.
+            self.forget_copy(&mut cursor, PageIndex(page));
+        }
+        drop(cursor);
+        if !run.is_empty() {
+            self.mmu.unshare(self.table.address(page), run.len());
         }
     }
 
@@ -431,49 +457,45 @@ impl AddressSpace {
 
     /// Gives up copies that devices keep of pages that are in RAM, to make room there; `want` of them, if there are so many.
     fn shed_copies(&self, want: usize) {
+        let count = self.ram.touched();
+        // Relaxed: where somebody else looks at the same time does not matter.
+        let start = self.shed_from.load(Ordering::Relaxed);
         let mut shed = 0;
-        for number in 0..self.ram.capacity() {
-            let Some(frame) = Pfn::new(number) else {
-                return;
-            };
-            let Some(page) = self.map.frame(frame).mapping().checked_sub(1) else {
+        for number in (start..count).chain(0..start).filter_map(Pfn::new) {
+            let mapping = self.map.frame(number).mapping().checked_sub(1);
+            let Some(page) = mapping.and_then(|page| u32::try_from(page).ok()) else {
                 continue;
             };
-            let Ok(page) = u32::try_from(page) else {
-                continue;
-            };
-            shed += usize::from(self.shed_copy(frame, PageIndex(page)));
+            let page = PageIndex(page);
+            // The frame may be another page's by now: then that one's copy goes.
+            shed += usize::from(self.forget_copy(&mut self.table.lock(page.block()), page));
             if shed == want {
+                self.shed_from.store(number.get(), Ordering::Relaxed);
                 return;
             }
         }
     }
 
-    fn shed_copy(&self, frame: Pfn, page: PageIndex) -> bool {
-        let mut cursor = self.table.lock(page.block());
-        match cursor.get(page) {
+    /// Gives up the copy that a device keeps of a page that is in RAM, and lets the page be written. False if there is none.
+    fn forget_copy(&self, cursor: &mut Cursor<'_>, page: PageIndex) -> bool {
+        let Pte::Present {
+            frame,
+            heat,
+            copy: Copy::Kept,
+        } = cursor.get(page)
+        else {
+            return false;
+        };
+        cursor.set(
+            page,
             Pte::Present {
-                frame: here,
+                frame,
                 heat,
-                copy: Copy::Kept,
-            } if here == frame => {
-                cursor.set(
-                    page,
-                    Pte::Present {
-                        frame,
-                        heat,
-                        copy: Copy::None,
-                    },
-                );
-                self.mmu.unprotect(self.table.address(page), 1);
-                self.drop_copy(frame, Copy::Kept);
-                true
-            }
-            Pte::None
-            | Pte::Present { .. }
-            | Pte::Staged { .. }
-            | Pte::Device { .. }
-            | Pte::Poisoned => false,
-        }
+                copy: Copy::None,
+            },
+        );
+        self.mmu.unprotect(self.table.address(page), 1);
+        self.drop_copy(frame, Copy::Kept);
+        true
     }
 }

@@ -14,6 +14,8 @@ pub enum SeededBug {
     CommitIgnoresTheKill,
     /// A page's pins are not looked at before it is taken out (GUP-3).
     TakeOutIgnoresPins,
+    /// Pages leave while a fork is under way, and the child does not inherit them.
+    TakeOutIgnoresForks,
 }
 
 std::thread_local! {

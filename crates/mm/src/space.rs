@@ -11,7 +11,7 @@ use pgmap_core::memremap::{DevPagemap, MemoryMap};
 use pgmap_core::platform::{OutOfAddressSpace, Platform};
 use pgmap_core::ram::Ram;
 use pgmap_sync::Mutex;
-use pgmap_sync::atomic::{AtomicBool, Ordering};
+use pgmap_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::mmu::Mmu;
 use crate::page_table::{PageIndex, PageTable};
@@ -70,6 +70,11 @@ pub struct AddressSpace {
     pub(crate) inactive_most: u32,
     /// Whether a child may share pages with us, which the machine then does not move.
     pub(crate) forked: AtomicBool,
+    /// Forks that have been announced and not done. While there are any, no page leaves the address space; the lock is held
+    /// while one does.
+    pub(crate) forking: Mutex<u32>,
+    /// The frame at which the next search for copies that can be given up begins.
+    pub(crate) shed_from: AtomicU64,
     /// Whether an address outside all areas has been poisoned.
     strays: AtomicBool,
 }
@@ -98,6 +103,8 @@ impl AddressSpace {
             stats: parts.stats,
             inactive_most: parts.slots / 2,
             forked: AtomicBool::new(false),
+            forking: Mutex::new(0),
+            shed_from: AtomicU64::new(0),
             strays: AtomicBool::new(false),
         })
     }

@@ -127,6 +127,16 @@ impl Vmas {
         (*end > page).then_some(*start..*end)
     }
 
+    /// The pages outside areas.
+    pub fn gaps(&self) -> impl Iterator<Item = Range<u32>> {
+        let starts = core::iter::once(0).chain(self.areas.values().copied());
+        let ends = self.areas.keys().copied().chain([self.pages]);
+        starts
+            .zip(ends)
+            .map(|(start, end)| start..end)
+            .filter(|gap| !gap.is_empty())
+    }
+
     fn take(&mut self, range: Range<u32>, first_gap: Option<u32>) -> Range<u32> {
         self.insert(range.clone());
         // Nothing was free before the first gap that was looked at.
@@ -195,6 +205,9 @@ mod tests {
                 for page in 0..512 {
                     prop_assert_eq!(vmas.contains(page), model[page as usize]);
                 }
+                let gaps: Vec<u32> = vmas.gaps().flatten().collect();
+                let free: Vec<u32> = (0..512).filter(|page| !model[*page as usize]).collect();
+                prop_assert_eq!(gaps, free);
                 prop_assert_eq!(vmas.used(), model.iter().filter(|used| **used).count() as u64);
             }
         }

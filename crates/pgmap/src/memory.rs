@@ -9,7 +9,7 @@ use pgmap_core::addr::{MAX_PFN, PAGE_SIZE, VirtAddr};
 use pgmap_core::holders::Holder;
 use pgmap_core::memremap::{MapError as DeviceMapError, MemoryMap};
 use pgmap_core::platform::OutOfAddressSpace;
-use pgmap_host::mmu::{HostError, HostMmu};
+use pgmap_host::mmu::{Children, HostError, HostMmu};
 use pgmap_host::platform::HostPlatform;
 use pgmap_mm::space::Parts;
 use pgmap_mm::stats::Stats;
@@ -97,7 +97,14 @@ impl MemoryBuilder {
         let slots = u32::try_from(ram_frames / 8 + SPARE_SLOTS).unwrap_or(u32::MAX / 2);
         let mmu = Arc::new(HostMmu::new(ADDRESSES, slots)?);
         let map = MemoryMap::new(&PLATFORM, MAX_PFN)?;
-        let ram = map.add_ram(ram_frames)?;
+        let ram = map.add_ram(match mmu.children() {
+            Children::Served => ram_frames,
+            // For a moment all pages may have to be in RAM.
+            Children::Announced => (ram_frames + device_frames)
+                .min(machine_frames())
+                .max(ram_frames),
+        })?;
+        ram.set_limit(ram_frames);
         let mut devices = Vec::with_capacity(self.devices.len());
         for device in self.devices {
             devices.push(map.memremap_private(device.ops, device.frames)?);
@@ -126,6 +133,17 @@ impl MemoryBuilder {
             threads: Some(threads),
         })
     }
+}
+
+/// Frames of RAM that the whole machine has.
+fn machine_frames() -> u64 {
+    let info = rustix::system::sysinfo();
+    #[allow(
+        clippy::useless_conversion,
+        reason = "its width differs between machines"
+    )]
+    let bytes = u64::from(info.totalram) * u64::from(info.mem_unit);
+    bytes / PAGE_SIZE as u64
 }
 
 /// Memory of which only a part is in RAM.

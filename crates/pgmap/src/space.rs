@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_core::holders::Holder;
-use pgmap_host::mmu::HostMmu;
+use pgmap_host::mmu::{Children, HostMmu, Inherit};
 use pgmap_mm::discard::Pinned;
 use pgmap_mm::gup::{Pin, PinAccess, PinError, pin_user_pages};
 use pgmap_mm::space::Worker;
@@ -49,6 +49,8 @@ pub struct AddressSpace {
     restricted: Mutex<Vmas>,
     /// Addresses at which the program has mapped something else: they are the kernel's, for ever.
     given_away: Mutex<Vmas>,
+    /// Forks that are announced and not done.
+    announced: Mutex<u32>,
     /// The most bytes that one mapping may have.
     most_bytes: usize,
 }
@@ -65,6 +67,7 @@ impl AddressSpace {
             mmu,
             restricted: Mutex::new(Vmas::new(pages)),
             given_away: Mutex::new(Vmas::new(pages)),
+            announced: Mutex::new(0),
             most_bytes,
         }
     }
@@ -267,6 +270,47 @@ impl AddressSpace {
         // SAFETY: by this function's contract; the bytes have been copied.
         unsafe { self.unmap(at, old_bytes)? };
         Ok(to)
+    }
+
+    /// Whether forks have to be announced with [`before_fork`](Self::before_fork), because the machine does not tell this
+    /// process of them. The child of one that is not announced gets SIGSEGV when it touches managed memory.
+    #[must_use]
+    pub fn needs_announced_forks(&self) -> bool {
+        self.mmu.children() == Children::Announced
+    }
+
+    /// Announces a fork by the calling thread: brings all pages into RAM, whatever the budget, so that the child inherits
+    /// them. If that cannot be had, the child gets SIGSEGV when it touches managed memory.
+    pub fn before_fork(&self) {
+        let mut worker = Worker::new();
+        let complete = self.inner.before_fork(&mut worker);
+        worker.release(&self.inner);
+        let mut announced = self.announced.lock();
+        *announced += 1;
+        if complete {
+            self.let_children_inherit(Inherit::Pages);
+        }
+    }
+
+    /// Says that an announced fork is done, or has failed. To be called in the parent only.
+    pub fn after_fork(&self) {
+        let mut announced = self.announced.lock();
+        *announced -= 1;
+        if *announced == 0 {
+            self.let_children_inherit(Inherit::Nothing);
+        }
+        drop(announced);
+        self.inner.after_fork();
+    }
+
+    /// What the program has mapped over managed addresses is its own business.
+    fn let_children_inherit(&self, inherit: Inherit) {
+        let start = self.range().start;
+        for gap in self.given_away.lock().gaps() {
+            let gap = start + gap.start as usize * PAGE_SIZE..start + gap.end as usize * PAGE_SIZE;
+            // Where the machine refuses, the child has nothing, which is better than zeros.
+            let _ = self.mmu.let_children_inherit(gap, inherit);
+        }
     }
 
     /// Pins a range: its pages are in RAM and stay where they are until the guard is dropped.

@@ -8,6 +8,7 @@
 mod advice;
 mod alloc;
 mod fds;
+mod forks;
 mod glibc;
 mod maps;
 mod own;
