@@ -66,7 +66,9 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         .program
         .first()
         .map_or(program.as_os_str(), OsString::as_os_str);
-    let child = match start(&shared, &library, &program, name, &arguments) {
+    let mut command = command(&shared, &library, &program, name, &arguments);
+    supervisor.tie(&mut command);
+    let child = match command.spawn() {
         Ok(child) => child,
         Err(error) => {
             tell(format_args!(
@@ -214,13 +216,13 @@ fn default_device() -> DeviceSpec {
     }
 }
 
-fn start(
+fn command(
     shared: &Shared,
     library: &Path,
     program: &Path,
     name: &OsStr,
     arguments: &[OsString],
-) -> std::io::Result<Child> {
+) -> Command {
     let region = format!(
         "/proc/{}/fd/{}",
         std::process::id(),
@@ -229,7 +231,7 @@ fn start(
     let mut command = Command::new(program);
     command.arg0(name).args(arguments).env(RUN_VARIABLE, region);
     command.env("LD_PRELOAD", preload(library));
-    command.spawn()
+    command
 }
 
 /// Our library, before those that the user preloads.

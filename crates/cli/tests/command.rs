@@ -205,6 +205,71 @@ fn an_early_signal_leaves_no_program_behind() {
     assert!(end.is_ok(), "a program was left behind");
 }
 
+/// The program decides what a signal means, however often pgmap is sent it; SIGINT and SIGQUIT like any other.
+#[test]
+fn every_signal_reaches_the_program_every_time() {
+    if !machine_can_run() {
+        return;
+    }
+    let script =
+        "trap 'echo int' INT; trap 'echo quit' QUIT; trap 'echo term' TERM; trap 'exit 4' USR1
+        echo ready; while :; do sleep 0.02; done";
+    let mut command = run("8M", &[]);
+    command.args(["sh", "-c", script]).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert_eq!(output.next().unwrap().unwrap(), "ready");
+    for (number, name) in [
+        (libc::SIGINT, "int"),
+        (libc::SIGQUIT, "quit"),
+        (libc::SIGTERM, "term"),
+    ] {
+        for _ in 0..3 {
+            signal(child.id(), number);
+            assert_eq!(output.next().unwrap().unwrap(), name);
+        }
+    }
+    signal(child.id(), libc::SIGUSR1);
+    assert_eq!(child.wait().unwrap().code(), Some(4));
+}
+
+/// Who kills pgmap kills the program, even one that listens to nothing; its file goes, too.
+#[test]
+fn killing_pgmap_kills_its_program() {
+    if !machine_can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir_in("/var/tmp").unwrap();
+    let device = format!("file:{},size=64M", directory.path().join("cold").display());
+    let script = "
+import signal, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)
+memory = bytearray(b'x' * (32 << 20))
+print('ready', flush=True)
+while True: time.sleep(0.01); memory[::4096] = memory[::4096]
+";
+    let mut command = run("8M", &[&device]);
+    command.args(["/usr/bin/python3", "-c", script]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    for number in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        signal(child.id(), number);
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(child.try_wait().unwrap().is_none());
+    signal(child.id(), libc::SIGKILL);
+    assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
+    // The pipe ends when the program that writes to it has.
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || tell.send(output.read_line(&mut line)));
+    let end = told.recv_timeout(Duration::from_secs(20));
+    assert!(end.is_ok(), "the program was left behind");
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
 /// SIGTSTP that is sent to pgmap alone stops the program, too, and SIGCONT continues both.
 #[test]
 fn stopping_pgmap_stops_its_program() {
