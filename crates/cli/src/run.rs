@@ -21,6 +21,7 @@ use crate::progress::Progress;
 use crate::report::Report;
 use crate::summary::Summary;
 use crate::supervisor::{self, Supervisor};
+use crate::workload;
 
 /// The library that is preloaded.
 const LIBRARY: &str = "libpgmap_preload.so";
@@ -53,7 +54,10 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
                 return Ok(ExitCode::from(status));
             }
         },
-        None => (std::env::current_exe()?, vec![OsString::from("__workload")]),
+        None => (
+            std::env::current_exe()?,
+            vec![OsString::from(workload::VERB)],
+        ),
     };
     doctor::refuse_if_hopeless()?;
     let library = library().map_err(|error| anyhow!("{error}: {LIBRARY_MEND}"))?;
