@@ -156,7 +156,7 @@ fn ram(text: &str) -> Result<u64, String> {
         Ok(bytes) => bytes,
         // Of a page at least, which is no use here.
         Err(SizeError::TooSmall(_)) => 0,
-        Err(error) => return Err(explain(error)),
+        Err(error) => return Err(explain(&error)),
     };
     if bytes < LEAST_RAM_BYTES {
         return Err("the least that pgmap can work with is 4M".to_owned());
@@ -168,17 +168,21 @@ fn ram(text: &str) -> Result<u64, String> {
 }
 
 fn device(text: &str) -> Result<DeviceSpec, String> {
-    text.parse().map_err(|error| match error {
-        SpecError::Size(error) => explain(error),
-        error => error.to_string(),
+    let spec: Result<DeviceSpec, SpecError> = text.parse();
+    spec.map_err(|error| {
+        if let SpecError::Size(error) = error {
+            explain(&error)
+        } else {
+            error.to_string()
+        }
     })
 }
 
-fn explain(error: SizeError) -> String {
-    match error {
-        SizeError::UnknownUnit(text) if text.contains(['.', ',']) => {
-            format!("`{text}` is no whole number: write 1536M rather than 1.5G")
-        }
-        error => error.to_string(),
+fn explain(error: &SizeError) -> String {
+    if let SizeError::UnknownUnit(text) = error
+        && text.contains('.')
+    {
+        return format!("`{text}` is no whole number: write 1536M rather than 1.5G");
     }
+    error.to_string()
 }
