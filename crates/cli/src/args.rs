@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use pgmap::spec::{DeviceSpec, parse_size};
+use pgmap::spec::{DeviceSpec, SizeError, SpecError, parse_size};
 
 /// The least budget: below it the pager's own batches do not fit.
 const LEAST_RAM_BYTES: u64 = 4 << 20;
@@ -22,28 +22,36 @@ pub(crate) struct Cli {
 #[derive(Subcommand, Debug)]
 pub(crate) enum Command {
     /// Run a program in memory that pgmap manages
-    #[command(after_help = RUN_EXAMPLES)]
+    ///
+    /// At most --ram of the memory that the program allocates is in RAM ("resident"). Pages beyond that are moved to
+    /// the devices, and come back when the program touches them. At the end a summary goes to standard error.
+    ///
+    /// Signals that are sent to pgmap are passed on: the program decides what they mean, as it would without pgmap.
+    /// SIGKILL, sent to pgmap, kills the program, too; processes that the program has started go on.
+    #[command(after_help = RUN_NOTES, override_usage = RUN_USAGE)]
     Run(RunArgs),
     /// Check what this machine allows, and say how to mend what is missing
+    #[command(after_help = DOCTOR_NOTES)]
     Doctor {
         /// Print the checks as JSON
         #[arg(long)]
         json: bool,
     },
     /// Print a shell's completions
+    #[command(after_help = COMPLETIONS_NOTES)]
     Completions {
         /// The shell
         shell: clap_complete::Shell,
     },
-    /// Write the man pages
+    /// Print a page of the manual, or write all pages
+    #[command(after_help = MAN_NOTES)]
     Man {
-        /// The directory to write them to
-        #[arg(long, default_value = ".")]
-        dir: PathBuf,
+        /// The command whose page is printed, such as run; without one it is the page of pgmap itself
+        command: Option<String>,
+        /// Write all pages to this directory instead
+        #[arg(long, value_name = "DIR", conflicts_with = "command")]
+        out: Option<PathBuf>,
     },
-    /// The built-in verifying workload, as `run` without a program starts it
-    #[command(name = "__workload", hide = true)]
-    Workload,
 }
 
 const EXAMPLES: &str = "\
@@ -52,41 +60,89 @@ Examples:
   pgmap run --ram 64M
   pgmap run --ram 256M --device compressed:2G -- python3 job.py";
 
-const RUN_EXAMPLES: &str = "\
+const RUN_USAGE: &str = "pgmap run --ram <SIZE> [OPTIONS] [--] [PROGRAM [ARGUMENTS]...]";
+
+const RUN_NOTES: &str = "\
 Examples:
   pgmap run --ram 64M
       a built-in workload over 512 MiB, every page verified
   pgmap run --ram 256M --device compressed:2G -- python3 job.py
       at most 256 MiB resident, the rest compressed in memory
-  pgmap run --ram 256M --device compressed:512M --device file:/var/tmp/cold.pgmap,size=8G -- sort big.txt
+  pgmap run --ram 256M --device compressed:512M \\
+      --device file:/var/tmp/cold.pgmap,size=8G -- sort big.txt
       what does not fit the pool goes to a file
 
 Devices:
-  compressed:SIZE[,algorithm=lz4|zstd][,level=N]   SIZE is what the pool may take
-  file:PATH,size=SIZE[,keep][,direct=off]          deleted at once unless `keep`
+  compressed:SIZE[,algorithm=lz4|zstd][,level=N]
+      pages compressed in memory; SIZE is what the pool itself may take;
+      lz4 unless you say zstd, whose level is -7 to 19 (1 unless you say so)
+  file:PATH,size=SIZE[,keep][,direct=off]
+      a file, deleted at once unless `keep`; `direct=off` uses the page cache
+  Without --device there is a compressed pool of half the machine's memory, at
+  least 1G: it is fast, and needs neither a disk nor any preparation.
 
-The exit status is the program's; 127 and 126 if it cannot be found or started, 2 if pgmap cannot do what was asked.";
+Sizes:
+  A whole number and K, M, G or T (powers of 1024). --ram is at least 4M.
+
+Summary:
+  Lines for what did not happen are left out.
+  resident    the most that was in RAM at once
+  faults      how often the program touched a page that was not ready: a new
+              one, one on a device, one that was about to leave RAM, or the
+              first write to one that had come back and was only read since
+  waiting     how long its threads waited in faults, all together
+  read ahead  pages that were made ready along with a neighbour
+  moved out   pages that left RAM; if they have not changed since they came
+              back, the device still has them, and nothing is written
+  moved in    pages that came back from a device
+  kept        how often a page could not leave RAM: the kernel or a device was
+              working on it, or it was shared with another process
+  device      the most that a device held
+
+Exit status:
+  The program's own. If a signal ended it, pgmap ends by the same signal, which
+  shells show as 128 + its number.
+  2         pgmap cannot do what was asked, and ran nothing
+  126       the program was found, but cannot be started
+  127       the program was not found";
+
+const DOCTOR_NOTES: &str = "\
+Exit status:
+  0  `pgmap run` works here
+  1  it does not, and what is missing was said";
+
+const COMPLETIONS_NOTES: &str = "\
+Examples:
+  pgmap completions bash > ~/.local/share/bash-completion/completions/pgmap
+  pgmap completions fish > ~/.config/fish/completions/pgmap.fish";
+
+const MAN_NOTES: &str = "\
+Examples:
+  pgmap man run | man -l -
+      read the page of `pgmap run`
+  pgmap man --out ~/.local/share/man/man1
+      install all pages, for `man pgmap-run`";
 
 #[derive(Args, Debug)]
 pub(crate) struct RunArgs {
-    /// The most RAM that the program's managed memory may take, such as 256M or 2G
+    /// The most RAM that the program's managed memory may take, such as 256M or 2G; at least 4M
     #[arg(long, value_name = "SIZE", value_parser = ram)]
     pub(crate) ram: u64,
 
-    /// Where the rest goes; may be given several times, tried in order
-    /// [default: a compressed pool of half the machine's memory]
+    /// Where the rest goes; may be given several times, tried in order [default: a compressed pool of half the
+    /// machine's memory]
     #[arg(long = "device", value_name = "SPEC", value_parser = clap::builder::ValueParser::new(device))]
     pub(crate) devices: Vec<DeviceSpec>,
 
-    /// Write the summary as JSON
+    /// Write the summary to a file, as JSON
     #[arg(long, value_name = "FILE")]
     pub(crate) report: Option<PathBuf>,
 
-    /// Print nothing of our own
+    /// Leave the summary out; only errors are printed
     #[arg(long, short, conflicts_with = "progress")]
     pub(crate) quiet: bool,
 
-    /// Show what happens while it happens
+    /// Show what happens while it happens: RAM in use, faults, and pages moved, on standard error
     #[arg(long)]
     pub(crate) progress: bool,
 
@@ -96,9 +152,14 @@ pub(crate) struct RunArgs {
 }
 
 fn ram(text: &str) -> Result<u64, String> {
-    let bytes = parse_size(text).map_err(|error| error.to_string())?;
+    let bytes = match parse_size(text) {
+        Ok(bytes) => bytes,
+        // Of a page at least, which is no use here.
+        Err(SizeError::TooSmall(_)) => 0,
+        Err(error) => return Err(explain(&error)),
+    };
     if bytes < LEAST_RAM_BYTES {
-        return Err("a budget of less than 4M leaves no room to work: give more".to_owned());
+        return Err("the least that pgmap can work with is 4M".to_owned());
     }
     if bytes > MOST_RAM_BYTES {
         return Err("that is more than any machine can address: give less".to_owned());
@@ -107,6 +168,21 @@ fn ram(text: &str) -> Result<u64, String> {
 }
 
 fn device(text: &str) -> Result<DeviceSpec, String> {
-    text.parse()
-        .map_err(|error: pgmap::spec::SpecError| error.to_string())
+    let spec: Result<DeviceSpec, SpecError> = text.parse();
+    spec.map_err(|error| {
+        if let SpecError::Size(error) = error {
+            explain(&error)
+        } else {
+            error.to_string()
+        }
+    })
+}
+
+fn explain(error: &SizeError) -> String {
+    if let SizeError::UnknownUnit(text) = error
+        && text.contains('.')
+    {
+        return format!("`{text}` is no whole number: write 1536M rather than 1.5G");
+    }
+    error.to_string()
 }

@@ -5,6 +5,7 @@
 mod args;
 mod doctor;
 mod elf;
+mod man;
 mod output;
 mod program;
 mod progress;
@@ -14,10 +15,8 @@ mod summary;
 mod supervisor;
 mod workload;
 
-use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::Context;
 use clap::error::ErrorKind;
 use clap::{CommandFactory, Parser};
 
@@ -27,6 +26,10 @@ use crate::args::{Cli, Command};
 const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
+    // No verb of the command line, so that no help, page or completion names it.
+    if std::env::args_os().skip(1).eq([workload::VERB]) {
+        return workload::workload();
+    }
     let cli = Cli::try_parse().unwrap_or_else(|error| exit_with(&error));
     let result = match cli.command {
         Command::Run(args) => run::run(&args),
@@ -40,8 +43,11 @@ fn main() -> ExitCode {
             clap_complete::generate(shell, &mut Cli::command(), "pgmap", &mut text);
             output::print(&text).map(|()| ExitCode::SUCCESS)
         }
-        Command::Man { dir } => man(&dir),
-        Command::Workload => Ok(workload::workload()),
+        Command::Man { command, out } => match out {
+            Some(directory) => man::write(Cli::command(), &directory),
+            None => man::print(Cli::command(), command.as_deref()),
+        }
+        .map(|()| ExitCode::SUCCESS),
     };
     result.unwrap_or_else(|error| {
         output::tell(format_args!("pgmap: {error:#}\n"));
@@ -69,11 +75,4 @@ fn exit_with(error: &clap::Error) -> ! {
         .collect();
     output::tell(format_args!("pgmap: {line}{more} (try `pgmap --help`)\n"));
     std::process::exit(i32::from(USAGE));
-}
-
-fn man(dir: &Path) -> anyhow::Result<ExitCode> {
-    std::fs::create_dir_all(dir)
-        .and_then(|()| clap_mangen::generate_to(Cli::command(), dir))
-        .with_context(|| format!("cannot write man pages to {}", dir.display()))?;
-    Ok(ExitCode::SUCCESS)
 }

@@ -4,7 +4,7 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::elf;
@@ -100,6 +100,11 @@ fn check(path: &Path, interpreters_left: usize) -> Result<(), Refusal> {
                 "{shown} is for another machine or 32 bits: pgmap manages programs of its own kind only"
             ),
         ),
+        // Whatever it is, `execvp` would hand it to a shell.
+        elf::Kind::Other if !is_script(&file) => refuse(
+            NOT_EXECUTABLE,
+            format!("{shown}: neither a program, nor a script whose first line starts with #!"),
+        ),
         elf::Kind::Other => match interpreter(&file) {
             Some(interpreter) if interpreters_left > 0 => {
                 check(&interpreter, interpreters_left - 1)
@@ -128,11 +133,13 @@ pub(crate) fn explain(path: &Path, error: &std::io::Error) -> String {
     let shown = path.display();
     match error.raw_os_error() {
         Some(libc::ENOENT) => format!("{shown}: the interpreter that it names does not exist"),
-        Some(libc::ENOEXEC) => {
-            format!("{shown}: neither a program, nor a script whose first line starts with #!")
-        }
         _ => format!("{shown}: {error}"),
     }
+}
+
+fn is_script(file: &File) -> bool {
+    let mut start = [0; 2];
+    file.read_exact_at(&mut start, 0).is_ok() && &start == b"#!"
 }
 
 /// The program that runs a script: the one that it names, or the one that `env` would find.

@@ -39,11 +39,11 @@ impl Progress {
         self.shown = Some(Instant::now());
         let stats = region.stats();
         let line = format!(
-            "pgmap: {:.1} s, {} resident, {} faults, {} pages stored, {} brought back",
+            "pgmap: {:.1} s, {} resident, {} faults, {} pages moved out, {} moved in",
             elapsed.as_secs_f64(),
             Bytes(region.resident()),
             Count(stats.faults()),
-            Count(Stats::get(&stats.pages_stored)),
+            Count(Stats::get(&stats.pages_stored) + Stats::get(&stats.pages_stored_clean)),
             Count(Stats::get(&stats.pages_brought_back)),
         );
         if self.terminal {

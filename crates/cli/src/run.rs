@@ -21,6 +21,7 @@ use crate::progress::Progress;
 use crate::report::Report;
 use crate::summary::Summary;
 use crate::supervisor::{self, Supervisor};
+use crate::workload;
 
 /// The library that is preloaded.
 const LIBRARY: &str = "libpgmap_preload.so";
@@ -53,7 +54,10 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
                 return Ok(ExitCode::from(status));
             }
         },
-        None => (std::env::current_exe()?, vec![OsString::from("__workload")]),
+        None => (
+            std::env::current_exe()?,
+            vec![OsString::from(workload::VERB)],
+        ),
     };
     doctor::refuse_if_hopeless()?;
     let library = library().map_err(|error| anyhow!("{error}: {LIBRARY_MEND}"))?;
@@ -66,7 +70,9 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         .program
         .first()
         .map_or(program.as_os_str(), OsString::as_os_str);
-    let child = match start(&shared, &library, &program, name, &arguments) {
+    let mut command = command(&shared, &library, &program, name, &arguments);
+    supervisor.tie(&mut command);
+    let child = match command.spawn() {
         Ok(child) => child,
         Err(error) => {
             tell(format_args!(
@@ -214,13 +220,13 @@ fn default_device() -> DeviceSpec {
     }
 }
 
-fn start(
+fn command(
     shared: &Shared,
     library: &Path,
     program: &Path,
     name: &OsStr,
     arguments: &[OsString],
-) -> std::io::Result<Child> {
+) -> Command {
     let region = format!(
         "/proc/{}/fd/{}",
         std::process::id(),
@@ -229,7 +235,7 @@ fn start(
     let mut command = Command::new(program);
     command.arg0(name).args(arguments).env(RUN_VARIABLE, region);
     command.env("LD_PRELOAD", preload(library));
-    command.spawn()
+    command
 }
 
 /// Our library, before those that the user preloads.

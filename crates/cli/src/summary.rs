@@ -5,10 +5,11 @@ use core::time::Duration;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 
-use pgmap::Stats;
 use pgmap::run::Config;
 use pgmap::shared::Region;
-use serde::Serialize;
+use pgmap::spec::DeviceSpec;
+use pgmap::{Algorithm, Stats};
+use serde::{Serialize, Serializer};
 
 /// The numbers of a run: the fields of the report. Names end in their unit; counts have none.
 #[derive(Debug, Serialize)]
@@ -38,12 +39,17 @@ pub(crate) struct Summary {
 /// What one device held at most.
 #[derive(Debug, Serialize)]
 pub(crate) struct DeviceSummary {
-    pub(crate) spec: String,
+    #[serde(serialize_with = "as_text")]
+    pub(crate) spec: DeviceSpec,
     pub(crate) peak_pages: u64,
     pub(crate) peak_bytes: u64,
     pub(crate) capacity_bytes: u64,
     /// Bytes of pages for each byte that they took; null if nothing was held.
     pub(crate) ratio: Option<f64>,
+}
+
+fn as_text<S: Serializer>(spec: &DeviceSpec, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(spec)
 }
 
 const PAGE_BYTES: u64 = 4096;
@@ -77,7 +83,7 @@ impl Summary {
                 .map(|(device, held)| {
                     let (pages, bytes) = (Stats::get(&held.pages), Stats::get(&held.bytes));
                     DeviceSummary {
-                        spec: device.spec.to_string(),
+                        spec: device.spec.clone(),
                         peak_pages: pages,
                         peak_bytes: bytes,
                         capacity_bytes: device.spec.capacity_bytes(),
@@ -101,66 +107,75 @@ pub(crate) fn ratio(a: u64, b: u64) -> f64 {
     a as f64 / b as f64
 }
 
+/// What is said if no process was managed.
+const NOT_MANAGED: &str = "\
+pgmap: the program was not managed: it ran in plain memory, without a limit. Either it did not load pgmap's library (it \
+is made for another C library, gained rights as it started, or was ended at once), or it could not reach this process \
+(another user, another container)";
+
 impl fmt::Display for Summary {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.managed_processes == 0 {
-            return writeln!(
-                f,
-                "pgmap: nothing was managed: the program did not load the preloaded library"
-            );
+            return writeln!(f, "{NOT_MANAGED}");
         }
-        let count = |name: &str| Count(self.counter(name));
+        let seconds = self.elapsed_seconds;
         writeln!(
             f,
-            "pgmap: {:.2} s, {}",
-            self.elapsed_seconds,
+            "pgmap: {seconds:.2} s, {}",
             Plural(self.managed_processes)
         )?;
-        let (peak, budget) = (
-            Bytes(self.peak_resident_bytes),
-            Bytes(self.ram_budget_bytes),
-        );
-        writeln!(f, "  resident  {peak} at most, of a budget of {budget}")?;
+        let peak = Bytes(self.peak_resident_bytes);
+        let budget = Bytes(self.ram_budget_bytes);
+        writeln!(f, "  resident    {peak} at most, of a budget of {budget}")?;
         self.faults(f)?;
-        writeln!(
-            f,
-            "  pages     {} stored, {} left without storing (unchanged), {} brought back, {} read ahead",
-            count("pages_stored"),
-            count("pages_stored_clean"),
-            count("pages_brought_back"),
-            count("readahead_pages"),
-        )?;
-        writeln!(
-            f,
-            "  skipped   {} busy (pinned or shared)",
-            count("busy_skipped")
-        )?;
-        for device in &self.devices {
-            write!(f, "  device    {}: ", device.spec)?;
-            let (held, room) = (Bytes(device.peak_bytes), Bytes(device.capacity_bytes));
-            write!(
-                f,
-                "{} pages at most, in {held} of {room}",
-                Count(device.peak_pages)
-            )?;
-            match device.ratio {
-                Some(ratio) => writeln!(f, ", {ratio:.1} to 1")?,
-                None => writeln!(f)?,
-            }
-        }
+        self.moves(f)?;
+        let mut used = self.devices.iter().filter(|device| device.peak_pages > 0);
+        used.try_for_each(|device| device.line(f))?;
         self.troubles(f)
+    }
+}
+
+impl DeviceSummary {
+    fn line(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (pages, held) = (Count(self.peak_pages), Bytes(self.peak_bytes));
+        let room = Bytes(self.capacity_bytes);
+        let name = name(&self.spec);
+        write!(
+            f,
+            "  device      {name}: {pages} pages at most, in {held} of {room}"
+        )?;
+        match (&self.spec, self.ratio) {
+            (DeviceSpec::Compressed { .. }, Some(ratio)) => writeln!(f, " ({ratio:.1} to 1)"),
+            // Others take a page for a page.
+            _ => writeln!(f),
+        }
+    }
+}
+
+/// A device as people call it; its size is said elsewhere.
+fn name(spec: &DeviceSpec) -> String {
+    match spec {
+        DeviceSpec::Compressed { algorithm, .. } => match algorithm {
+            Algorithm::Lz4 => "compressed pool".to_owned(),
+            Algorithm::Zstd { level } => format!("compressed pool (zstd, level {level})"),
+        },
+        DeviceSpec::File { path, .. } => format!("file {}", path.display()),
+        DeviceSpec::Faulty { device, .. } => format!("faulty {}", name(device)),
     }
 }
 
 impl Summary {
     fn faults(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "  faults    {}", Count(self.faults))?;
+        if self.faults == 0 {
+            return Ok(());
+        }
+        write!(f, "  faults      {}", Count(self.faults))?;
         let kinds = [
-            ("faults_zero_fill", "first touch"),
-            ("faults_bring_back", "from a device"),
-            ("faults_give_back", "second chance"),
-            ("faults_write_protect", "first write"),
-            ("faults_spurious", "spurious"),
+            ("faults_zero_fill", "on new pages"),
+            ("faults_bring_back", "on pages on a device"),
+            ("faults_give_back", "on pages about to leave"),
+            ("faults_write_protect", "on first writes"),
+            ("faults_spurious", "on pages just made ready"),
         ];
         let seen = kinds.map(|(name, text)| (self.counter(name), text));
         let seen = seen.iter().filter(|(count, _)| *count > 0);
@@ -168,15 +183,44 @@ impl Summary {
             let before = if place == 0 { ":" } else { "," };
             write!(f, "{before} {} {text}", Count(*count))?;
         }
-        if self.faults == 0 {
-            return writeln!(f);
-        }
+        let waited = Duration::from_secs_f64(self.fault_total_seconds).as_nanos();
+        let waited = Nanos(u64::try_from(waited).unwrap_or(u64::MAX));
+        let (half, most) = (Nanos(self.fault_p50_ns), Nanos(self.fault_p99_ns));
         writeln!(
             f,
-            "\n  in faults {:.2} s; half took under {}, 99% under {}",
-            self.fault_total_seconds,
-            Nanos(self.fault_p50_ns),
-            Nanos(self.fault_p99_ns)
+            "\n  waiting     {waited} in faults; half took under {half}, 99% under {most}"
+        )
+    }
+
+    /// What went where, if anything did.
+    fn moves(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let line = |f: &mut fmt::Formatter<'_>, label: &str, name: &str, text: &str| match self
+            .counter(name)
+        {
+            0 => Ok(()),
+            count => writeln!(f, "  {label:<11} {} {text}", Count(count)),
+        };
+        line(
+            f,
+            "read ahead",
+            "readahead_pages",
+            "pages made ready before they were touched",
+        )?;
+        let written = self.counter("pages_stored");
+        let unchanged = self.counter("pages_stored_clean");
+        if written + unchanged > 0 {
+            write!(f, "  moved out   {} pages", Count(written + unchanged))?;
+            match unchanged {
+                0 => writeln!(f)?,
+                _ => writeln!(f, ", {} of them unchanged", Count(unchanged))?,
+            }
+        }
+        line(f, "moved in", "pages_brought_back", "pages")?;
+        line(
+            f,
+            "kept",
+            "busy_skipped",
+            "times a page in use by the kernel, a device or another process stayed in RAM",
         )
     }
 
@@ -211,7 +255,7 @@ impl Summary {
         for (name, text) in troubles {
             match self.counter(name) {
                 0 => {}
-                count => writeln!(f, "  note      {} {text}", Count(count))?,
+                count => writeln!(f, "  note        {} {text}", Count(count))?,
             }
         }
         Ok(())
@@ -256,7 +300,8 @@ impl fmt::Display for Nanos {
         match self.0 {
             0..10_000 => write!(f, "{:.1} us", ratio(self.0, 1000)),
             10_000..1_000_000 => write!(f, "{:.0} us", ratio(self.0, 1000)),
-            _ => write!(f, "{:.1} ms", ratio(self.0, 1_000_000)),
+            1_000_000..1_000_000_000 => write!(f, "{:.1} ms", ratio(self.0, 1_000_000)),
+            _ => write!(f, "{:.2} s", ratio(self.0, 1_000_000_000)),
         }
     }
 }
@@ -266,7 +311,7 @@ struct Plural(u64);
 impl fmt::Display for Plural {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let noun = if self.0 == 1 { "process" } else { "processes" };
-        write!(f, "{} managed {noun}", self.0)
+        write!(f, "{} {noun} managed", self.0)
     }
 }
 
@@ -283,5 +328,6 @@ mod tests {
         assert_eq!(Bytes(0).to_string(), "0 B");
         assert_eq!(Bytes(u64::MAX).to_string(), "16777216.0 TiB");
         assert_eq!(Nanos(4321).to_string(), "4.3 us");
+        assert_eq!(Nanos(4_750_000_000).to_string(), "4.75 s");
     }
 }

@@ -12,6 +12,9 @@ use std::time::Instant;
 use crate::output;
 use crate::summary::Count;
 
+/// What `run` starts this command with, to run the workload.
+pub(crate) const VERB: &str = "__workload";
+
 const BYTES: usize = 512 << 20;
 const PAGE: usize = 4096;
 const PAGES: usize = BYTES / PAGE;

@@ -205,6 +205,109 @@ fn an_early_signal_leaves_no_program_behind() {
     assert!(end.is_ok(), "a program was left behind");
 }
 
+/// The program decides what a signal means, however often pgmap is sent it; SIGINT and SIGQUIT like any other.
+#[test]
+fn every_signal_reaches_the_program_every_time() {
+    if !machine_can_run() {
+        return;
+    }
+    let script =
+        "trap 'echo int' INT; trap 'echo quit' QUIT; trap 'echo term' TERM; trap 'exit 4' USR1
+        echo ready; for n in $(seq 1000); do sleep 0.02; done";
+    let mut command = run("8M", &[]);
+    command.args(["sh", "-c", script]).stdout(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert_eq!(output.next().unwrap().unwrap(), "ready");
+    for (number, name) in [
+        (libc::SIGINT, "int"),
+        (libc::SIGQUIT, "quit"),
+        (libc::SIGTERM, "term"),
+    ] {
+        for _ in 0..3 {
+            signal(child.id(), number);
+            assert_eq!(output.next().unwrap().unwrap(), name);
+        }
+    }
+    signal(child.id(), libc::SIGUSR1);
+    assert_eq!(child.wait().unwrap().code(), Some(4));
+}
+
+/// Who kills pgmap kills the program, even one that listens to nothing; its file goes, too.
+#[test]
+fn killing_pgmap_kills_its_program() {
+    if !machine_can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir_in("/var/tmp").unwrap();
+    let device = format!("file:{},size=64M", directory.path().join("cold").display());
+    let script = "
+import signal, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)
+memory = bytearray(b'x' * (32 << 20))
+print('ready', flush=True)
+while True: time.sleep(0.01); memory[::4096] = memory[::4096]
+";
+    let mut command = run("8M", &[&device]);
+    command.args(["/usr/bin/python3", "-c", script]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    let mut line = String::new();
+    output.read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n");
+    for number in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
+        signal(child.id(), number);
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(child.try_wait().unwrap().is_none());
+    signal(child.id(), libc::SIGKILL);
+    assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
+    // The pipe ends when the program that writes to it has.
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || tell.send(output.read_line(&mut line)));
+    let end = told.recv_timeout(Duration::from_secs(20));
+    assert!(end.is_ok(), "the program was left behind");
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+/// What the program has started goes on without pgmap, and finds every byte.
+#[test]
+fn children_survive_pgmap_with_every_byte() {
+    if !machine_can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir_in("/var/tmp").unwrap();
+    let device = format!("file:{},size=256M", directory.path().join("cold").display());
+    let program = "
+import os, subprocess, time
+parent = os.getppid()
+memory = bytearray(32 << 20)
+places = range(0, len(memory), 4096)
+for at in places: memory[at:at + 4] = at.to_bytes(4, 'little')
+print('ready', flush=True)
+for _ in range(1000):
+    if os.getppid() != parent: break
+    time.sleep(0.01)
+else: raise SystemExit('the parent lives')
+for _ in range(3):
+    for at in places:
+        assert memory[at:at + 4] == at.to_bytes(4, 'little')
+        memory[at + 8] ^= 1
+subprocess.run(['echo', 'and its children'], check=True)
+print('went on', flush=True)
+";
+    let mut command = run("8M", &[&device]);
+    command.args(["sh", "-c", "/usr/bin/python3 -c \"$0\" & wait", program]);
+    let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert_eq!(output.next().unwrap().unwrap(), "ready");
+    signal(child.id(), libc::SIGKILL);
+    assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
+    let rest: Vec<_> = output.map(Result::unwrap).collect();
+    assert_eq!(rest, ["and its children", "went on"]);
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
 /// SIGTSTP that is sent to pgmap alone stops the program, too, and SIGCONT continues both.
 #[test]
 fn stopping_pgmap_stops_its_program() {
@@ -293,7 +396,7 @@ fn the_library_is_found_in_awkward_directories() {
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}", errors(&output));
     assert!(
-        errors(&output).contains("managed process"),
+        errors(&output).contains("2 processes managed"),
         "{}",
         errors(&output)
     );
@@ -302,4 +405,154 @@ fn the_library_is_found_in_awkward_directories() {
         "{}",
         errors(&output)
     );
+}
+
+/// What did not happen is not mentioned, and what did is said in the words of the help.
+#[test]
+fn the_summary_says_what_happened_in_plain_words() {
+    if !machine_can_run() {
+        return;
+    }
+    let summary = |size: &str| {
+        let program =
+            format!("b = bytearray({size}); b[::4096] = b[::4096]; b[::4096] = b[::4096]");
+        let mut command = pgmap();
+        command.args([
+            "run",
+            "--ram",
+            "16M",
+            "--",
+            "/usr/bin/python3",
+            "-c",
+            &program,
+        ]);
+        errors(&command.output().unwrap())
+    };
+    let (small, large) = (summary("1 << 20"), summary("64 << 20"));
+    for absent in ["moved", "device", "kept", "note"] {
+        assert!(!small.contains(absent), "{absent}: {small}");
+    }
+    let help = pgmap().args(["run", "--help"]).output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    for line in large.lines().skip(1) {
+        assert!(!line.contains(" 0 ") && !line.contains(" 0.0"), "{large}");
+        let label = line[..14].trim_end();
+        assert!(help.contains(&format!("\n{label}  ")), "{label}: {help}");
+    }
+    for present in ["moved out", "moved in", "compressed pool: "] {
+        assert!(large.contains(present), "{present}: {large}");
+    }
+}
+
+/// A program that no loader touches runs in plain memory. That is said in one line, and nothing else.
+#[test]
+fn a_program_that_was_not_managed_is_told_so() {
+    if !machine_can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let (loader, program) = (
+        directory.path().join("loader"),
+        directory.path().join("program"),
+    );
+    let source = directory.path().join("loader.c");
+    let code = "
+void _start(void) {
+#ifdef __x86_64__
+    __asm__ volatile(\"mov $60, %eax; mov $9, %edi; syscall\");
+#else
+    __asm__ volatile(\"mov x8, #93; mov x0, #9; svc #0\");
+#endif
+}
+int main(void) { return 0; }
+";
+    fs::write(&source, code).unwrap();
+    let gcc = |arguments: &[&str], output: &Path| {
+        let mut command = Command::new("gcc");
+        command.args(arguments).arg("-o").arg(output).arg(&source);
+        assert!(command.status().unwrap().success());
+    };
+    gcc(&["-static", "-nostdlib"], &loader);
+    let names_it = format!("-Wl,--dynamic-linker={}", loader.display());
+    gcc(&["-nostartfiles", &names_it], &program);
+    let mut command = pgmap();
+    let output = command
+        .args(["run", "--ram", "8M", "--"])
+        .arg(program)
+        .output()
+        .unwrap();
+    let errors = errors(&output);
+    assert_eq!(output.status.code(), Some(9), "{errors}");
+    assert_eq!(errors.lines().count(), 1, "{errors}");
+    assert!(errors.contains("not managed"), "{errors}");
+}
+
+/// What is internal stays out of completions, pages and help, and is no verb either.
+#[test]
+fn what_is_internal_is_not_shown() {
+    for verb in [
+        &["completions", "bash"][..],
+        &["completions", "zsh"],
+        &["completions", "fish"],
+        &["--help"],
+        &["man"],
+    ] {
+        let output = pgmap().args(verb).output().unwrap();
+        let text = String::from_utf8(output.stdout).unwrap();
+        assert!(text.contains("doctor"), "{verb:?}");
+        assert!(
+            !text.contains("__workload") && !text.contains("pgmap____"),
+            "{verb:?}"
+        );
+    }
+    let output = pgmap().args(["help", "__workload"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2), "{}", errors(&output));
+}
+
+/// `man` prints a page, and writes files only where it is told to.
+#[test]
+fn man_prints_a_page_or_writes_all() {
+    let directory = tempfile::tempdir().unwrap();
+    let man = |arguments: &[&str]| {
+        let mut command = pgmap();
+        command.arg("man").args(arguments);
+        let output = command.current_dir(&directory).output().unwrap();
+        assert!(
+            output.status.success(),
+            "{arguments:?}: {}",
+            errors(&output)
+        );
+        String::from_utf8(output.stdout).unwrap()
+    };
+    assert!(man(&[]).starts_with(".TH pgmap 1 \"\" \"pgmap "));
+    let run = man(&["run"]);
+    assert_eq!(run, man(&["pgmap-run"]));
+    for section in ["NAME", "SYNOPSIS", "OPTIONS", "EXAMPLES", "\"EXIT STATUS\""] {
+        assert!(
+            run.contains(&format!("\n.SH {section}\n")),
+            "{section}: {run}"
+        );
+    }
+    assert!(!run.contains("EXTRA"));
+    assert_eq!(fs::read_dir(&directory).unwrap().count(), 0);
+    assert_eq!(man(&["--out", "pages"]), "");
+    let written = fs::read_to_string(directory.path().join("pages/pgmap-run.1")).unwrap();
+    assert_eq!(written, run);
+    let output = pgmap().args(["man", "walk"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(
+        errors(&output).contains("run, doctor"),
+        "{}",
+        errors(&output)
+    );
+}
+
+/// The README shows the example that is built.
+#[test]
+fn the_readme_shows_the_example_as_it_is() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let example = fs::read_to_string(root.join("crates/pgmap/examples/readme.rs")).unwrap();
+    let code = &example[example.find("use ").unwrap()..];
+    assert!(readme.contains(&format!("```rust\n{code}```\n")));
 }

@@ -212,6 +212,13 @@ fn every_mistake_gets_one_clear_line() {
         (&["run", "--ram", "64Q", "--", "true"], 2, "64Q"),
         (&["run", "--ram", "0", "--", "true"], 2, "ram"),
         (&["run", "--ram", "1M", "--", "true"], 2, "4M"),
+        (&["run", "--ram", "64", "--", "true"], 2, "4M"),
+        (&["run", "--ram", "1.5G", "--", "true"], 2, "whole number"),
+        (
+            &["run", "--ram", "64M", "--device", "compressed:0.5G"],
+            2,
+            "whole number",
+        ),
         (&["run", "--ram", "900000T", "--", "true"], 2, "less"),
         (&["run", "--", "true"], 2, "--ram"),
         (
@@ -390,7 +397,7 @@ fn help_man_and_completions_agree() {
     assert!(String::from_utf8_lossy(&help.stdout).contains("--progress"));
     assert!(
         pgmap()
-            .args(["man", "--dir"])
+            .args(["man", "--out"])
             .arg(directory.path())
             .status()
             .unwrap()

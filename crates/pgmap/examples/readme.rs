@@ -16,15 +16,15 @@ fn main() -> Result<(), Box<dyn core::error::Error>> {
     let pin = memory
         .space()
         .pin_user_pages(start, 1 << 20, PinAccess::Read, "rx ring")?;
-    println!(
-        "{} bytes pinned; holders: {:?}",
-        pin.len_bytes(),
-        memory.holders(map.range())
-    );
+    for holder in memory.holders(map.range()) {
+        let kib = holder.range.len() >> 10;
+        println!("{} holds {kib} KiB in RAM", holder.label);
+    }
     drop(pin);
     for (page, bytes) in map.as_slice().chunks(4096).enumerate() {
         assert_eq!(bytes[..8], page.to_le_bytes());
     }
-    println!("{} faults served", memory.stats().faults());
+    let faults = memory.stats().faults();
+    println!("all pages are as they were written; {faults} faults served");
     Ok(())
 }
