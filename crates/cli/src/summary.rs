@@ -258,6 +258,12 @@ impl Summary {
                 count => writeln!(f, "  note        {} {text}", Count(count))?,
             }
         }
+        if self.counter("forks") > 0 && self.peak_resident_bytes > self.ram_budget_bytes {
+            writeln!(
+                f,
+                "  note        before a fork all pages were brought into RAM, over the budget: see fork events in `pgmap doctor`"
+            )?;
+        }
         Ok(())
     }
 }
