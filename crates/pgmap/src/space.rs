@@ -6,8 +6,10 @@
 
 use core::ops::Range;
 use core::ptr;
+use core::time::Duration;
 use std::borrow::Cow;
 use std::sync::Arc;
+use std::time::Instant;
 
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_core::holders::Holder;
@@ -19,6 +21,11 @@ use pgmap_mm::vma::Vmas;
 use pgmap_sync::Mutex;
 use rustix::io::Errno;
 use rustix::mm::MprotectFlags;
+
+/// How long a pin waits for pages to leave, if there can ever be room for it.
+const PIN_PATIENCE: Duration = Duration::from_millis(250);
+/// Between two tries to pin.
+const PIN_RETRY: Duration = Duration::from_millis(1);
 
 /// Why addresses could not be given.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -49,6 +56,8 @@ pub struct AddressSpace {
     restricted: Mutex<Vmas>,
     /// Addresses at which the program has mapped something else: they are the kernel's, for ever.
     given_away: Mutex<Vmas>,
+    /// For the next thread that pins.
+    spare_worker: Mutex<Option<Worker>>,
     /// Forks that are announced and not done.
     announced: Mutex<u32>,
     /// The most bytes that one mapping may have.
@@ -67,6 +76,7 @@ impl AddressSpace {
             mmu,
             restricted: Mutex::new(Vmas::new(pages)),
             given_away: Mutex::new(Vmas::new(pages)),
+            spare_worker: Mutex::new(None),
             announced: Mutex::new(0),
             most_bytes,
         }
@@ -282,9 +292,7 @@ impl AddressSpace {
     /// Announces a fork by the calling thread: brings all pages into RAM, whatever the budget, so that the child inherits
     /// them. If that cannot be had, the child gets SIGSEGV when it touches managed memory.
     pub fn before_fork(&self) {
-        let mut worker = Worker::new();
-        let complete = self.inner.before_fork(&mut worker);
-        worker.release(&self.inner);
+        let complete = self.with_worker(|worker| self.inner.before_fork(worker));
         let mut announced = self.announced.lock();
         *announced += 1;
         if complete {
@@ -313,7 +321,8 @@ impl AddressSpace {
         }
     }
 
-    /// Pins a range: its pages are in RAM and stay where they are until the guard is dropped.
+    /// Pins a range: its pages are in RAM and stay where they are until the guard is dropped. Waits a quarter of a second
+    /// at most for other pages to leave.
     ///
     /// # Errors
     ///
@@ -330,10 +339,33 @@ impl AddressSpace {
             at: VirtAddr::new(at),
         };
         let (start, pages) = self.pages(at, bytes).map_err(|_| bad)?;
-        let mut worker = Worker::new();
-        let pin = pin_user_pages(&self.inner, &mut worker, start, pages, access, label.into());
+        let (label, began) = (label.into(), Instant::now());
+        loop {
+            let label = label.clone();
+            let pin = self.with_worker(|worker| {
+                pin_user_pages(&self.inner, worker, start, pages, access, label)
+            });
+            let could_be_had = u64::from(pages) <= self.inner.ram().limit();
+            match pin {
+                Err(PinError::NoMemory { .. })
+                    if could_be_had && began.elapsed() < PIN_PATIENCE =>
+                {
+                    // Pages are on their way out, or others hold them for a moment.
+                    std::thread::sleep(PIN_RETRY);
+                }
+                pin => return pin,
+            }
+        }
+    }
+
+    /// Does something that takes a worker; the last one that was used, if nobody else has it.
+    fn with_worker<T>(&self, work: impl FnOnce(&mut Worker) -> T) -> T {
+        let spare = self.spare_worker.lock().take();
+        let mut worker = spare.unwrap_or_default();
+        let result = work(&mut worker);
         worker.release(&self.inner);
-        pin
+        *self.spare_worker.lock() = Some(worker);
+        result
     }
 
     /// Who has pinned any of these addresses, oldest first (REF-7).
