@@ -119,7 +119,8 @@ impl HostMmu {
         let staging = reserve(slots as usize * PAGE_SIZE, read_write, OnFork::Wipe)?;
         let made_here = ForkMark::new().map_err(|errno| other("marking a page", errno))?;
         let zeros = reserve(ZEROS * PAGE_SIZE, ProtFlags::READ, OnFork::Inherit)?;
-        let restricted = Restricted::new().map_err(|errno| other("reserving memory", errno))?;
+        let restricted =
+            Restricted::new(&staging_uffd).map_err(|errno| other("reserving memory", errno))?;
         let registered = uffd.register(arena.address(), arena.len());
         registered.map_err(|errno| other("registering the arena with userfaultfd", errno))?;
         let registered = staging_uffd.register_missing(staging.address(), staging.len());

@@ -16,7 +16,7 @@ use crate::area::{Area, OnFork};
 use crate::mmu::HostMmu;
 use crate::protection::{Protections, READ_WRITE};
 use crate::transit::Transit;
-use crate::uffd::Done;
+use crate::uffd::{Done, Uffd};
 
 /// Pages that leave at once.
 const TRANSIT: usize = 64;
@@ -27,14 +27,24 @@ pub(crate) struct Restricted {
     protections: Protections,
     /// Room for the bytes of pages that come back from transit.
     spare: Area,
+    /// Where pages that may be written and executed are for a moment, alone; it has the protection of those that were there
+    /// last.
+    depot: Area,
 }
 
 impl Restricted {
-    pub(crate) fn new() -> Result<Self, Errno> {
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
+    /// `staging` brings pages to staging, and is told of what is missing there.
+    pub(crate) fn new(staging: &Uffd) -> Result<Self, Errno> {
+        let reserve = || {
+            let protection = ProtFlags::READ | ProtFlags::WRITE;
+            Area::reserve(TRANSIT * PAGE_SIZE, protection, OnFork::Wipe)
+        };
+        let depot = reserve()?;
+        staging.register_missing(depot.address(), depot.len())?;
         Ok(Self {
             protections: Protections::default(),
-            spare: Area::reserve(TRANSIT * PAGE_SIZE, protection, OnFork::Wipe)?,
+            spare: reserve()?,
+            depot,
         })
     }
 }
@@ -88,6 +98,8 @@ impl HostMmu {
             let progress = if protection == READ_WRITE {
                 drop(restricted);
                 self.move_out(at, len, target)
+            } else if protection.contains(MprotectFlags::WRITE) {
+                self.take_through_depot(&restricted, at..at + len, target, protection)
             } else {
                 self.take_through_transit(&restricted, at..at + len, target, protection)
             };
@@ -99,7 +111,54 @@ impl HostMmu {
         Progress::complete(count)
     }
 
-    /// Takes out pages that all have this protection.
+    /// Takes out pages that may be written, but not only that: the machine moves them to where the same is allowed, if nobody has
+    /// pinned them. (In transit a page on its way back could be written before it is protected from that again.)
+    fn take_through_depot(
+        &self,
+        restricted: &Restricted,
+        range: Range<usize>,
+        target: usize,
+        protection: MprotectFlags,
+    ) -> Progress {
+        let depot = &restricted.depot;
+        // SAFETY: nobody else uses the depot while we have the lock.
+        let allowed = unsafe { mprotect(depot.address() as *mut _, depot.len(), protection) };
+        if allowed.is_err() {
+            return Self::refused(Stop::Unevictable);
+        }
+        let moved = self.move_out(range.start, range.len(), depot.address());
+        let source = depot.as_ptr();
+        let copied = self.repeat(moved.done * PAGE_SIZE, |offset, len| {
+            let source = source.wrapping_add(offset);
+            // SAFETY: these are the last of the bytes that were just moved there.
+            unsafe {
+                self.staging_uffd
+                    .copy(target + offset, source, len, Protect::ReadWrite)
+            }
+        });
+        let stays = copied.done * PAGE_SIZE;
+        let (at, source) = (range.start + stays, source.wrapping_add(stays));
+        let rest = moved.done * PAGE_SIZE - stays;
+        // SAFETY: these bytes were moved there, too, and have not been copied.
+        unsafe { self.copy_back(at, source, rest) };
+        if moved.done > 0 {
+            // SAFETY: all bytes are elsewhere now.
+            unsafe { depot.drop_pages(0, moved.done) };
+        }
+        Progress {
+            done: copied.done,
+            stop: copied.stop.or(moved.stop),
+        }
+    }
+
+    const fn refused(stop: Stop) -> Progress {
+        Progress {
+            done: 0,
+            stop: Some(stop),
+        }
+    }
+
+    /// Takes out pages that may not be written.
     fn take_through_transit(
         &self,
         restricted: &Restricted,
@@ -107,22 +166,14 @@ impl HostMmu {
         target: usize,
         protection: MprotectFlags,
     ) -> Progress {
-        let refused = |stop| Progress {
-            done: 0,
-            stop: Some(stop),
-        };
         if self.is_foreign() {
-            return refused(Stop::Gone);
-        }
-        if protection.contains(MprotectFlags::WRITE) {
-            // Code that changes itself could write a page on its way back before that is protected again.
-            return refused(Stop::Unevictable);
+            return Self::refused(Stop::Gone);
         }
         let next_child = self.forks.next_id();
         // SAFETY: the range is in the arena; what is not moved on is put back below.
         let taken = unsafe { Transit::take(range.start, range.len(), protection) };
         let Ok(transit) = taken else {
-            return refused(Stop::Unevictable);
+            return Self::refused(Stop::Unevictable);
         };
         let mut may_be_shared = true;
         let progress = self.repeat(range.len(), |offset, len| {
@@ -152,6 +203,7 @@ impl HostMmu {
         unsafe { transit.address(offset).copy_to_nonoverlapping(spare, len) };
         // SAFETY: whoever calls `take_out` keeps others from bringing these pages in.
         if unsafe { transit.put_back(offset) }.is_err() {
+            // The process has too many mappings. Better another page than none.
             // SAFETY: `spare` has the bytes.
             return unsafe { self.copy_back(at, spare, len) };
         }
@@ -176,8 +228,7 @@ impl HostMmu {
         assert!(given.stop.is_none(), "children lack pages: {given:?}");
     }
 
-    /// Brings in bytes of pages that could not come themselves, because the process has too many mappings: better another
-    /// page than none.
+    /// Brings in bytes of pages that cannot come themselves, protected from writes, as some may have been.
     ///
     /// # Safety
     ///

@@ -200,14 +200,72 @@ fn locked_pages_stay_locked() {
 }
 
 #[test]
-fn pages_that_may_be_written_and_executed_stay() {
-    let Some(mmu) = arena(16) else { return };
-    install(&mmu, 0, 0..2, Protect::ReadWrite);
-    protect(&mmu, 0, 2, ALL);
-    let progress = mmu.take_out(at(&mmu, 0), 2, Slot(0));
-    assert_eq!((progress.done, progress.stop), (0, Some(Stop::Unevictable)));
-    poke(&mmu, 1, 5);
-    assert_eq!(bytes(&mmu, 1).0[1..], page(1).0[1..]);
+fn pages_that_may_be_written_and_executed_leave_unless_they_are_pinned() {
+    for protection in [ALL, MprotectFlags::WRITE] {
+        let Some(mmu) = arena(64) else { return };
+        let Ok(ring) = io_uring::IoUring::new(1) else {
+            eprintln!("SKIPPED, because this machine lacks what the test needs: io_uring");
+            return;
+        };
+        install(&mmu, 0, 0..40, Protect::ReadWrite);
+        let buffer = libc::iovec {
+            iov_base: at(&mmu, 38).get() as *mut _,
+            iov_len: PAGE_SIZE,
+        };
+        // SAFETY: the buffer stays mapped as long as the ring lives.
+        unsafe { ring.submitter().register_buffers(&[buffer]) }.unwrap();
+        protect(&mmu, 0, 50, protection);
+        let progress = mmu.take_out(at(&mmu, 0), 40, Slot(5));
+        assert_eq!((progress.done, progress.stop), (38, Some(Stop::Busy)));
+        bring_back(&mmu, 0, 38, Slot(5));
+        // A second time, to where the first has left nothing behind.
+        let progress = mmu.take_out(at(&mmu, 0), 38, Slot(5));
+        assert_eq!(progress, Progress::complete(38));
+        bring_back(&mmu, 0, 38, Slot(5));
+        assert_eq!(allowed(&mmu, 0), protection);
+        for number in 0..40u8 {
+            assert_eq!(bytes(&mmu, number.into()).0, page(number).0);
+            poke(&mmu, number.into(), 1);
+        }
+    }
+}
+
+/// Staging has no room for a page, and it returns with its neighbours.
+#[test]
+fn pages_that_cannot_be_staged_return() {
+    for protection in [READ, ALL] {
+        let Some(mmu) = arena(16) else { return };
+        install(&mmu, 0, 0..6, Protect::ReadWrite);
+        assert_eq!(mmu.take_out(at(&mmu, 5), 1, Slot(2)), Progress::complete(1));
+        protect(&mmu, 0, 5, protection);
+        let progress = mmu.take_out(at(&mmu, 0), 5, Slot(0));
+        assert_eq!((progress.done, progress.stop), (2, Some(Stop::Exists)));
+        for number in 2..5u8 {
+            assert_eq!(bytes(&mmu, number.into()).0, page(number).0);
+        }
+        assert_eq!(mmu.take_out(at(&mmu, 2), 3, Slot(7)), Progress::complete(3));
+    }
+}
+
+/// A clean page that returns is still clean.
+#[test]
+fn what_could_not_be_staged_is_still_protected() {
+    let Some(mmu) = arena(16).map(Arc::new) else {
+        return;
+    };
+    install(&mmu, 0, 0..1, Protect::ReadOnly);
+    install(&mmu, 1, 1..2, Protect::ReadWrite);
+    assert_eq!(mmu.take_out(at(&mmu, 1), 1, Slot(0)), Progress::complete(1));
+    protect(&mmu, 0, 1, ALL);
+    let progress = mmu.take_out(at(&mmu, 0), 1, Slot(0));
+    assert_eq!((progress.done, progress.stop), (0, Some(Stop::Exists)));
+    let writer = {
+        let mmu = Arc::clone(&mmu);
+        thread::spawn(move || poke(&mmu, 0, 42))
+    };
+    assert_eq!(next_fault(&mmu), (0, Access::WriteProtected));
+    mmu.unprotect(at(&mmu, 0), 1);
+    writer.join().unwrap();
 }
 
 /// One thread stores, one loads what it may not, one what it may, while the pages go and come: the first two are refused every
