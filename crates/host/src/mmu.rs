@@ -2,7 +2,8 @@
 //!
 //! Two areas, each with a userfaultfd of its own: the *arena*, which the program uses, and the *staging area*, which nobody
 //! but `mm` knows. `UFFDIO_MOVE` takes pages from one to the other without a copy, and refuses those that
-//! somebody has pinned (GUP-3). Pages that the program may not write leave by a detour (`restricted`). A stray access to an empty staging slot gets SIGBUS instead of waiting for ever.
+//! somebody has pinned (GUP-3); those that the program may not read and write leave by a detour (`restricted`). A stray access
+//! to an empty staging slot gets SIGBUS instead of waiting for ever.
 //!
 //! While a fork waits for its event to be read, the kernel answers EAGAIN to copies and moves. Whoever gets that answer
 //! reads the messages into a queue himself, so that nobody who holds a lock waits for a thread that wants it.

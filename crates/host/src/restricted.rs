@@ -169,6 +169,7 @@ impl HostMmu {
         if self.is_foreign() {
             return Self::refused(Stop::Gone);
         }
+        // Children that are forked from here on may lack what is in transit.
         let next_child = self.forks.next_id();
         // SAFETY: the range is in the arena; what is not moved on is put back below.
         let taken = unsafe { Transit::take(range.start, range.len(), protection) };

@@ -196,7 +196,6 @@ impl AddressSpace {
     }
 
     /// Allows or forbids access to a range (`mprotect`; `prot` is made of `PROT_READ`, `PROT_WRITE`, `PROT_EXEC`).
-    /// Pages that may be written and executed stay in RAM while that is so.
     ///
     /// # Errors
     ///
