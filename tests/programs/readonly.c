@@ -59,12 +59,34 @@ static int check(size_t page, uint64_t random) {
     return 0;
 }
 
+/* As a garbage collector does: pages are writable only while they are written. */
+enum { OWN = 1024, RUN = 5 };
+static int flip(unsigned char *own, unsigned *generations, uint64_t random) {
+    size_t first = random % (OWN - RUN);
+    if (mprotect(own + first * PAGE, RUN * PAGE, PROT_READ | PROT_WRITE)) return perror("mprotect"), 1;
+    for (size_t page = first; page < first + RUN; page++) {
+        unsigned *words = (unsigned *)(own + page * PAGE);
+        for (int at = 0; at < PAGE / 4; at += 61) {
+            if (words[at] != generations[page]) return printf("own page %zu is of another generation\n", page), 1;
+            words[at]++;
+        }
+        generations[page]++;
+    }
+    if (mprotect(own + first * PAGE, RUN * PAGE, PROT_READ)) return perror("mprotect"), 1;
+    return !traps(own + first * PAGE, 1) && printf("own page %zu was written\n", first);
+}
+
 static void *checker(void *argument) {
     uint64_t random = (uintptr_t)argument;
+    unsigned generations[OWN] = {0};
+    unsigned char *own = mmap(0, OWN * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (own == MAP_FAILED) return perror("mmap"), (void *)1;
     for (size_t n = 0; n < pages; n++) {
         uint64_t r = next(&random);
         if (check(r % pages, r >> 32)) return (void *)1;
+        if (n % 4 == 0 && flip(own, generations, r >> 20)) return (void *)1;
     }
+    munmap(own, OWN * PAGE);
     return 0;
 }
 

@@ -80,7 +80,8 @@ impl HostMmu {
         run != (READ_WRITE, count)
     }
 
-    /// The slow way out, for pages of which some may not be written.
+    /// The slow way out, after the machine has refused the quick one: not in a fork's child, where that is
+    /// not even tried.
     pub(crate) fn take_out_restricted(
         &self,
         at: VirtAddr,
@@ -166,9 +167,6 @@ impl HostMmu {
         target: usize,
         protection: MprotectFlags,
     ) -> Progress {
-        if self.is_foreign() {
-            return Self::refused(Stop::Gone);
-        }
         // Children that are forked from here on may lack what is in transit.
         let next_child = self.forks.next_id();
         // SAFETY: the range is in the arena; what is not moved on is put back below.
