@@ -201,6 +201,12 @@ fn mappings_behave_at_their_edges() {
     verifies("8M", &["compressed:1G"], "mappings", &[]);
 }
 
+/// More pages that may not be written, run or not even be read, than there is RAM: they leave, and refuse the same all the time.
+#[test]
+fn pages_that_may_not_be_written_leave() {
+    verifies("8M", &["compressed:1G"], "readonly", &["64", "1"]);
+}
+
 /// A fork that waits for the pager holds the C library's locks: the pager must not want them.
 #[test]
 fn forks_and_mappings_do_not_wait_for_each_other() {

@@ -91,6 +91,10 @@ impl Area {
         self.start.as_ptr()
     }
 
+    pub(crate) fn as_mut_ptr(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
     /// In bytes.
     pub(crate) const fn len(&self) -> usize {
         self.len

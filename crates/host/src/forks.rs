@@ -125,6 +125,11 @@ impl Forks {
         }
     }
 
+    /// A child whose message is read from now on has this number, or a higher one.
+    pub(crate) fn next_id(&self) -> u64 {
+        self.hold().state.next_id
+    }
+
     /// The child has all its pages.
     pub(crate) fn finish(&self, id: u64) {
         let mut state = self.write();
@@ -170,7 +175,27 @@ impl Held<'_> {
         source: *const u8,
         len: usize,
     ) -> Result<(), Errno> {
-        for child in &self.state.children {
+        // SAFETY: as the caller vouches.
+        unsafe { self.give_since(0, at, source, len) }
+    }
+
+    /// As [`give`](Self::give), to children whose messages were read since [`Forks::next_id`] answered `first`.
+    ///
+    /// # Errors
+    ///
+    /// As for `give`.
+    ///
+    /// # Safety
+    ///
+    /// As for `give`.
+    pub(crate) unsafe fn give_since(
+        &self,
+        first: u64,
+        at: usize,
+        source: *const u8,
+        len: usize,
+    ) -> Result<(), Errno> {
+        for child in self.state.children.iter().filter(|child| child.id >= first) {
             // SAFETY: as the caller vouches.
             unsafe { child.give(at, source, len) }?;
         }

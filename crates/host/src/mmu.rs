@@ -2,7 +2,8 @@
 //!
 //! Two areas, each with a userfaultfd of its own: the *arena*, which the program uses, and the *staging area*, which nobody
 //! but `mm` knows. `UFFDIO_MOVE` takes pages from one to the other without a copy, and refuses those that
-//! somebody has pinned (GUP-3). A stray access to an empty staging slot gets SIGBUS instead of waiting for ever.
+//! somebody has pinned (GUP-3); those that the program may not read and write leave by a detour (`restricted`). A stray access
+//! to an empty staging slot gets SIGBUS instead of waiting for ever.
 //!
 //! While a fork waits for its event to be read, the kernel answers EAGAIN to copies and moves. Whoever gets that answer
 //! reads the messages into a queue himself, so that nobody who holds a lock waits for a thread that wants it.
@@ -13,6 +14,7 @@ use std::sync::Arc;
 
 use pgmap_core::addr::{PAGE_SIZE, Page, VirtAddr};
 use pgmap_mm::mmu::{Mmu, Progress, Protect, Slot, Stop};
+use pgmap_sync::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::io::Errno;
 use rustix::mm::{Advice, ProtFlags, madvise};
@@ -21,6 +23,7 @@ use crate::area::{Area, ForkMark, OnFork};
 use crate::event::Event;
 use crate::fds::OurFd;
 use crate::forks::{Drained, Forks};
+use crate::restricted::Restricted;
 use crate::thread::SignalsBlocked;
 use crate::uffd::{
     Done, FEATURE_EVENT_FORK, FEATURE_MOVE, FEATURE_POISON, FEATURE_SIGBUS, FEATURE_THREAD_ID,
@@ -76,15 +79,16 @@ pub enum HostError {
 /// `zeros` is never written.
 #[derive(Debug)]
 pub struct HostMmu {
-    uffd: Uffd,
-    staging_uffd: Uffd,
+    pub(crate) uffd: Uffd,
+    pub(crate) staging_uffd: Uffd,
     kick: OurFd,
-    forks: Arc<Forks>,
+    pub(crate) forks: Arc<Forks>,
     children: Children,
     made_here: ForkMark,
-    arena: Area,
+    pub(crate) arena: Area,
     staging: Area,
     zeros: Area,
+    pub(crate) restricted: Mutex<Restricted>,
 }
 
 /// What a fork's child has of the managed memory.
@@ -124,6 +128,8 @@ impl HostMmu {
         let staging = reserve(slots as usize * PAGE_SIZE, read_write, OnFork::Wipe)?;
         let made_here = ForkMark::new().map_err(|errno| other("marking a page", errno))?;
         let zeros = reserve(ZEROS * PAGE_SIZE, ProtFlags::READ, OnFork::Inherit)?;
+        let restricted =
+            Restricted::new(&staging_uffd).map_err(|errno| other("reserving memory", errno))?;
         let registered = uffd.register(arena.address(), arena.len());
         registered.map_err(|errno| other("registering the arena with userfaultfd", errno))?;
         let registered = staging_uffd.register_missing(staging.address(), staging.len());
@@ -139,6 +145,7 @@ impl HostMmu {
             arena,
             staging,
             zeros,
+            restricted: Mutex::new(restricted),
         })
     }
 
@@ -238,12 +245,12 @@ impl HostMmu {
     }
 
     /// Whether this is a fork's child, where the descriptors still mean the parent's memory.
-    fn is_foreign(&self) -> bool {
+    pub(crate) fn is_foreign(&self) -> bool {
         self.made_here.is_forked()
     }
 
     /// Reads the messages that keep the kernel from copying and moving.
-    fn drain(&self) {
+    pub(crate) fn drain(&self) {
         match self.forks.drain(&self.uffd) {
             Drained::Some => self.kick(),
             // Somebody else has read them, or the forking thread has not come to send them.
@@ -256,7 +263,7 @@ impl HostMmu {
     /// # Safety
     ///
     /// `source` is valid for reads of `len` bytes until the operation has been done.
-    unsafe fn bring(
+    pub(crate) unsafe fn bring(
         &self,
         at: VirtAddr,
         source: *const u8,
@@ -278,7 +285,11 @@ impl HostMmu {
     }
 
     /// Repeats an operation over `len` bytes until it is done or stops for good. A child may not touch its parent's pages.
-    fn repeat(&self, len: usize, mut operation: impl FnMut(usize, usize) -> Done) -> Progress {
+    pub(crate) fn repeat(
+        &self,
+        len: usize,
+        mut operation: impl FnMut(usize, usize) -> Done,
+    ) -> Progress {
         if self.is_foreign() {
             return Progress {
                 done: 0,
@@ -304,6 +315,14 @@ impl HostMmu {
         Progress::complete(len / PAGE_SIZE)
     }
 
+    /// Moves pages that may be read and written from the arena to staging.
+    pub(crate) fn move_out(&self, at: usize, len: usize, target: usize) -> Progress {
+        self.repeat(len, |offset, len| {
+            self.staging_uffd
+                .move_pages(target + offset, at + offset, len)
+        })
+    }
+
     fn slot_address(&self, slot: Slot) -> usize {
         let offset = slot.0 as usize * PAGE_SIZE;
         assert!(
@@ -313,7 +332,7 @@ impl HostMmu {
         self.staging.address() + offset
     }
 
-    fn check(&self, at: VirtAddr, count: usize) {
+    pub(crate) fn check(&self, at: VirtAddr, count: usize) {
         let range = self.range();
         let end = at.get().saturating_add(count * PAGE_SIZE);
         assert!(
@@ -353,10 +372,14 @@ unsafe impl Mmu for HostMmu {
     fn take_out(&self, at: VirtAddr, count: usize, to: Slot) -> Progress {
         self.check(at, count);
         let target = self.slot_address(to);
-        self.repeat(count * PAGE_SIZE, |offset, len| {
-            self.staging_uffd
-                .move_pages(target + offset, at.get() + offset, len)
-        })
+        let progress = self.move_out(at.get(), count * PAGE_SIZE, target);
+        match progress.stop {
+            // The machine refuses a run as a whole that has a page which may not be written.
+            Some(Stop::Unevictable) if progress.done == 0 => {
+                self.take_out_restricted(at, count, target)
+            }
+            _ => progress,
+        }
     }
 
     fn give_back(&self, from: Slot, count: usize, at: VirtAddr) -> Progress {

@@ -27,6 +27,7 @@ pub(crate) const FEATURE_MOVE: u64 = 1 << 16;
 const REGISTER_MISSING: u64 = 1 << 0;
 const REGISTER_WP: u64 = 1 << 1;
 const COPY_WP: u64 = 1 << 1;
+const WRITEPROTECT_WP: u64 = 1 << 0;
 
 const EVENT_PAGEFAULT: u8 = 0x12;
 const EVENT_FORK: u8 = 0x13;
@@ -247,9 +248,18 @@ impl Uffd {
 
     /// Ends the write protection of a range, and wakes who waits there.
     pub(crate) fn unprotect(&self, start: usize, len: usize) -> Result<(), Errno> {
+        self.write_protect(start, len, 0)
+    }
+
+    /// Asks for the next write to each of a range's pages.
+    pub(crate) fn protect(&self, start: usize, len: usize) -> Result<(), Errno> {
+        self.write_protect(start, len, WRITEPROTECT_WP)
+    }
+
+    fn write_protect(&self, start: usize, len: usize, mode: u64) -> Result<(), Errno> {
         let mut arg = WriteProtect {
             range: range(start, len),
-            mode: 0,
+            mode,
         };
         self.call::<IOCTL_WRITEPROTECT, _>(&mut arg)
     }

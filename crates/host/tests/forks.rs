@@ -10,10 +10,11 @@ use core::time::Duration;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use common::{arena, at, bytes, install, page, poke};
+use common::{arena, at, bytes, install, page, poke, syscall_writes};
 use pgmap_host::event::{ChildSpace, Event};
 use pgmap_host::mmu::{Children, HostMmu};
 use pgmap_mm::mmu::{Mmu, Progress, Protect, Slot, Stop};
+use rustix::mm::MprotectFlags;
 
 /// A fork is told to every arena of the process, and waits until each has listened: one test at a time.
 fn alone() -> MutexGuard<'static, ()> {
@@ -175,6 +176,68 @@ fn shared_pages_stay_until_they_are_unshared_and_staged_ones_are_never_shared() 
     );
     rustix::io::write(&writer, &[1]).unwrap();
     assert_eq!(status.join().unwrap(), 0);
+}
+
+/// `unshare` cannot write where the program may not: pages in transit are unshared there.
+#[test]
+fn shared_pages_that_may_not_be_written_leave() {
+    let _alone = alone();
+    let Some(mmu) = served(16) else { return };
+    install(&mmu, 0, 0..4, Protect::ReadWrite);
+    // SAFETY: the arena is the test's.
+    unsafe { mmu.protect(at(&mmu, 0), 8, MprotectFlags::READ) }.unwrap();
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    let status = fork(&mmu, move |mmu| {
+        let _ = rustix::io::read(&reader, &mut [0]);
+        (0..4).all(|number| bytes(mmu, usize::from(number)).0 == page(number).0)
+    });
+    drop(next_child(&mmu));
+    assert_eq!(mmu.take_out(at(&mmu, 0), 4, Slot(0)), Progress::complete(4));
+    rustix::io::write(&writer, &[1]).unwrap();
+    assert_eq!(status.join().unwrap(), 0);
+}
+
+/// Children forked while pages are in transit, from which they come back, lack nothing, and may do what the parent may.
+#[test]
+fn forks_and_transits_at_once_lose_nothing() {
+    const PAGES: u8 = 8;
+    let _alone = alone();
+    let Some(mmu) = served(16) else { return };
+    install(&mmu, 0, 0..PAGES, Protect::ReadWrite);
+    // SAFETY: the arena is the test's.
+    unsafe { mmu.protect(at(&mmu, 0), 16, MprotectFlags::READ) }.unwrap();
+    // No page leaves, as this slot is taken.
+    install(&mmu, 10, 10..11, Protect::ReadWrite);
+    while mmu.take_out(at(&mmu, 10), 1, Slot(0)).done == 0 {}
+    // Held while pages are taken out: the lock of their block, as it were.
+    let cursor = Arc::new(Mutex::new(()));
+    let mover = {
+        let (mmu, cursor) = (Arc::clone(&mmu), Arc::clone(&cursor));
+        // Until the test lets go of it.
+        thread::spawn(move || {
+            while Arc::strong_count(&cursor) > 1 {
+                thread::yield_now();
+                let _held = cursor.lock().unwrap();
+                let progress = mmu.take_out(at(&mmu, 0), PAGES.into(), Slot(0));
+                assert_eq!((progress.done, progress.stop), (0, Some(Stop::Exists)));
+            }
+        })
+    };
+    for _ in 0..200 {
+        let status = fork(&mmu, |mmu| {
+            (0..PAGES).all(|number| {
+                let there = bytes(mmu, number.into()).0 == page(number).0;
+                there && syscall_writes(mmu, number.into()).is_err()
+            })
+        });
+        let child = next_child(&mmu);
+        // The fault thread looks at every block before it lets a child go.
+        drop(cursor.lock().unwrap());
+        drop(child);
+        assert_eq!(status.join().unwrap(), 0);
+    }
+    drop(cursor);
+    mover.join().unwrap();
 }
 
 /// The descriptors that a child inherits mean its parent's memory, which is none of its business.

@@ -26,7 +26,7 @@ pub enum Protect {
 pub enum Stop {
     /// Somebody has the page pinned, or it is shared with a fork's child: it stays (GUP-3).
     Busy,
-    /// The machine never moves this page: it is locked, or mapped without write permission.
+    /// The machine does not move this page: it is locked.
     Unevictable,
     /// There is no page at that address.
     Hole,

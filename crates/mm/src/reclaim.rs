@@ -190,7 +190,7 @@ impl AddressSpace {
             && slots > 1
             && matches!(progress.stop, Some(Stop::Unevictable | Stop::Hole))
         {
-            // A run that crosses a change of protection is refused as a whole: its first page may leave alone.
+            // A run that crosses the edge of locked memory is refused as a whole: its first page may leave alone.
             progress = self.mmu.take_out(at, 1, first);
         }
         #[allow(clippy::cast_possible_truncation, reason = "at most `slots`")]

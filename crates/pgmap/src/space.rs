@@ -52,8 +52,6 @@ pub enum MapError {
 pub struct AddressSpace {
     inner: Arc<pgmap_mm::space::AddressSpace>,
     mmu: Arc<HostMmu>,
-    /// Where the machine allows less than reading and writing.
-    restricted: Mutex<Vmas>,
     /// Addresses at which the program has mapped something else: they are the kernel's, for ever.
     given_away: Mutex<Vmas>,
     /// For the next thread that pins.
@@ -74,7 +72,6 @@ impl AddressSpace {
         Self {
             inner,
             mmu,
-            restricted: Mutex::new(Vmas::new(pages)),
             given_away: Mutex::new(Vmas::new(pages)),
             spare_worker: Mutex::new(None),
             announced: Mutex::new(0),
@@ -129,7 +126,8 @@ impl AddressSpace {
     pub unsafe fn unmap(&self, at: usize, bytes: usize) -> Result<(), MapError> {
         let (at, pages) = self.pages(at, bytes)?;
         self.mmu.settle_forks();
-        self.unrestrict(at, pages)?;
+        // SAFETY: by this function's contract.
+        unsafe { self.unrestrict(at, pages)? };
         Ok(self.inner.unmap(at, pages)?)
     }
 
@@ -191,7 +189,8 @@ impl AddressSpace {
         let (start, pages) = self.pages(at, bytes)?;
         // SAFETY: by this function's contract.
         unsafe { self.discard(at, bytes)? };
-        self.unrestrict(start, pages)
+        // SAFETY: by this function's contract.
+        unsafe { self.unrestrict(start, pages) }
     }
 
     /// Drops the pages of a range: they read as zeros from now on (`MADV_DONTNEED`).
@@ -210,7 +209,6 @@ impl AddressSpace {
     }
 
     /// Allows or forbids access to a range (`mprotect`; `prot` is made of `PROT_READ`, `PROT_WRITE`, `PROT_EXEC`).
-    /// Pages that may not be written stay in RAM while that is so.
     ///
     /// # Errors
     ///
@@ -222,15 +220,8 @@ impl AddressSpace {
     pub unsafe fn protect(&self, at: usize, bytes: usize, prot: i32) -> Result<(), MapError> {
         let (start, pages) = self.pages(at, bytes)?;
         let flags = MprotectFlags::from_bits_retain(prot.cast_unsigned());
-        let first = self.inner.page_at(start).ok_or(MapError::BadRange)?.0;
-        let writable = flags.contains(MprotectFlags::READ | MprotectFlags::WRITE);
-        let mut restricted = self.restricted.lock();
-        protect_raw(at, pages as usize * PAGE_SIZE, flags)?;
-        if writable {
-            restricted.remove(first..first + pages);
-        } else {
-            restricted.insert(first..first + pages);
-        }
+        // SAFETY: by this function's contract.
+        unsafe { self.mmu.protect(start, pages, flags)? };
         Ok(())
     }
 
@@ -391,17 +382,17 @@ impl AddressSpace {
     }
 
     /// Allows everything again where a range was restricted.
-    fn unrestrict(&self, at: VirtAddr, pages: u32) -> Result<(), MapError> {
-        let Some(first) = self.inner.page_at(at) else {
+    ///
+    /// # Safety
+    ///
+    /// The caller owns the range.
+    unsafe fn unrestrict(&self, at: VirtAddr, pages: u32) -> Result<(), MapError> {
+        if !self.mmu.is_restricted(at, pages) {
             return Ok(());
-        };
-        let range = first.0..first.0 + pages;
-        let mut restricted = self.restricted.lock();
-        if restricted.overlaps(&range) {
-            let all = MprotectFlags::READ | MprotectFlags::WRITE;
-            protect_raw(at.get(), pages as usize * PAGE_SIZE, all)?;
-            restricted.remove(range);
         }
+        let all = MprotectFlags::READ | MprotectFlags::WRITE;
+        // SAFETY: by this function's contract.
+        unsafe { self.mmu.protect(at, pages, all)? };
         Ok(())
     }
 }
@@ -413,10 +404,4 @@ pub enum Place {
     Fixed,
     /// It may move (`MREMAP_MAYMOVE`).
     Anywhere,
-}
-
-fn protect_raw(at: usize, bytes: usize, flags: MprotectFlags) -> Result<(), Errno> {
-    // SAFETY: the range lies in the managed addresses, as `pages` has checked; taking rights from it is what
-    // the caller, who owns the mapping, asks for.
-    unsafe { rustix::mm::mprotect(at as *mut _, bytes, flags) }
 }

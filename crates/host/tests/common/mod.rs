@@ -70,3 +70,13 @@ pub(crate) fn syscall_reads(mmu: &HostMmu, number: usize) -> std::io::Result<usi
     let bytes = unsafe { core::slice::from_raw_parts(start, PAGE_SIZE) };
     Ok(rustix::io::write(&writer, bytes)?)
 }
+
+/// What a system call answers that writes the first byte of the page: its length, or an error.
+pub(crate) fn syscall_writes(mmu: &HostMmu, number: usize) -> std::io::Result<usize> {
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    rustix::io::write(&writer, &[0xee])?;
+    let start = at(mmu, number).get() as *mut u8;
+    // SAFETY: the arena is mapped; an unwritable page is the kernel's to report.
+    let bytes = unsafe { core::slice::from_raw_parts_mut(start, 1) };
+    Ok(rustix::io::read(&reader, bytes)?)
+}
