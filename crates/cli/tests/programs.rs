@@ -157,6 +157,14 @@ fn files_are_read_and_written_through_evicted_memory() {
     verifies("16M", &["compressed:1G"], "files", &["16", "/var/tmp"]);
 }
 
+/// GUP-3: io_uring's pages are pinned for as long as a request runs or a buffer is registered, and its own threads fault.
+#[test]
+fn io_uring_reads_and_writes_evicted_memory() {
+    let directory = env!("CARGO_TARGET_TMPDIR");
+    let program = ["64", "4", directory];
+    verifies("16M", &["compressed:1G"], "uring", &program);
+}
+
 #[test]
 fn children_of_fork_have_every_byte() {
     verifies("16M", &["compressed:1G"], "forks", &["48", "3"]);
