@@ -170,6 +170,12 @@ fn children_of_fork_have_every_byte() {
     verifies("16M", &["compressed:1G"], "forks", &["48", "3"]);
 }
 
+/// The reclaimer made clean shared pages private by a fault, and the thread to serve that was waiting for the reclaimer.
+#[test]
+fn a_parent_reads_while_its_children_share_its_pages() {
+    verifies("16M", &["compressed:1G"], "fork_reads", &["96", "6"]);
+}
+
 #[test]
 fn mappings_behave_at_their_edges() {
     verifies("8M", &["compressed:1G"], "mappings", &[]);

@@ -158,9 +158,8 @@ impl AddressSpace {
         if stays {
             self.queues.push(block, class);
         }
-        drop(cursor);
         if let Some(page) = busy {
-            self.unshare(caller, page);
+            self.unshare(caller, &mut cursor, page);
         }
         Some(taken)
     }
@@ -241,11 +240,21 @@ impl AddressSpace {
 
     /// After a fork the machine moves no page that is still shared with the child. One page per block is made private at
     /// a time: the others of a block that matters follow at its next turn.
-    fn unshare(&self, caller: Caller, page: PageIndex) {
+    ///
+    /// Under the cursor, and without its device copy, the page is mapped and may be written, so making it private is no
+    /// fault that the fault thread would have to serve: that one may be waiting for the very memory that we free.
+    fn unshare(&self, caller: Caller, cursor: &mut Cursor<'_>, page: PageIndex) {
         // Relaxed: a hint; a page that is shared unseen only stays where it is.
-        if caller == Caller::Reclaimer && self.forked.load(Ordering::Relaxed) {
-            self.mmu.unshare(self.table.address(page));
+        if caller != Caller::Reclaimer || !self.forked.load(Ordering::Relaxed) {
+            return;
         }
+        let Pte::Present { frame, heat, copy } = cursor.get(page) else {
+            return;
+        };
+        if copy == Copy::Kept {
+            self.forget_copy(cursor, page, frame, heat);
+        }
+        self.mmu.unshare(self.table.address(page));
     }
 
     /// Sends the pages that have waited longest to the devices. Says how many frames became free.
@@ -457,16 +466,7 @@ impl AddressSpace {
                 heat,
                 copy: Copy::Kept,
             } if here == frame => {
-                cursor.set(
-                    page,
-                    Pte::Present {
-                        frame,
-                        heat,
-                        copy: Copy::None,
-                    },
-                );
-                self.mmu.unprotect(self.table.address(page), 1);
-                self.drop_copy(frame, Copy::Kept);
+                self.forget_copy(&mut cursor, page, frame, heat);
                 true
             }
             Pte::None
@@ -475,5 +475,19 @@ impl AddressSpace {
             | Pte::Device { .. }
             | Pte::Poisoned => false,
         }
+    }
+
+    /// Gives up the device's copy of a mapped page, which may be written from then on.
+    fn forget_copy(&self, cursor: &mut Cursor<'_>, page: PageIndex, frame: Pfn, heat: Heat) {
+        cursor.set(
+            page,
+            Pte::Present {
+                frame,
+                heat,
+                copy: Copy::None,
+            },
+        );
+        self.mmu.unprotect(self.table.address(page), 1);
+        self.drop_copy(frame, Copy::Kept);
     }
 }
