@@ -176,6 +176,12 @@ fn a_parent_reads_while_its_children_share_its_pages() {
     verifies("16M", &["compressed:1G"], "fork_reads", &["96", "6"]);
 }
 
+/// The kernel tells of a fork with a descriptor. Where there was no room for it, the fork waited for ever.
+#[test]
+fn a_program_without_descriptors_forks() {
+    verifies("16M", &["compressed:1G"], "no_descriptors", &["48"]);
+}
+
 #[test]
 fn mappings_behave_at_their_edges() {
     verifies("8M", &["compressed:1G"], "mappings", &[]);
