@@ -1,6 +1,7 @@
 /* The edges of the calls that make and change mappings. Usage: mappings */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <malloc.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -89,6 +90,21 @@ int main(void) {
     for (size_t p = 0; p < (64 << 20) / PAGE; p += 3) CHECK(large[p * PAGE] == (char)p);
     for (size_t p = 0; p < (2 << 20) / PAGE; p++) CHECK(large[p * PAGE] == (char)p);
     CHECK(munmap(large, 64 << 20) == 0);
+
+    /* A mapping that has a file's page in its middle goes as a whole, and its addresses can be used again. */
+    for (int k = 0; k < 3; k++) {
+        char *over = fresh();
+        memset(over, 7, BYTES);
+        int file = open("/proc/self/exe", O_RDONLY);
+        CHECK(mmap(over + 2 * PAGE, PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, 0) == over + 2 * PAGE);
+        close(file);
+        CHECK(over[0] == 7 && over[2 * PAGE + 1] == 'E' && over[3 * PAGE] == 7);
+        CHECK(munmap(over, BYTES) == 0);
+        char *elsewhere = mmap(0, BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(elsewhere != MAP_FAILED && mprotect(elsewhere, BYTES, PROT_READ | PROT_WRITE) == 0);
+        memset(elsewhere, 1, BYTES);
+        CHECK(munmap(elsewhere, BYTES) == 0);
+    }
 
     /* Freed addresses come back as zeros. */
     for (int k = 0; k < 50; k++) {
