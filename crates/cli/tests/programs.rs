@@ -157,7 +157,7 @@ fn files_are_read_and_written_through_evicted_memory() {
     verifies("16M", &["compressed:1G"], "files", &["16", "/var/tmp"]);
 }
 
-/// GUP-3: io_uring's pages are pinned for as long as a request runs or a buffer is registered, and its own threads fault.
+/// GUP-3: the pages of `io_uring` are pinned while a request runs or a buffer is registered, and its own threads fault.
 #[test]
 fn io_uring_reads_and_writes_evicted_memory() {
     let directory = env!("CARGO_TARGET_TMPDIR");
