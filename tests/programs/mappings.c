@@ -1,6 +1,7 @@
 /* The edges of the calls that make and change mappings. Usage: mappings */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <malloc.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -89,6 +90,23 @@ int main(void) {
     for (size_t p = 0; p < (64 << 20) / PAGE; p += 3) CHECK(large[p * PAGE] == (char)p);
     for (size_t p = 0; p < (2 << 20) / PAGE; p++) CHECK(large[p * PAGE] == (char)p);
     CHECK(munmap(large, 64 << 20) == 0);
+
+    /* A mapping that has a file's page in its middle goes as a whole, and its addresses can be used again. */
+    for (int k = 0; k < 3; k++) {
+        enum { LARGE = 4 * BYTES };
+        char *over = mmap(0, LARGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(over != MAP_FAILED);
+        memset(over, 7, LARGE);
+        int file = open("/proc/self/exe", O_RDONLY);
+        CHECK(mmap(over + 2 * PAGE, PAGE, PROT_READ, MAP_PRIVATE | MAP_FIXED, file, 0) == over + 2 * PAGE);
+        close(file);
+        CHECK(over[0] == 7 && over[2 * PAGE + 1] == 'E' && over[3 * PAGE] == 7);
+        CHECK(munmap(over, LARGE) == 0);
+        char *elsewhere = mmap(over + LARGE / 2, LARGE / 4, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        CHECK(elsewhere != MAP_FAILED);
+        CHECK(munmap(elsewhere, LARGE / 4) == 0);
+        for (int n = 0; n < 16; n++) memset(fresh(), n, BYTES);
+    }
 
     /* Freed addresses come back as zeros. */
     for (int k = 0; k < 50; k++) {

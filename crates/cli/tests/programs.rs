@@ -157,6 +157,14 @@ fn files_are_read_and_written_through_evicted_memory() {
     verifies("16M", &["compressed:1G"], "files", &["16", "/var/tmp"]);
 }
 
+/// GUP-3: the pages of `io_uring` are pinned while a request runs or a buffer is registered, and its own threads fault.
+#[test]
+fn io_uring_reads_and_writes_evicted_memory() {
+    let directory = env!("CARGO_TARGET_TMPDIR");
+    let program = ["64", "4", directory];
+    verifies("16M", &["compressed:1G"], "uring", &program);
+}
+
 #[test]
 fn children_of_fork_have_every_byte() {
     verifies("16M", &["compressed:1G"], "forks", &["48", "3"]);
@@ -194,6 +202,18 @@ fn without_tracing(command: &Command) -> Command {
         .arg(command.get_program())
         .args(command.get_args());
     confined
+}
+
+/// The reclaimer made clean shared pages private by a fault, and the thread to serve that was waiting for the reclaimer.
+#[test]
+fn a_parent_reads_while_its_children_share_its_pages() {
+    verifies("16M", &["compressed:1G"], "fork_reads", &["96", "6"]);
+}
+
+/// The kernel tells of a fork with a descriptor. Where there was no room for it, the fork waited for ever.
+#[test]
+fn a_program_without_descriptors_forks() {
+    verifies("16M", &["compressed:1G"], "no_descriptors", &["48"]);
 }
 
 #[test]

@@ -16,6 +16,7 @@ use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_mm::fault::Access;
 use pgmap_mm::mmu::Protect;
 use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::event::{ChildSpace, Event};
 use crate::uffd::{Done, Message, RawMessage, Uffd};
@@ -225,8 +226,7 @@ impl State {
     fn read(&mut self, uffd: &Uffd, most: usize) {
         let mut messages = [RawMessage::default(); BATCH];
         let room = self.room().min(most);
-        // An error means that there is nothing to read.
-        let count = uffd.read(&mut messages[..room]).unwrap_or(0);
+        let count = read_messages(uffd, &mut messages[..room]);
         for message in &messages[..count] {
             match message.parse() {
                 Message::Fork { fd } => self.add_child(fd),
@@ -244,7 +244,7 @@ impl State {
         while let Some(child) = self.children.get(index) {
             let mut messages = [RawMessage::default(); BATCH];
             let room = self.room();
-            let count = child.uffd.read(&mut messages[..room]).unwrap_or(0);
+            let count = read_messages(&child.uffd, &mut messages[..room]);
             for message in messages[..count].iter().map(RawMessage::parse) {
                 self.add_grandchild(message);
             }
@@ -274,4 +274,40 @@ impl State {
         self.children.push(Child { id, uffd });
         self.queue.push(Queued::Fork { id });
     }
+}
+
+/// Reads waiting messages. Answers how many; an error means that there is nothing to read.
+fn read_messages(uffd: &Uffd, messages: &mut [RawMessage]) -> usize {
+    let read = match uffd.read(messages) {
+        // The message of a fork comes with a descriptor, and the program has used up all that it may have.
+        Err(Errno::MFILE) => with_more_descriptors(|| uffd.read(messages)),
+        read => read,
+    };
+    read.unwrap_or(0)
+}
+
+/// Does something while this process may have more descriptors than the program was allowed. Those that are made
+/// meanwhile have numbers that the program cannot have. Where the hard limit is reached and may not be raised, nothing
+/// changes: the fork waits until the program closes a descriptor.
+fn with_more_descriptors<T>(operation: impl FnOnce() -> T) -> T {
+    let before = getrlimit(Resource::Nofile);
+    let Some(current) = before.current else {
+        return operation();
+    };
+    let more = current.saturating_add(ROOM as u64);
+    let higher = Rlimit {
+        current: Some(more),
+        maximum: before.maximum.map(|maximum| maximum.max(more)),
+    };
+    if setrlimit(Resource::Nofile, higher).is_err() {
+        // Without the right to raise the hard limit, up to that one.
+        let allowed = Rlimit {
+            current: before.maximum,
+            maximum: before.maximum,
+        };
+        let _ = setrlimit(Resource::Nofile, allowed);
+    }
+    let result = operation();
+    let _ = setrlimit(Resource::Nofile, before);
+    result
 }

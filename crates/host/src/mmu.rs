@@ -436,11 +436,10 @@ unsafe impl Mmu for HostMmu {
         };
     }
 
-    fn unshare(&self, at: VirtAddr, count: usize) -> bool {
-        self.check(at, count);
-        let len = count * PAGE_SIZE;
-        // SAFETY: touching pages of the arena for writing changes none of their bytes.
-        unsafe { madvise(at.get() as *mut _, len, Advice::LinuxPopulateWrite) }.is_ok()
+    fn unshare(&self, at: VirtAddr) -> bool {
+        self.check(at, 1);
+        // SAFETY: touching a page of the arena for writing changes none of its bytes.
+        unsafe { madvise(at.get() as *mut _, PAGE_SIZE, Advice::LinuxPopulateWrite) }.is_ok()
     }
 }
 

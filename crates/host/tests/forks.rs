@@ -168,7 +168,7 @@ fn shared_pages_stay_until_they_are_unshared_and_staged_ones_are_never_shared() 
     drop(next_child(&mmu));
     let progress = mmu.take_out(at(&mmu, 0), 1, Slot(0));
     assert_eq!(progress.stop, Some(Stop::Busy));
-    assert!(mmu.unshare(at(&mmu, 0), 1));
+    assert!(mmu.unshare(at(&mmu, 0)));
     assert_eq!(mmu.take_out(at(&mmu, 0), 1, Slot(0)), Progress::complete(1));
     assert_eq!(
         mmu.give_back(Slot(1), 1, at(&mmu, 1)),
@@ -351,7 +351,7 @@ fn toggle(mmu: &HostMmu, staged: &Mutex<[bool; 8]>, number: u8) {
     } else {
         let progress = mmu.take_out(place, 1, slot);
         if progress.stop == Some(Stop::Busy) {
-            mmu.unshare(place, 1);
+            mmu.unshare(place);
         }
         progress
     };

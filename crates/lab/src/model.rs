@@ -444,7 +444,7 @@ unsafe impl Mmu for ModelMmu {
         }
     }
 
-    fn unshare(&self, _: VirtAddr, _: usize) -> bool {
+    fn unshare(&self, _: VirtAddr) -> bool {
         // There are no forks here, so nothing is shared.
         true
     }

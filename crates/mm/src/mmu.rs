@@ -108,7 +108,8 @@ pub unsafe trait Mmu: Send + Sync + fmt::Debug {
     /// Drops the pages at these addresses, poison too. They are missing afterwards.
     fn zap(&self, at: VirtAddr, count: usize);
 
-    /// Breaks the sharing of pages with a fork's child, so that they can be moved again. Never called
-    /// by the thread that serves faults. False if not all of them could be made private.
-    fn unshare(&self, at: VirtAddr, count: usize) -> bool;
+    /// Breaks the sharing of a page with a fork's child, so that it can be moved again. Called under the cursor, for a
+    /// page that is mapped and not protected. Never called by the thread that serves faults. False if the page could not
+    /// be made private.
+    fn unshare(&self, at: VirtAddr) -> bool;
 }

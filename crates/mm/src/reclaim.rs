@@ -132,7 +132,7 @@ impl AddressSpace {
         let mut cursor = self.table.lock(block);
         let pages = cursor.pages();
         let (mut next, mut taken, mut stays) = (pages.start, 0, false);
-        let mut busy = None;
+        let mut unshared = 0;
         while next < pages.end {
             let page = PageIndex(next);
             let run = cursor.run(next, &(next..pages.end), |pte| self.is_cold(pte));
@@ -148,7 +148,8 @@ impl AddressSpace {
             match stop {
                 Some(Stop::Busy) => {
                     Stats::add(&self.stats.busy_skipped, 1);
-                    busy = busy.or(Some(PageIndex(next)));
+                    let page = PageIndex(next);
+                    unshared += u32::from(self.unshare(caller, &mut cursor, page, unshared));
                     next += 1;
                 }
                 Some(Stop::NoMemory) => break,
@@ -161,11 +162,6 @@ impl AddressSpace {
         }
         if stays {
             self.queues.push(block, class);
-        }
-        drop(cursor);
-        drop(forking);
-        if let Some(page) = busy {
-            self.unshare(caller, page);
         }
         Some(taken)
     }
@@ -253,25 +249,27 @@ impl AddressSpace {
         true
     }
 
-    /// After a fork the machine moves no page that is still shared with the child, until it has been made private. That
-    /// takes RAM, so it is done for one page of a block at a time; unless the limit is passed, and all have to go.
-    fn unshare(&self, caller: Caller, page: PageIndex) {
+    /// After a fork the machine moves no page that is still shared with the child, until it has been made private. That takes
+    /// RAM, and most children end soon: so it is done for one page of a block at a time, unless the limit is passed, and all
+    /// have to go. Says whether it was done to this page, which the machine has just called busy.
+    ///
+    /// Under the cursor, and without its device copy, the page is mapped and may be written, so making it private is no
+    /// fault that the fault thread would have to serve: that one may be waiting for the very memory that we free.
+    fn unshare(
+        &self,
+        caller: Caller,
+        cursor: &mut Cursor<'_>,
+        page: PageIndex,
+        unshared: u32,
+    ) -> bool {
         // Relaxed: a hint; a page that is shared unseen only stays where it is.
-        if caller != Caller::Reclaimer || !self.forked.load(Ordering::Relaxed) {
-            return;
+        let shared = caller == Caller::Reclaimer && self.forked.load(Ordering::Relaxed);
+        if !shared || (unshared > 0 && self.ram.deficit() == 0) {
+            return false;
         }
-        let most = if self.ram.deficit() > 0 { u32::MAX } else { 1 };
-        let mut cursor = self.table.lock(page.block());
-        let limit = page.0..page.0.saturating_add(most);
-        let run = cursor.run(page.0, &limit, |pte| matches!(pte, Pte::Present { .. }));
-        for page in run.clone() {
-            // Writing to a protected page would wait for the thread that serves faults, and that may wait for us.
-            self.forget_copy(&mut cursor, PageIndex(page));
-        }
-        drop(cursor);
-        if !run.is_empty() {
-            self.mmu.unshare(self.table.address(page), run.len());
-        }
+        self.forget_copy(cursor, page);
+        self.mmu.unshare(self.table.address(page));
+        true
     }
 
     /// Sends the pages that have waited longest to the devices. Says how many frames became free.

@@ -120,6 +120,15 @@ impl Vmas {
             .is_some_and(|(_, end)| *end > range.start)
     }
 
+    /// Where the first area after a page begins.
+    #[must_use]
+    pub fn next_start(&self, page: u32) -> Option<u32> {
+        self.areas
+            .range(page.checked_add(1)?..)
+            .next()
+            .map(|(start, _)| *start)
+    }
+
     /// The area around a page.
     #[must_use]
     pub fn find(&self, page: u32) -> Option<Range<u32>> {

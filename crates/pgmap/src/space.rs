@@ -164,6 +164,24 @@ impl AddressSpace {
             .overlaps(&(first..first.saturating_add(pages)))
     }
 
+    /// How many bytes of a range, from its beginning on, are alike: all at addresses at which the program has mapped
+    /// something else (`true`), or none.
+    #[must_use]
+    pub fn first_given_away(&self, at: usize, bytes: usize) -> (bool, usize) {
+        let first = self.pages(at, bytes).ok();
+        let Some(first) = first.and_then(|(start, _)| self.inner.page_at(start)) else {
+            return (false, bytes);
+        };
+        let given_away = self.given_away.lock();
+        let area = given_away.find(first.0);
+        let is_given = area.is_some();
+        let end = area
+            .map(|area| area.end)
+            .or_else(|| given_away.next_start(first.0));
+        let pages = end.map_or(usize::MAX, |end| (end - first.0) as usize);
+        (is_given, bytes.min(pages.saturating_mul(PAGE_SIZE)))
+    }
+
     /// Whether a range is one that [`map`](Self::map) gave, as a whole.
     #[must_use]
     pub fn is_mapped(&self, at: usize, bytes: usize) -> bool {

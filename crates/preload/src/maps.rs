@@ -181,13 +181,33 @@ pub(crate) unsafe extern "C" fn munmap(address: *mut c_void, bytes: usize) -> c_
         // SAFETY: by this function's contract.
         return unsafe { syscall_int(libc::SYS_madvise, arguments) };
     };
-    if space.is_given_away(start, len) {
-        // SAFETY: by this function's contract.
-        return unsafe { unmap_raw(start, len) };
-    }
-    let _blocked = SignalsBlocked::new();
     // SAFETY: by this function's contract.
-    unsafe { space.unmap(start, len) }.map_or_else(fail, |()| 0)
+    unsafe { unmap_managed(space, start, len) }
+}
+
+/// Unmaps what is ours of a range, and has the kernel unmap what the program has mapped over it. All of it the kernel's
+/// way would leave ours with addresses that are not there.
+///
+/// # Safety
+///
+/// As [`munmap`].
+unsafe fn unmap_managed(space: &AddressSpace, mut start: usize, mut len: usize) -> c_int {
+    let _blocked = SignalsBlocked::new();
+    while len > 0 {
+        let (is_given, run) = space.first_given_away(start, len);
+        let answer = if is_given {
+            // SAFETY: by this function's contract.
+            unsafe { unmap_raw(start, run) }
+        } else {
+            // SAFETY: by this function's contract.
+            unsafe { space.unmap(start, run) }.map_or_else(fail, |()| 0)
+        };
+        if answer != 0 {
+            return answer;
+        }
+        (start, len) = (start + run, len - run);
+    }
+    0
 }
 
 /// # Safety
