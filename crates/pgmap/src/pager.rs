@@ -39,8 +39,9 @@ const RETRY: Duration = Duration::from_millis(2);
 const DEACTIVATE: usize = 64;
 /// How long a fault may wait for memory before the machine counts as full.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How long the reclaimer stays awake after its last work, on two CPUs.
-const LINGER: Duration = Duration::from_micros(200);
+/// How long the reclaimer stays awake after its last work, on two CPUs: longer than the program needs to use up what was
+/// freed.
+const LINGER: Duration = Duration::from_millis(5);
 /// How often the reclaimer looks around when nobody calls it.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -186,6 +187,7 @@ impl Pager {
     fn reclaim(&self, surroundings: Surroundings) {
         self.begin(0);
         let mut ticked = Instant::now();
+        let mut worked = ticked;
         let mut placement = Placement::new();
         while !self.stopping() {
             // Relaxed: see `handle`.
@@ -197,26 +199,27 @@ impl Pager {
                 ticked = Instant::now();
                 (surroundings.tick)();
             }
-            if nap.is_some() && placement.is_one_of_two() {
-                self.linger();
+            let Some(nap) = nap else {
+                worked = Instant::now();
+                continue;
+            };
+            if placement.is_one_of_two() {
+                self.linger(worked);
             }
-            if let Some(nap) = nap {
-                thread::park_timeout(nap);
-                // Relaxed: see `keep_ahead`.
-                self.asleep.store(false, Ordering::Relaxed);
-            }
+            thread::park_timeout(nap);
+            // Relaxed: see `keep_ahead`.
+            self.asleep.store(false, Ordering::Relaxed);
         }
     }
 
-    /// Waits awake for a moment, unless somebody calls.
+    /// Waits awake for a moment after the last work, unless somebody calls.
     ///
     /// A thread whose fault was served on its own CPU moves to another CPU if that is idle when it is woken, and then
     /// every fault wakes threads across CPUs, twice. Where there are only two CPUs, this one keeps the other from being
     /// idle while the program faults; whoever else has work there goes first.
-    fn linger(&self) {
-        let start = Instant::now();
+    fn linger(&self, worked: Instant) {
         // Relaxed: see `keep_ahead`.
-        while self.asleep.load(Ordering::Relaxed) && start.elapsed() < LINGER {
+        while self.asleep.load(Ordering::Relaxed) && worked.elapsed() < LINGER {
             thread::yield_now();
         }
     }
