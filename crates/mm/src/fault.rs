@@ -117,17 +117,12 @@ impl AddressSpace {
             Stats::add(&self.stats.faults_write_protect, 1);
             if copy == Copy::Kept {
                 worker.write_back.note_write_fault();
-                cursor.set(
-                    page,
-                    Pte::Present {
-                        frame,
-                        heat,
-                        copy: Copy::None,
-                    },
-                );
-                self.drop_copy(frame, copy);
+                // Where writes are the rule the neighbours are spared theirs.
+                let block = (!worker.write_back.pays()).then(|| cursor.pages());
+                self.forget_kept(&mut cursor, block.unwrap_or(page.0..page.0 + 1));
+            } else {
+                self.mmu.unprotect(at, 1);
             }
-            self.mmu.unprotect(at, 1);
             return Outcome::Resolved;
         }
         Stats::add(&self.stats.faults_spurious, 1);
@@ -357,8 +352,7 @@ impl AddressSpace {
     ) -> Progress {
         let copy = match access {
             Access::Read => {
-                worker.write_back.note_read_install();
-                if worker.write_back.keep_copies() {
+                if worker.write_back.keeps_next() {
                     Copy::Kept
                 } else {
                     Copy::None

@@ -15,7 +15,7 @@ use pgmap_core::holders::{Holder, Ticket};
 
 use crate::fault::{Access, Outcome};
 use crate::page_table::PageIndex;
-use crate::pte::{Copy, Pte};
+use crate::pte::Pte;
 use crate::space::{AddressSpace, Worker};
 
 /// What the holder of a pin does with the page.
@@ -173,18 +173,9 @@ impl AddressSpace {
     ) -> Result<Option<Pfn>, PinError> {
         let mut cursor = self.table.lock(page.block());
         match cursor.get(page) {
-            Pte::Present { frame, heat, copy } => {
-                if access == PinAccess::Write && copy == Copy::Kept {
-                    cursor.set(
-                        page,
-                        Pte::Present {
-                            frame,
-                            heat,
-                            copy: Copy::None,
-                        },
-                    );
-                    self.mmu.unprotect(at, 1);
-                    self.drop_copy(frame, copy);
+            Pte::Present { frame, .. } => {
+                if access == PinAccess::Write {
+                    self.forget_kept(&mut cursor, page.0..page.0 + 1);
                 }
                 let pinned = self.map.frame(frame).try_pin();
                 pinned

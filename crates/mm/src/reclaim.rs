@@ -4,6 +4,8 @@
 //! step leaves the page where it was. What must never happen here: the last copy of a page dropped before
 //! the device has the other (FLT-4); a pinned page moved (GUP-3); two cursors held at once.
 
+use core::ops::Range;
+
 use pgmap_core::addr::{Page, Pfn};
 use pgmap_core::driver::{DeviceData, DeviceError, Store};
 use pgmap_core::memremap::DevPagemap;
@@ -267,7 +269,7 @@ impl AddressSpace {
         if !shared || (unshared > 0 && self.ram.deficit() == 0) {
             return false;
         }
-        self.forget_copy(cursor, page);
+        self.forget_kept(cursor, page.0..page.0 + 1);
         self.mmu.unshare(self.table.address(page));
         true
     }
@@ -464,9 +466,9 @@ impl AddressSpace {
             let Some(page) = mapping.and_then(|page| u32::try_from(page).ok()) else {
                 continue;
             };
-            let page = PageIndex(page);
             // The frame may be another page's by now: then that one's copy goes.
-            shed += usize::from(self.forget_copy(&mut self.table.lock(page.block()), page));
+            let mut cursor = self.table.lock(PageIndex(page).block());
+            shed += self.forget_kept(&mut cursor, page..page + 1);
             if shed == want {
                 self.shed_from.store(number.get(), Ordering::Relaxed);
                 return;
@@ -474,7 +476,19 @@ impl AddressSpace {
         }
     }
 
-    /// Gives up the copy that a device keeps of a page that is in RAM, and lets the page be written. False if there is none.
+    /// Gives up the copies that devices keep of pages that are in RAM, and lets these be written. Says how many there were.
+    pub(crate) fn forget_kept(&self, cursor: &mut Cursor<'_>, pages: Range<u32>) -> usize {
+        let mut forgotten = 0;
+        for page in pages.clone().map(PageIndex) {
+            forgotten += usize::from(self.forget_copy(cursor, page));
+        }
+        if forgotten > 0 {
+            let first = self.table.address(PageIndex(pages.start));
+            self.mmu.unprotect(first, pages.len());
+        }
+        forgotten
+    }
+
     fn forget_copy(&self, cursor: &mut Cursor<'_>, page: PageIndex) -> bool {
         let Pte::Present {
             frame,
@@ -484,15 +498,8 @@ impl AddressSpace {
         else {
             return false;
         };
-        cursor.set(
-            page,
-            Pte::Present {
-                frame,
-                heat,
-                copy: Copy::None,
-            },
-        );
-        self.mmu.unprotect(self.table.address(page), 1);
+        let copy = Copy::None;
+        cursor.set(page, Pte::Present { frame, heat, copy });
         self.drop_copy(frame, Copy::Kept);
         true
     }

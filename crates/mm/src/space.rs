@@ -349,32 +349,78 @@ impl FrameCache {
     }
 }
 
-/// Whether pages that were read are worth keeping clean: write faults are the price.
+/// Whether pages that are read are worth keeping clean: a write fault is the price for each that is written after all.
 #[derive(Debug, Default)]
 pub(crate) struct WriteBack {
-    read_installs: u32,
-    write_faults: u32,
+    /// Pages that were kept clean, and those of them that were written; the older, the less they count.
+    kept: u32,
+    written: u32,
+    /// Pages that were not kept clean.
+    skipped: u32,
 }
 
 impl WriteBack {
+    /// When so many have been counted, both counts are halved.
+    const WINDOW: u32 = 256;
+    /// A write fault costs as much as storing a page so many times.
+    const PRICE: u32 = 3;
+    /// Where it does not pay, one page of so many is kept all the same, to see whether that is still so.
+    const PROBE: u32 = 32;
+
     /// Whether the next page that is read should keep its device copy.
-    pub(crate) const fn keep_copies(&self) -> bool {
-        self.write_faults * 3 <= self.read_installs + 64
-    }
-
-    pub(crate) const fn note_read_install(&mut self) {
-        self.read_installs += 1;
-        if self.read_installs >= 4096 {
-            self.read_installs /= 2;
-            self.write_faults /= 2;
+    pub(crate) const fn keeps_next(&mut self) -> bool {
+        if !self.pays() {
+            self.skipped += 1;
+            if !self.skipped.is_multiple_of(Self::PROBE) {
+                return false;
+            }
         }
+        self.kept += 1;
+        self.forget_old();
+        true
     }
 
+    /// Whether keeping pages clean has saved more than it has cost of late.
+    pub(crate) const fn pays(&self) -> bool {
+        self.written * Self::PRICE <= self.kept + Self::WINDOW / 8
+    }
+
+    /// A page that had been kept clean is written.
     pub(crate) const fn note_write_fault(&mut self) {
-        self.write_faults += 1;
-        if self.write_faults >= 4096 {
-            self.read_installs /= 2;
-            self.write_faults /= 2;
+        self.written += 1;
+        self.forget_old();
+    }
+
+    const fn forget_old(&mut self) {
+        if self.kept >= Self::WINDOW || self.written >= Self::WINDOW {
+            self.kept /= 2;
+            self.written /= 2;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What part of `count` pages is kept clean, in percent, if every `nth` of those is written.
+    fn kept(write_back: &mut WriteBack, count: u32, nth: u32) -> u32 {
+        let mut kept = 0;
+        for _ in 0..count {
+            let before = kept;
+            kept += u32::from(write_back.keeps_next());
+            if kept > before && kept % nth == 0 {
+                write_back.note_write_fault();
+            }
+        }
+        kept * 100 / count
+    }
+
+    #[test]
+    fn pages_are_kept_clean_where_few_are_written() {
+        let mut write_back = WriteBack::default();
+        assert_eq!(kept(&mut write_back, 10_000, 100), 100);
+        assert!(kept(&mut write_back, 10_000, 1) < 10);
+        assert!(kept(&mut write_back, 30_000, 100) > 50);
     }
 }

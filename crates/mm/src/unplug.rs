@@ -57,19 +57,10 @@ impl AddressSpace {
                 Pte::Device { page: there, .. } if device.contains(there) => return Some(page),
                 Pte::Present {
                     frame,
-                    heat,
                     copy: Copy::Kept,
+                    ..
                 } if device.contains(self.kept_copy(frame)) => {
-                    cursor.set(
-                        page,
-                        Pte::Present {
-                            frame,
-                            heat,
-                            copy: Copy::None,
-                        },
-                    );
-                    self.mmu.unprotect(self.table.address(page), 1);
-                    self.drop_copy(frame, Copy::Kept);
+                    self.forget_kept(&mut cursor, page.0..page.0 + 1);
                 }
                 Pte::Staged {
                     frame,
