@@ -25,8 +25,26 @@ pub fn is_ours(fd: RawFd) -> bool {
 /// The lowest number in a range that is a descriptor of ours.
 #[must_use]
 pub fn lowest_of_ours(range: Range<RawFd>) -> Option<RawFd> {
-    let watched = RawFd::try_from(WATCHED).unwrap_or(RawFd::MAX);
-    (range.start.max(0)..range.end.min(watched)).find(|fd| is_ours(*fd))
+    let mut fd = usize::try_from(range.start).unwrap_or(0);
+    while let Some(word) = OURS.get(fd / 64) {
+        // Relaxed: see `is_ours`.
+        let rest = word.load(Ordering::Relaxed) >> (fd % 64);
+        if rest != 0 {
+            let found = fd + rest.trailing_zeros() as usize;
+            return RawFd::try_from(found).ok().filter(|fd| *fd < range.end);
+        }
+        fd = (fd / 64 + 1) * 64;
+    }
+    None
+}
+
+/// In a fork's child: closes the descriptors of ours that it has inherited. Their numbers are anybody's then.
+pub fn close_inherited() {
+    while let Some(fd) = lowest_of_ours(0..RawFd::MAX) {
+        drop(Mark(fd));
+        // SAFETY: the descriptor was ours, and a child uses none of them.
+        unsafe { rustix::io::close(fd) };
+    }
 }
 
 fn word_and_bit(fd: RawFd) -> Option<(&'static AtomicU64, u64)> {

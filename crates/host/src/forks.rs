@@ -9,6 +9,7 @@
 //! Called by the host's page tables alone. Under the lock there are system calls only: no other lock, no allocation; and
 //! no signal handler runs there, as it may touch a page that the thread which serves faults then cannot come to bring.
 
+use core::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -29,6 +30,8 @@ const BATCH: usize = 16;
 /// What a userfaultfd had to say, and who waits for pages.
 #[derive(Debug)]
 pub(crate) struct Forks {
+    /// The memory that children get pages for, in bytes.
+    arena: Range<usize>,
     state: RwLock<State>,
 }
 
@@ -64,13 +67,14 @@ pub(crate) struct Held<'a> {
 }
 
 impl Forks {
-    pub(crate) fn new() -> Arc<Self> {
+    pub(crate) fn new(arena: Range<usize>) -> Arc<Self> {
         let state = State {
             queue: Vec::with_capacity(ROOM),
             children: Vec::with_capacity(ROOM),
             next_id: 0,
         };
         Arc::new(Self {
+            arena,
             state: RwLock::new(state),
         })
     }
@@ -136,6 +140,13 @@ impl Forks {
         let mut state = self.write();
         let place = state.children.iter().position(|child| child.id == id);
         let child = place.map(|place| state.children.swap_remove(place));
+        if let Some(child) = &child {
+            // Closing is not enough: a child that was forked since has a copy of the descriptor. It fails if the child has
+            // ended, or has mapped a file there, and then only closing is left.
+            let _ = child.uffd.unregister(self.arena.start, self.arena.len());
+            // A fork of the child that was under way may still wait to be told of.
+            state.read_grandchildren(&child.uffd);
+        }
         drop(state);
         // Closing it waits for the child's lock, and that is nobody else's business.
         drop(child);
@@ -245,17 +256,24 @@ impl State {
             let mut messages = [RawMessage::default(); BATCH];
             let room = self.room();
             let count = read_messages(&child.uffd, &mut messages[..room]);
-            for message in messages[..count].iter().map(RawMessage::parse) {
-                self.add_grandchild(message);
-            }
+            self.add_grandchildren(&messages[..count]);
             index += 1;
         }
     }
 
-    fn add_grandchild(&mut self, message: Message) {
-        match message {
-            Message::Fork { fd } => self.add_child(fd),
-            Message::Fault { .. } | Message::Other => {}
+    fn read_grandchildren(&mut self, child: &Uffd) {
+        let mut messages = [RawMessage::default(); BATCH];
+        let room = self.room();
+        let count = read_messages(child, &mut messages[..room]);
+        self.add_grandchildren(&messages[..count]);
+    }
+
+    fn add_grandchildren(&mut self, messages: &[RawMessage]) {
+        for message in messages.iter().map(RawMessage::parse) {
+            match message {
+                Message::Fork { fd } => self.add_child(fd),
+                Message::Fault { .. } | Message::Other => {}
+            }
         }
     }
 

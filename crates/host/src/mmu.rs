@@ -139,7 +139,7 @@ impl HostMmu {
             uffd,
             staging_uffd,
             kick,
-            forks: Forks::new(),
+            forks: Forks::new(arena.address()..arena.address() + arena.len()),
             children,
             made_here,
             arena,

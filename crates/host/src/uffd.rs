@@ -80,6 +80,7 @@ struct WriteProtect {
 
 const IOCTL_API: Opcode = opcode::read_write::<ApiArg>(GROUP, 0x3F);
 const IOCTL_REGISTER: Opcode = opcode::read_write::<Register>(GROUP, 0x00);
+const IOCTL_UNREGISTER: Opcode = opcode::read::<Range>(GROUP, 0x01);
 const IOCTL_WAKE: Opcode = opcode::read::<Range>(GROUP, 0x02);
 const IOCTL_COPY: Opcode = opcode::read_write::<Transfer>(GROUP, 0x03);
 const IOCTL_MOVE: Opcode = opcode::read_write::<Transfer>(GROUP, 0x05);
@@ -205,6 +206,12 @@ impl Uffd {
             ioctls: 0,
         };
         self.call::<IOCTL_REGISTER, _>(&mut arg)
+    }
+
+    /// Asks for no more faults of a range, and wakes who waits there.
+    pub(crate) fn unregister(&self, start: usize, len: usize) -> Result<(), Errno> {
+        let mut arg = range(start, len);
+        self.call::<IOCTL_UNREGISTER, _>(&mut arg)
     }
 
     /// Copies bytes to missing pages, and wakes who waits for them.

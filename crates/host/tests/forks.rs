@@ -88,6 +88,32 @@ fn a_child_waits_for_the_pages_that_it_is_given() {
     assert_eq!(status.join().unwrap(), 0);
 }
 
+/// A child that was forked later has a copy of the descriptor by which the first is served; the first goes on all the same.
+#[test]
+fn a_child_goes_on_though_another_has_its_descriptor() {
+    let _alone = alone();
+    let Some(mmu) = served(16) else { return };
+    let first = fork(&mmu, |mmu| bytes(mmu, 0).0[0] == 0);
+    let child = next_child(&mmu);
+    // Time to touch the page that is missing.
+    thread::sleep(Duration::from_millis(20));
+    let (reader, writer) = rustix::pipe::pipe().unwrap();
+    let second = fork(&mmu, move |_| rustix::io::read(&reader, &mut [0]).is_ok());
+    drop(next_child(&mmu));
+    drop(child);
+    for _ in 0..500 {
+        if first.is_finished() {
+            break;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    let went_on = first.is_finished();
+    rustix::io::write(&writer, &[1]).unwrap();
+    assert_eq!(second.join().unwrap(), 0);
+    assert!(went_on, "the first child waits for ever");
+    assert_eq!(first.join().unwrap(), 0);
+}
+
 /// The child's snapshot is not changed by a page that the parent brings back, and writes, before the child is served.
 #[test]
 fn a_page_that_comes_back_first_is_given_to_the_child() {

@@ -33,7 +33,7 @@ pub(crate) fn manage(space: &'static AddressSpace) {
     ALIVE.store(ptr::from_ref(alive).cast_mut(), Ordering::Relaxed);
     // Release: pairs with the acquire in `space`; who finds the space finds all of the above.
     SPACE.store(ptr::from_ref(space).cast_mut(), Ordering::Release);
-    crate::forks::announce(space);
+    crate::forks::attend(space);
     crate::alloc::manage(space);
 }
 
