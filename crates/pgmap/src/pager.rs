@@ -47,6 +47,7 @@ const TICK: Duration = Duration::from_millis(100);
 
 /// Where the stacks of the pager's threads are: a byte near the top of each, 0 while it does not run.
 ///
+/// For the preloaded library, which has one pager for the life of the process.
 /// Told from the stack pointer because anything else (thread-local storage, a system call) is too dear for every
 /// allocation, and too fragile on these threads.
 static STACKS: [AtomicUsize; 2] = [const { AtomicUsize::new(0) }; 2];
