@@ -21,6 +21,13 @@ static char *fresh(void) {
     return mmap(0, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 }
 
+/* Whether reading there gets this signal. */
+static int dies_of(int wanted, char *at) {
+    int got = sigsetjmp(back, 1);
+    if (got == 0) return (void)*(volatile char *)at, 0;
+    return got == wanted;
+}
+
 int main(void) {
     signal(SIGSEGV, caught);
     signal(SIGBUS, caught);
@@ -102,11 +109,48 @@ int main(void) {
         close(file);
         CHECK(over[0] == 7 && over[2 * PAGE + 1] == 'E' && over[3 * PAGE] == 7);
         CHECK(munmap(over, LARGE) == 0);
-        char *elsewhere = mmap(over + LARGE / 2, LARGE / 4, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        char *elsewhere = mmap(over + LARGE / 2, LARGE / 4, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         CHECK(elsewhere != MAP_FAILED);
         CHECK(munmap(elsewhere, LARGE / 4) == 0);
         for (int n = 0; n < 16; n++) memset(fresh(), n, BYTES);
     }
+
+    /* Addresses that are reserved, and used by parts, as virtual machines do: in either way, and given up again. */
+    enum { RESERVED = 256 << 20, PART = 32 << 20, KIND = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE };
+    char *reserved = mmap(0, RESERVED, PROT_NONE, KIND, -1, 0);
+    CHECK(reserved != MAP_FAILED);
+    CHECK(munmap(reserved + RESERVED - PART, PART) == 0);
+    CHECK(mprotect(reserved, PART, PROT_READ | PROT_WRITE) == 0);
+    CHECK(mmap(reserved + PART, PART, PROT_READ | PROT_WRITE, KIND | MAP_FIXED, -1, 0) == reserved + PART);
+    for (size_t p = 0; p < 2 * PART; p += PAGE) *(size_t *)(reserved + p) = p ^ 0x5a5a;
+    for (size_t p = 0; p < 2 * PART; p += PAGE) CHECK(*(size_t *)(reserved + p) == (p ^ 0x5a5a));
+    CHECK(dies_of(SIGSEGV, reserved + 2 * PART));
+    CHECK(mmap(reserved, PART, PROT_NONE, KIND | MAP_FIXED, -1, 0) == reserved);
+    CHECK(dies_of(SIGSEGV, reserved));
+    CHECK(mprotect(reserved, PART, PROT_READ | PROT_WRITE) == 0);
+    for (size_t p = 0; p < PART; p += PAGE) CHECK(*(size_t *)(reserved + p) == 0);
+    for (size_t p = PART; p < 2 * PART; p += PAGE) CHECK(*(size_t *)(reserved + p) == (p ^ 0x5a5a));
+    if (getenv("PGMAP_RUN")) {
+        static unsigned char there[2 * PART / PAGE];
+        size_t count = 0;
+        CHECK(mincore(reserved, 2 * PART, there) == 0);
+        for (size_t p = 0; p < sizeof there; p++) count += there[p] & 1;
+        CHECK(count < sizeof there / 4);
+    }
+
+    /* A protection key forbids what it forbids, and the bytes stay. */
+    int key = pkey_alloc(0, 0);
+    if (key >= 0) {
+        CHECK(pkey_mprotect(reserved + PART, 1 << 20, PROT_READ | PROT_WRITE, key) == 0);
+        for (size_t p = PART; p < 2 * PART; p += PAGE) CHECK(*(size_t *)(reserved + p) == (p ^ 0x5a5a));
+        CHECK(pkey_set(key, PKEY_DISABLE_ACCESS) == 0);
+        CHECK(dies_of(SIGSEGV, reserved + PART));
+        CHECK(pkey_set(key, 0) == 0);
+        CHECK(pkey_mprotect(reserved + PART, 1 << 20, PROT_READ | PROT_WRITE, 0) == 0);
+        CHECK(pkey_free(key) == 0);
+        for (size_t p = PART; p < 2 * PART; p += PAGE) CHECK(*(size_t *)(reserved + p) == (p ^ 0x5a5a));
+    }
+    CHECK(munmap(reserved, RESERVED - PART) == 0);
 
     /* Freed addresses come back as zeros. */
     for (int k = 0; k < 50; k++) {

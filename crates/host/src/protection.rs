@@ -11,6 +11,9 @@ use rustix::mm::MprotectFlags;
 /// What pages allow of which nobody has said anything.
 pub(crate) const READ_WRITE: MprotectFlags = MprotectFlags::READ.union(MprotectFlags::WRITE);
 
+/// What pages allow that have a protection key: the machine knows, and moves them nowhere.
+pub(crate) const KEYED: MprotectFlags = MprotectFlags::from_bits_retain(1 << 31);
+
 /// Protections of pages, by their number.
 ///
 /// # Invariants

@@ -14,8 +14,8 @@ use rustix::mm::{MprotectFlags, ProtFlags, mprotect};
 
 use crate::area::{Area, OnFork};
 use crate::mmu::HostMmu;
-use crate::protection::{Protections, READ_WRITE};
-use crate::transit::Transit;
+use crate::protection::{KEYED, Protections, READ_WRITE};
+use crate::transit::{Transit, last_error};
 use crate::uffd::{Done, Uffd};
 
 /// Pages that leave at once.
@@ -73,6 +73,35 @@ impl HostMmu {
         Ok(())
     }
 
+    /// As [`protect`](Self::protect), with a protection key.
+    ///
+    /// # Errors
+    ///
+    /// What the machine answers.
+    ///
+    /// # Safety
+    ///
+    /// As for `protect`.
+    pub unsafe fn protect_with_key(
+        &self,
+        at: VirtAddr,
+        count: u32,
+        protection: MprotectFlags,
+        key: i32,
+    ) -> Result<(), Errno> {
+        let pages = self.numbers(at, count as usize);
+        let mut restricted = self.restricted.lock();
+        let (start, len) = (at.get(), count as usize * PAGE_SIZE);
+        // SAFETY: by the function's contract; `numbers` has checked that the pages are in the arena.
+        let answer =
+            unsafe { libc::syscall(libc::SYS_pkey_mprotect, start, len, protection.bits(), key) };
+        if answer != 0 {
+            return Err(last_error());
+        }
+        restricted.protections.set(pages, KEYED);
+        Ok(())
+    }
+
     /// Whether any of these pages allows anything else than reading and writing.
     pub fn is_restricted(&self, at: VirtAddr, count: u32) -> bool {
         let pages = self.numbers(at, count as usize);
@@ -99,6 +128,8 @@ impl HostMmu {
             let progress = if protection == READ_WRITE {
                 drop(restricted);
                 self.move_out(at, len, target)
+            } else if protection == KEYED {
+                Self::refused(Stop::Unevictable)
             } else if protection.contains(MprotectFlags::WRITE) {
                 self.take_through_depot(&restricted, at..at + len, target, protection)
             } else {

@@ -243,6 +243,30 @@ impl AddressSpace {
         Ok(())
     }
 
+    /// As [`protect`](Self::protect), and gives the pages a protection key (`pkey_mprotect`). They stay in RAM for as long as
+    /// they have it.
+    ///
+    /// # Errors
+    ///
+    /// As for `protect`.
+    ///
+    /// # Safety
+    ///
+    /// As for `protect`.
+    pub unsafe fn protect_with_key(
+        &self,
+        at: usize,
+        bytes: usize,
+        prot: i32,
+        key: i32,
+    ) -> Result<(), MapError> {
+        let (start, pages) = self.pages(at, bytes)?;
+        let flags = MprotectFlags::from_bits_retain(prot.cast_unsigned());
+        // SAFETY: by this function's contract.
+        unsafe { self.mmu.protect_with_key(start, pages, flags, key)? };
+        Ok(())
+    }
+
     /// Makes a mapping longer or shorter (`mremap`), at another address if it must and may.
     ///
     /// # Errors

@@ -1,7 +1,8 @@
 //! `mmap`, `munmap`, `mremap`, `mprotect` and `mlockall`.
 //!
-//! Managed are private anonymous mappings of 128 KiB and more that may be read and written. Whatever is not, and every
-//! address that is not among the managed ones, goes to the kernel as it came.
+//! Managed are private anonymous mappings of 128 KiB and more that may be read and written; and those that may not, if
+//! they are made with `MAP_NORESERVE`: so virtual machines (Java, JavaScript) reserve the addresses of which they use parts later. Whatever is
+//! not, and every address that is not among the managed ones, goes to the kernel as it came.
 
 use core::ffi::{c_int, c_void};
 
@@ -53,33 +54,28 @@ pub(crate) unsafe extern "C" fn mmap(
     fd: c_int,
     offset: i64,
 ) -> *mut c_void {
-    let plain = flags & !HARMLESS == 0
-        && flags & libc::MAP_PRIVATE != 0
-        && flags & libc::MAP_ANONYMOUS != 0
-        && protection & !libc::PROT_EXEC == READ_WRITE;
-    if plain
+    let is_reservation = flags & libc::MAP_NORESERVE != 0;
+    let is_used_now = protection & !libc::PROT_EXEC == READ_WRITE;
+    if is_plain(flags)
+        && (is_used_now || is_reservation)
         && bytes >= LEAST_BYTES
         && !pgmap::run::is_pager_thread()
         && let Some(space) = state::space()
     {
         let _blocked = SignalsBlocked::new();
         // Without a reservation a program may ask for more than there is, as long as it does not use it.
-        let mapped = if flags & libc::MAP_NORESERVE == 0 {
-            space.map(bytes, PAGE)
-        } else {
+        let mapped = if is_reservation {
             space.reserve(bytes, PAGE)
+        } else {
+            space.map(bytes, PAGE)
         };
-        if mapped.is_ok() || flags & libc::MAP_NORESERVE == 0 {
+        if mapped.is_ok() || !is_reservation {
             return answer(mapped.and_then(|at| allow(space, at, bytes, protection)));
         }
     }
     if flags & (libc::MAP_FIXED | libc::MAP_FIXED_NOREPLACE) == libc::MAP_FIXED {
-        let anonymous = flags & !libc::MAP_FIXED & !HARMLESS == 0
-            && flags & libc::MAP_PRIVATE != 0
-            && flags & libc::MAP_ANONYMOUS != 0;
         if let Some(space) = managing(address as usize, bytes)
-            && anonymous
-            && protection & !libc::PROT_EXEC == READ_WRITE
+            && is_plain(flags & !libc::MAP_FIXED)
             && space.is_mapped(address as usize, bytes)
         {
             let _blocked = SignalsBlocked::new();
@@ -101,6 +97,11 @@ pub(crate) unsafe extern "C" fn mmap(
     ];
     // SAFETY: by this function's contract.
     unsafe { syscall_pointer(libc::SYS_mmap, arguments) }
+}
+
+/// Whether flags ask for private anonymous memory, and for nothing that we do not know.
+const fn is_plain(flags: c_int) -> bool {
+    flags & !HARMLESS == 0 && flags & libc::MAP_PRIVATE != 0 && flags & libc::MAP_ANONYMOUS != 0
 }
 
 /// Gives fresh memory the rights that were asked for, or takes it back.
@@ -281,6 +282,35 @@ pub(crate) unsafe extern "C" fn mprotect(
     let arguments = [address as usize, bytes, word(protection), 0, 0, 0];
     // SAFETY: by this function's contract.
     unsafe { syscall_int(libc::SYS_mprotect, arguments) }
+}
+
+/// See `pkey_mprotect(2)`.
+///
+/// # Safety
+///
+/// As `pkey_mprotect(2)`.
+#[unsafe(no_mangle)]
+pub(crate) unsafe extern "C" fn pkey_mprotect(
+    address: *mut c_void,
+    bytes: usize,
+    protection: c_int,
+    key: c_int,
+) -> c_int {
+    if key < 0 {
+        // SAFETY: by this function's contract.
+        return unsafe { mprotect(address, bytes, protection) };
+    }
+    if bytes > 0
+        && let Some(space) = managing(address as usize, bytes)
+    {
+        let _blocked = SignalsBlocked::new();
+        // SAFETY: by this function's contract.
+        return unsafe { space.protect_with_key(address as usize, bytes, protection, key) }
+            .map_or_else(fail, |()| 0);
+    }
+    let arguments = [address as usize, bytes, word(protection), word(key), 0, 0];
+    // SAFETY: by this function's contract.
+    unsafe { syscall_int(libc::SYS_pkey_mprotect, arguments) }
 }
 
 /// See mlockall(2). Locking all of managed memory would bring all of it into RAM, against what the user has asked for:
