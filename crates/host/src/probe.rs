@@ -180,17 +180,17 @@ fn fork_events(features: u64) -> Check {
 }
 
 fn addresses() -> Check {
-    /// As much as a large program may ask for.
-    const WANTED: usize = 1 << 40;
+    /// What a program's addresses and the tables for them take, about.
+    const WANTED: usize = 5 << 38;
     let mode = setting("/proc/sys/vm/overcommit_memory");
     let reserved = Area::reserve(WANTED, ProtFlags::READ | ProtFlags::WRITE, OnFork::Inherit);
     let (finding, seen) = match reserved {
         Ok(_) => (
             Finding::Ok,
-            format!("1 TiB can be reserved; vm.overcommit_memory is {mode}"),
+            format!("1.25 TiB can be reserved; vm.overcommit_memory is {mode}"),
         ),
         Err(errno) => {
-            let seen = format!("1 TiB: {errno}; vm.overcommit_memory is {mode}");
+            let seen = format!("1.25 TiB: {errno}; vm.overcommit_memory is {mode}");
             (Finding::Degraded, seen)
         }
     };

@@ -22,8 +22,8 @@ use crate::space::{AddressSpace, MapError};
 pub(crate) const MIN_RAM_BYTES: u64 = 1 << 20;
 /// Staging slots that are for pages on their way to a device, whatever the budget.
 const SPARE_SLOTS: u64 = 256;
-/// Managed addresses, in bytes: 256 GiB.
-const ADDRESSES: usize = 256 << 30;
+/// Managed addresses, in bytes: 1 TiB, as virtual machines reserve hundreds of GiB.
+const ADDRESSES: usize = 1 << 40;
 
 static PLATFORM: HostPlatform = HostPlatform;
 
