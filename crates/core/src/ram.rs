@@ -58,7 +58,8 @@ pub struct Ram {
     free: Mutex<FreeList>,
     capacity: u64,
     limit: AtomicU64, // A
-    /// Frames that may be in use for a while, though they are above the limit; 0 if none may.
+    /// Frames that may be in use for a while, though they are above the limit: 0 if none may, [`u64::MAX`] while the limit
+    /// is suspended.
     ceiling: AtomicU64, // read and changed under `free`'s lock
     in_use: AtomicU64, // changed under `free`'s lock, read by anybody
     peak: AtomicU64,  // as `in_use`
@@ -100,7 +101,7 @@ impl Ram {
     /// somebody frees them: see [`deficit`](Self::deficit).
     pub fn set_limit(&self, frames: u64) {
         let _lock = self.free.lock();
-        self.allowed();
+        self.lower_ceiling(0);
         // Relaxed: as in `limit`.
         self.limit
             .store(frames.min(self.capacity), Ordering::Relaxed);
@@ -139,31 +140,39 @@ impl Ram {
         self.ceiling.store(u64::MAX, Ordering::Relaxed);
     }
 
-    /// The limit holds again. Frames that are in use above it now may be used until they are freed, and are not had again.
+    /// The limit holds again. Frames that are in use above it now may be used until they are freed; of those that are freed,
+    /// half can be had again until the limit is kept.
     pub fn restore_limit(&self) {
         let _lock = self.free.lock();
         self.ceiling.store(self.in_use() + SLACK, Ordering::Relaxed);
-        self.allowed();
+        self.lower_ceiling(0);
     }
 
     /// Frames that may be in use now. Under the lock.
     fn allowed(&self) -> u64 {
+        self.limit().max(self.ceiling.load(Ordering::Relaxed))
+    }
+
+    /// After `freed` frames were freed: half of them are not had again, so that the limit is kept in the end, however many
+    /// are wanted. Under the lock, before any is taken.
+    fn lower_ceiling(&self, freed: u64) {
         let (limit, in_use) = (self.limit(), self.in_use());
-        let mut ceiling = self.ceiling.load(Ordering::Relaxed);
-        if ceiling != 0 && ceiling != u64::MAX {
-            ceiling = if in_use <= limit {
-                0
-            } else {
-                ceiling.min(in_use + SLACK)
-            };
-            self.ceiling.store(ceiling, Ordering::Relaxed);
+        let ceiling = self.ceiling.load(Ordering::Relaxed);
+        if ceiling == 0 || ceiling == u64::MAX {
+            return;
         }
-        limit.max(ceiling)
+        let less = ceiling
+            .saturating_sub(freed.div_ceil(2))
+            .min(in_use + SLACK);
+        let kept = in_use <= limit || less <= limit;
+        self.ceiling
+            .store(if kept { 0 } else { less }, Ordering::Relaxed);
     }
 
     /// Takes frames, one reference each, as many as there are up to the length of `out`. Says how many.
     pub fn alloc(&self, out: &mut [Pfn]) -> usize {
         let mut free = self.free.lock();
+        self.lower_ceiling(0);
         let most = usize::try_from(self.allowed().saturating_sub(self.in_use()))
             .unwrap_or(usize::MAX)
             .min(out.len());
@@ -197,7 +206,7 @@ impl Ram {
         }
         // Relaxed: changed under the lock only.
         self.in_use.fetch_sub(freed, Ordering::Relaxed);
-        self.allowed();
+        self.lower_ceiling(freed);
     }
 
     /// Drops one pin of a frame; if its owner has let go meanwhile, the frame is free now.
@@ -207,7 +216,7 @@ impl Ram {
             free.give(&self.map, Pfn::from_u32(0), pfn);
             // Relaxed: changed under the lock only.
             self.in_use.fetch_sub(1, Ordering::Relaxed);
-            self.allowed();
+            self.lower_ceiling(1);
         }
     }
 }
@@ -268,6 +277,25 @@ mod tests {
         ram.free(&out[..328]);
         assert_eq!(ram.in_use(), 0);
         assert_eq!(ram.alloc(&mut out), 100);
+    }
+
+    /// A program that wants as many frames as are freed does not keep the limit from being kept.
+    #[test]
+    fn a_suspended_limit_is_kept_again_however_many_frames_are_wanted() {
+        let map = MemoryMap::new(&HeapPlatform, 1024).unwrap();
+        let ram = map.add_ram(1024).unwrap();
+        let mut used = vec![Pfn::from_u32(0); 500];
+        assert_eq!(ram.alloc(&mut used), 500);
+        ram.suspend_limit();
+        ram.set_limit(100);
+        ram.restore_limit();
+        for _ in 0..40 {
+            ram.free(&used.split_off(used.len() - 32));
+            let mut out = [Pfn::from_u32(0); 32];
+            let taken = ram.alloc(&mut out);
+            used.extend(&out[..taken]);
+        }
+        assert_eq!(ram.in_use(), 100);
     }
 
     /// WB-6: a frame whose bytes are lost is not handed out again; the others are.

@@ -1,5 +1,8 @@
 //! Our descriptors among the program's: out of its way, and known by their numbers, so that it cannot close them.
 //!
+//! A descriptor that comes with the message of a fork has a low number for an instant, before it is moved: a program that closes
+//! numbers which it has not opened, on another thread, can hit it then.
+//!
 //! What must never happen here: a number that stays marked after its descriptor is closed, as the program gets it next.
 
 use core::ops::Range;
@@ -42,7 +45,7 @@ pub fn lowest_of_ours(range: Range<RawFd>) -> Option<RawFd> {
 pub fn close_inherited() {
     while let Some(fd) = lowest_of_ours(0..RawFd::MAX) {
         drop(Mark(fd));
-        // SAFETY: the descriptor was ours, and a child uses none of them.
+        // SAFETY: the descriptor was ours; a child uses none of them, and drops nothing that owns one.
         unsafe { rustix::io::close(fd) };
     }
 }

@@ -24,6 +24,8 @@ use crate::uffd::{Done, Message, RawMessage, Uffd};
 
 /// Messages, and children, that wait at most. A program whose forks are more than that ahead of the pager waits in fork.
 const ROOM: usize = 4096;
+/// Parts of the arena whose registration is ended one by one, at most.
+const UNREGISTERED: usize = 256;
 /// Messages read at once.
 const BATCH: usize = 16;
 
@@ -141,9 +143,12 @@ impl Forks {
         let place = state.children.iter().position(|child| child.id == id);
         let child = place.map(|place| state.children.swap_remove(place));
         if let Some(child) = &child {
-            // Closing is not enough: a child that was forked since has a copy of the descriptor. It fails if the child has
-            // ended, or has mapped a file there, and then only closing is left.
-            let _ = child.uffd.unregister(self.arena.start, self.arena.len());
+            // Closing is not enough: a child that was forked since has a copy of the descriptor.
+            unregister(
+                &child.uffd,
+                self.arena.clone(),
+                self.arena.len() / UNREGISTERED,
+            );
             // A fork of the child that was under way may still wait to be told of.
             state.read_grandchildren(&child.uffd);
         }
@@ -292,6 +297,17 @@ impl State {
         self.children.push(Child { id, uffd });
         self.queue.push(Queued::Fork { id });
     }
+}
+
+/// Ends a child's registration. The machine refuses a range with a file in it, which is halved then; what is left in the
+/// end, `least` bytes around the file, ends when the last copy of the descriptor is closed.
+fn unregister(child: &Uffd, range: Range<usize>, least: usize) {
+    if child.unregister(range.start, range.len()) != Err(Errno::INVAL) || range.len() <= least {
+        return;
+    }
+    let half = (range.len() / 2).next_multiple_of(PAGE_SIZE);
+    unregister(child, range.start..range.start + half, least);
+    unregister(child, range.start + half..range.end, least);
 }
 
 /// Reads waiting messages. Answers how many; an error means that there is nothing to read.

@@ -205,6 +205,10 @@ impl HostMmu {
         let Ok(transit) = taken else {
             return Self::refused(Stop::Unevictable);
         };
+        if !transit.is_open() {
+            self.put_back(restricted, transit, 0, next_child);
+            return Self::refused(Stop::Unevictable);
+        }
         let mut may_be_shared = true;
         let progress = self.repeat(range.len(), |offset, len| {
             let source = transit.address(offset) as usize;

@@ -21,14 +21,15 @@ use crate::protection::READ_WRITE;
 ///
 /// # Invariants
 ///
-/// `start..start + len` is mapped, may be read and written, is known to nobody else, and nobody is told of its faults. The
-/// page at its beginning came from `home`, where memory has this `protection`.
+/// `start..start + len` is mapped, may be read (and written, if `is_open`), is known to nobody else, and nobody is told of its
+/// faults. The page at its beginning came from `home`, where memory has this `protection`.
 #[derive(Debug)]
 pub(crate) struct Transit {
     start: *mut u8,
     len: usize,
     home: usize,
     protection: MprotectFlags,
+    is_open: bool,
 }
 
 impl Transit {
@@ -44,7 +45,7 @@ impl Transit {
     ///
     /// # Panics
     ///
-    /// If the machine does not let memory be written that nobody else uses.
+    /// If the machine does not let memory be read that nobody else uses.
     pub(crate) unsafe fn take(
         home: usize,
         len: usize,
@@ -61,18 +62,28 @@ impl Transit {
         let new = unsafe { libc::syscall(libc::SYS_mremap, old, len, len, flags, 0usize) };
         let start = usize::try_from(new).map_err(|_| last_error())? as *mut u8;
         // INVARIANT: the kernel has just mapped them there, told nobody, and without userfaultfd's interest in them.
-        let transit = Self {
+        let mut transit = Self {
             start,
             len,
             home,
             protection,
+            is_open: true,
         };
-        let allowed = transit.allow(0, READ_WRITE);
-        assert!(
-            allowed.is_ok(),
-            "pages on their way out may not be written: {allowed:?}"
-        );
+        if transit.allow(0, READ_WRITE).is_err() {
+            // The program has set itself a limit of writable memory (RLIMIT_DATA).
+            transit.is_open = false;
+            let allowed = transit.allow(0, MprotectFlags::READ);
+            assert!(
+                allowed.is_ok(),
+                "pages on their way out may not be read: {allowed:?}"
+            );
+        }
         Ok(transit)
+    }
+
+    /// Whether the pages can be moved on: they may be written here.
+    pub(crate) const fn is_open(&self) -> bool {
+        self.is_open
     }
 
     /// In bytes.

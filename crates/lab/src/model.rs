@@ -444,8 +444,12 @@ unsafe impl Mmu for ModelMmu {
         }
     }
 
-    fn unshare(&self, _: VirtAddr) -> bool {
-        // There are no forks here, so nothing is shared.
+    fn unshare(&self, at: VirtAddr) -> bool {
+        // There are no forks here, so nothing is shared. Writing must be no fault: nobody would come to serve it.
+        assert!(
+            writable(&self.memory.lock(), at).is_ok(),
+            "a page that is made private agrees to be written"
+        );
         true
     }
 }

@@ -255,8 +255,8 @@ impl AddressSpace {
     /// RAM, and most children end soon: so it is done for one page of a block at a time, unless the limit is passed, and all
     /// have to go. Says whether it was done to this page, which the machine has just called busy.
     ///
-    /// Under the cursor, and without its device copy, the page is mapped and may be written, so making it private is no
-    /// fault that the fault thread would have to serve: that one may be waiting for the very memory that we free.
+    /// Under the cursor, and unprotected, the page is mapped and may be written, so making it private is no fault that the
+    /// fault thread would have to serve: that one may be waiting for the very memory that we free, or for the cursor.
     fn unshare(
         &self,
         caller: Caller,
@@ -269,8 +269,11 @@ impl AddressSpace {
         if !shared || (unshared > 0 && self.ram.deficit() == 0) {
             return false;
         }
+        let at = self.table.address(page);
         self.forget_kept(cursor, page.0..page.0 + 1);
-        self.mmu.unshare(self.table.address(page));
+        // A page may be protected that has no copy: one that could not leave by a detour, and came back.
+        self.mmu.unprotect(at, 1);
+        self.mmu.unshare(at);
         true
     }
 

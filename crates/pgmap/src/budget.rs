@@ -3,7 +3,8 @@
 //!
 //! Each process decides for itself, from what all of them have written down: nobody waits for anybody. When nothing is
 //! left and somebody lacks frames, those who have more than a fair part give some up at every look, and those who lack
-//! none (they wait, or have finished) give up more, down to the least that a process can work with.
+//! none (they wait, or have finished) give up more, down to the least that a process can work with. A process that is stopped
+//! (SIGSTOP) looks no more, and keeps what it has.
 
 use core::ptr;
 
@@ -69,7 +70,8 @@ impl Grant {
     pub(crate) fn look(&self, ram: &Ram) {
         let pressed = self.pressed.swap(false, Ordering::Relaxed);
         self.mine.hungry.store(pressed, Ordering::Relaxed);
-        let mut limit = ram.limit();
+        // `grow` may have raised the limit by what this gave back just then.
+        let mut limit = ram.limit().min(self.held());
         if !pressed {
             let used = ram.in_use();
             limit = limit.min(used + (used / 4).max(LEAST));

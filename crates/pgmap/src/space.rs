@@ -325,7 +325,9 @@ impl AddressSpace {
     /// Announces a fork by the calling thread: brings all pages into RAM, whatever the budget, so that the child inherits
     /// them. If that cannot be had, the child gets SIGSEGV when it touches managed memory.
     pub fn before_fork(&self) {
-        let complete = self.with_worker(|worker| self.inner.before_fork(worker));
+        let mut worker = self.take_worker();
+        let complete = self.inner.before_fork(&mut worker);
+        self.keep_worker(worker);
         let mut announced = self.announced.lock();
         *announced += 1;
         if complete {
@@ -373,32 +375,34 @@ impl AddressSpace {
         };
         let (start, pages) = self.pages(at, bytes).map_err(|_| bad)?;
         let (label, began) = (label.into(), Instant::now());
-        loop {
+        let could_be_had = u64::from(pages) <= self.inner.ram().limit();
+        let mut worker = self.take_worker();
+        let pin = loop {
             let label = label.clone();
-            let pin = self.with_worker(|worker| {
-                pin_user_pages(&self.inner, worker, start, pages, access, label)
-            });
-            let could_be_had = u64::from(pages) <= self.inner.ram().limit();
-            match pin {
-                Err(PinError::NoMemory { .. })
-                    if could_be_had && began.elapsed() < PIN_PATIENCE =>
-                {
-                    // Pages are on their way out, or others hold them for a moment.
-                    std::thread::sleep(PIN_RETRY);
-                }
-                pin => return pin,
+            let pin = pin_user_pages(&self.inner, &mut worker, start, pages, access, label);
+            let short = matches!(pin, Err(PinError::NoMemory { .. }));
+            if !short || !could_be_had || began.elapsed() >= PIN_PATIENCE {
+                break pin;
             }
-        }
+            // Pages are on their way out, or others hold them for a moment.
+            std::thread::sleep(PIN_RETRY);
+        };
+        self.keep_worker(worker);
+        pin
     }
 
-    /// Does something that takes a worker; the last one that was used, if nobody else has it.
-    fn with_worker<T>(&self, work: impl FnOnce(&mut Worker) -> T) -> T {
+    /// The last worker that was used, if nobody else has it.
+    fn take_worker(&self) -> Worker {
         let spare = self.spare_worker.lock().take();
-        let mut worker = spare.unwrap_or_default();
-        let result = work(&mut worker);
+        spare.unwrap_or_default()
+    }
+
+    /// Keeps a worker for the next thread.
+    fn keep_worker(&self, mut worker: Worker) {
         worker.release(&self.inner);
-        *self.spare_worker.lock() = Some(worker);
-        result
+        let before = self.spare_worker.lock().replace(worker);
+        // Not under the lock.
+        drop(before);
     }
 
     /// Who has pinned any of these addresses, oldest first (REF-7).
