@@ -90,7 +90,8 @@ Summary:
   faults      how often the program touched a page that was not ready: a new
               one, one on a device, one that was about to leave RAM, or the
               first write to one that had come back and was only read since
-  waiting     how long its threads waited in faults, all together
+  waiting     how long its threads waited for the pager in faults, all together;
+              waking them comes on top, some millionths of a second each time
   read ahead  pages that were made ready along with a neighbour
   moved out   pages that left RAM; if they have not changed since they came
               back, the device still has them, and nothing is written
@@ -159,7 +160,13 @@ fn ram(text: &str) -> Result<u64, String> {
         Err(error) => return Err(explain(&error)),
     };
     if bytes < LEAST_RAM_BYTES {
-        return Err("the least that pgmap can work with is 4M".to_owned());
+        let least = "the least that pgmap can work with is 4M";
+        let is_bare = text.bytes().all(|byte| byte.is_ascii_digit());
+        return Err(if is_bare && text.bytes().any(|byte| byte != b'0') {
+            format!("{least}, and `{text}` is in bytes: write {text}M for MiB")
+        } else {
+            least.to_owned()
+        });
     }
     if bytes > MOST_RAM_BYTES {
         return Err("that is more than any machine can address: give less".to_owned());
@@ -182,7 +189,7 @@ fn explain(error: &SizeError) -> String {
     if let SizeError::UnknownUnit(text) = error
         && text.contains('.')
     {
-        return format!("`{text}` is no whole number: write 1536M rather than 1.5G");
+        return format!("`{text}` is no whole number: write 1536M for 1.5G, 512M for 0.5G");
     }
     error.to_string()
 }

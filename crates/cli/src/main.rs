@@ -73,6 +73,13 @@ fn exit_with(error: &clap::Error) -> ! {
         .take_while(|line| !line.is_empty() && !line.starts_with("Usage"))
         .flat_map(|line| [" ", line])
         .collect();
-    output::tell(format_args!("pgmap: {line}{more} (try `pgmap --help`)\n"));
+    let verb = std::env::args().nth(1).unwrap_or_default();
+    let verb = match Cli::command().find_subcommand(&verb) {
+        Some(known) => format!("{} ", known.get_name()),
+        None => String::new(),
+    };
+    output::tell(format_args!(
+        "pgmap: {line}{more} (try `pgmap {verb}--help`)\n"
+    ));
     std::process::exit(i32::from(USAGE));
 }

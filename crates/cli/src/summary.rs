@@ -229,7 +229,7 @@ impl Summary {
         let troubles = [
             (
                 "out_of_memory",
-                "times RAM and every device were full: the program was killed",
+                "accesses found RAM and every device full: the program was killed; give a larger --device, or one more",
             ),
             (
                 "device_errors_read",
@@ -249,7 +249,7 @@ impl Summary {
             ),
             (
                 "forks",
-                "forked children ran in plain memory, outside the budget",
+                "children that were forked ran in plain memory, outside the budget",
             ),
         ];
         for (name, text) in troubles {
@@ -257,6 +257,12 @@ impl Summary {
                 0 => {}
                 count => writeln!(f, "  note        {} {text}", Count(count))?,
             }
+        }
+        if self.elapsed_seconds > 1.0 && self.fault_total_seconds > self.elapsed_seconds / 4.0 {
+            writeln!(
+                f,
+                "  note        it waited for pages for much of its time: it uses more at once than --ram allows"
+            )?;
         }
         if self.counter("forks") > 0 && self.peak_resident_bytes > self.ram_budget_bytes {
             writeln!(

@@ -37,10 +37,19 @@ extern "C" fn pass_on(signal: i32, info: *const libc::siginfo_t, _: *const libc:
     let program = PROGRAM.load(Ordering::SeqCst);
     if program <= 0 {
         EARLY.fetch_or(1 << signal, Ordering::SeqCst);
-    } else if code <= 0 {
-        // What the kernel sends comes from the terminal, which has sent it to the program, too.
+    } else if code <= 0 || is_for_the_leader_alone(signal) {
+        // What else the kernel sends comes from the terminal, which has sent it to the program, too.
         send(program, signal);
     }
+}
+
+/// Whether a signal from the terminal reaches us and not the program: when it hangs up, only the session's leader is told.
+fn is_for_the_leader_alone(signal: i32) -> bool {
+    // SAFETY: `getsid` may be called in a handler, and touches no memory.
+    let session = unsafe { libc::getsid(0) };
+    // SAFETY: so may `getpid`.
+    let ours = unsafe { libc::getpid() };
+    (signal == libc::SIGHUP || signal == libc::SIGCONT) && session == ours
 }
 
 fn send(program: i32, signal: i32) {

@@ -556,3 +556,27 @@ fn the_readme_shows_the_example_as_it_is() {
     let code = &example[example.find("use ").unwrap()..];
     assert!(readme.contains(&format!("```rust\n{code}```\n")));
 }
+
+/// The terminal tells only its session's leader that it hangs up: the program hears of it, too.
+#[test]
+fn a_terminal_that_hangs_up_ends_the_program() {
+    const HANG_UP: &str = "
+import os, pty, sys, time
+pid, terminal = pty.fork()
+if pid == 0: os.execv(sys.argv[1], sys.argv[1:])
+time.sleep(1)
+os.close(terminal)
+for _ in range(100):
+    time.sleep(0.1)
+    if os.waitpid(pid, os.WNOHANG)[0]: print('ended'); sys.exit()
+os.kill(pid, 9)
+";
+    let run = pgmap();
+    let output = Command::new("python3")
+        .args(["-c", HANG_UP])
+        .arg(run.get_program())
+        .args(["run", "--quiet", "--ram", "16M", "--", "sleep", "60"])
+        .output()
+        .unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "ended\n");
+}

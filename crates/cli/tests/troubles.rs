@@ -115,7 +115,7 @@ fn a_full_machine_kills_the_program_and_says_so() {
         errors(&output)
     );
     assert!(
-        errors(&output).contains("every device were full"),
+        errors(&output).contains("RAM and every device full"),
         "{}",
         errors(&output)
     );

@@ -43,7 +43,9 @@ pub enum FileError {
         errno: Errno,
     },
     /// Another run has it.
-    #[error("{0} is in use by another run: give each run a file of its own")]
+    #[error(
+        "{0} is in use, by another run or by another device of this one: give each a file of its own"
+    )]
     InUse(PathBuf),
     /// It holds something else than pages.
     #[error("{0} exists and holds something else: delete it if you can spare it, or name another")]

@@ -303,7 +303,7 @@ impl Pager {
                 Outcome::NoMemory => {
                     Stats::add(&stats.out_of_memory, 1);
                     (surroundings.out_of_memory)(
-                        "RAM and devices are full, and nothing can be freed",
+                        "RAM and devices are full, and nothing can be freed (a larger device, or one more, would help)",
                     );
                 }
             }
