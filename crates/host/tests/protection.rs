@@ -328,22 +328,3 @@ fn a_page_that_came_back_is_made_private_without_a_fault() {
     assert!(mmu.unshare(at(&mmu, 0)));
     assert_eq!(bytes(&mmu, 0).0, page(0).0);
 }
-
-/// Where the program has limited its writable memory, read-only pages stay, and nothing is lost.
-#[test]
-fn pages_stay_where_writable_memory_is_limited() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let Some(mmu) = arena(16) else { return };
-    install(&mmu, 0, 0..2, Protect::ReadWrite);
-    for forbidden in [READ, MprotectFlags::empty()] {
-        protect(&mmu, 0, 2, forbidden);
-        let before = getrlimit(Resource::Data);
-        let current = Some(4096);
-        setrlimit(Resource::Data, Rlimit { current, ..before }).unwrap();
-        let progress = mmu.take_out(at(&mmu, 0), 2, Slot(0));
-        setrlimit(Resource::Data, before).unwrap();
-        assert_eq!((progress.done, progress.stop), (0, Some(Stop::Unevictable)));
-        protect(&mmu, 0, 2, READ);
-        assert_eq!((bytes(&mmu, 0).0, bytes(&mmu, 1).0), (page(0).0, page(1).0));
-    }
-}
