@@ -18,7 +18,8 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, WORDS = PAGE / 8, REGION = 64 /* pages */, REGISTERED = 6, DEPTH = 64, LONGEST = 16 };
+/* Each request in flight may keep LONGEST pages pinned, and a whole region that has been given back since: 12 MiB at most. */
+enum { PAGE = 4096, WORDS = PAGE / 8, REGION = 32 /* pages */, REGISTERED = 12, DEPTH = 64, LONGEST = 16 };
 
 struct request { size_t page, file, pages; int write, live; };
 
