@@ -145,6 +145,16 @@ int main(void) {
         for (size_t p = PART; p < 2 * PART; p += PAGE) CHECK(*(size_t *)(reserved + p) == (p ^ 0x5a5a));
         CHECK(pkey_set(key, PKEY_DISABLE_ACCESS) == 0);
         CHECK(dies_of(SIGSEGV, reserved + PART));
+        /* Another protection keeps the key; and neither is left behind where memory is given back. */
+        CHECK(mprotect(reserved + PART, 1 << 20, PROT_READ) == 0);
+        for (size_t p = PART + (1 << 20); p < 2 * PART; p += PAGE) CHECK(*(size_t *)(reserved + p) == (p ^ 0x5a5a));
+        CHECK(dies_of(SIGSEGV, reserved + PART));
+        char *keyed = mmap(0, PART, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        CHECK(pkey_set(key, 0) == 0 && pkey_mprotect(keyed, PART, PROT_READ | PROT_WRITE, key) == 0);
+        CHECK(munmap(keyed, PART) == 0 && pkey_set(key, PKEY_DISABLE_ACCESS) == 0);
+        char *again = mmap(0, PART, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        memset(again, 3, PART);
+        CHECK(munmap(again, PART) == 0);
         CHECK(pkey_set(key, 0) == 0);
         CHECK(pkey_mprotect(reserved + PART, 1 << 20, PROT_READ | PROT_WRITE, 0) == 0);
         CHECK(pkey_free(key) == 0);

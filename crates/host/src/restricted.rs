@@ -50,7 +50,7 @@ impl Restricted {
 }
 
 impl HostMmu {
-    /// Allows or forbids access to pages, for the program.
+    /// Allows or forbids access to pages, for the program. Those that have a protection key keep it.
     ///
     /// # Errors
     ///
@@ -65,15 +65,22 @@ impl HostMmu {
         count: u32,
         protection: MprotectFlags,
     ) -> Result<(), Errno> {
-        let pages = self.numbers(at, count as usize);
+        let mut rest = self.numbers(at, count as usize);
         let mut restricted = self.restricted.lock();
         // SAFETY: by this function's contract; `numbers` has checked that the pages are in the arena.
         unsafe { mprotect(at.get() as *mut _, count as usize * PAGE_SIZE, protection) }?;
-        restricted.protections.set(pages, protection);
+        while !rest.is_empty() {
+            let (before, run) = restricted.protections.run(&rest);
+            if before != KEYED {
+                let pages = rest.start..rest.start + run;
+                restricted.protections.set(pages, protection);
+            }
+            rest.start += run;
+        }
         Ok(())
     }
 
-    /// As [`protect`](Self::protect), with a protection key.
+    /// As [`protect`](Self::protect), with a protection key; 0 takes a key away.
     ///
     /// # Errors
     ///
@@ -98,15 +105,35 @@ impl HostMmu {
         if answer != 0 {
             return Err(last_error());
         }
-        restricted.protections.set(pages, KEYED);
+        let noted = if key == 0 { protection } else { KEYED };
+        restricted.protections.set(pages, noted);
         Ok(())
     }
 
-    /// Whether any of these pages allows anything else than reading and writing.
-    pub fn is_restricted(&self, at: VirtAddr, count: u32) -> bool {
-        let pages = self.numbers(at, count as usize);
-        let run = self.restricted.lock().protections.run(&pages);
-        run != (READ_WRITE, count)
+    /// Allows reading and writing where the program has asked for anything else, and takes keys away.
+    ///
+    /// # Errors
+    ///
+    /// What the machine answers.
+    ///
+    /// # Safety
+    ///
+    /// As for `protect`.
+    pub unsafe fn unrestrict(&self, at: VirtAddr, count: u32) -> Result<(), Errno> {
+        let mut rest = self.numbers(at, count as usize);
+        while !rest.is_empty() {
+            let (before, run) = self.restricted.lock().protections.run(&rest);
+            let start = VirtAddr::new(self.arena.address() + rest.start as usize * PAGE_SIZE);
+            if before == KEYED {
+                // SAFETY: by this function's contract.
+                unsafe { self.protect_with_key(start, run, READ_WRITE, 0) }?;
+            } else if before != READ_WRITE {
+                // SAFETY: by this function's contract.
+                unsafe { self.protect(start, run, READ_WRITE) }?;
+            }
+            rest.start += run;
+        }
+        Ok(())
     }
 
     /// The slow way out, after the machine has refused the quick one: not in a fork's child, where that is

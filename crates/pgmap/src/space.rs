@@ -127,7 +127,7 @@ impl AddressSpace {
         let (at, pages) = self.pages(at, bytes)?;
         self.mmu.settle_forks();
         // SAFETY: by this function's contract.
-        unsafe { self.unrestrict(at, pages)? };
+        unsafe { self.mmu.unrestrict(at, pages)? };
         Ok(self.inner.unmap(at, pages)?)
     }
 
@@ -208,7 +208,8 @@ impl AddressSpace {
         // SAFETY: by this function's contract.
         unsafe { self.discard(at, bytes)? };
         // SAFETY: by this function's contract.
-        unsafe { self.unrestrict(start, pages) }
+        unsafe { self.mmu.unrestrict(start, pages)? };
+        Ok(())
     }
 
     /// Drops the pages of a range: they read as zeros from now on (`MADV_DONTNEED`).
@@ -425,21 +426,6 @@ impl AddressSpace {
         }
         let pages = u32::try_from((end - at) / PAGE_SIZE).map_err(|_| MapError::BadRange)?;
         Ok((start, pages))
-    }
-
-    /// Allows everything again where a range was restricted.
-    ///
-    /// # Safety
-    ///
-    /// The caller owns the range.
-    unsafe fn unrestrict(&self, at: VirtAddr, pages: u32) -> Result<(), MapError> {
-        if !self.mmu.is_restricted(at, pages) {
-            return Ok(());
-        }
-        let all = MprotectFlags::READ | MprotectFlags::WRITE;
-        // SAFETY: by this function's contract.
-        unsafe { self.mmu.protect(at, pages, all)? };
-        Ok(())
     }
 }
 
