@@ -73,7 +73,7 @@ fn exit_with(error: &clap::Error) -> ! {
         .take_while(|line| !line.is_empty() && !line.starts_with("Usage"))
         .flat_map(|line| [" ", line])
         .collect();
-    let verb = std::env::args().nth(1).unwrap_or_default();
+    let verb = std::env::args_os().nth(1).unwrap_or_default();
     let verb = match Cli::command().find_subcommand(&verb) {
         Some(known) => format!("{} ", known.get_name()),
         None => String::new(),

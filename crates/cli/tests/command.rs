@@ -580,3 +580,18 @@ os.kill(pid, 9)
         .unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stdout), "ended\n");
 }
+
+/// An argument that is no text is a mistake like any other; and a mistake in a verb points to that verb's help.
+#[test]
+fn mistakes_point_to_the_help_that_knows() {
+    use std::os::unix::ffi::OsStrExt;
+    let none = std::ffi::OsStr::from_bytes(b"\xff");
+    for (verb, hint) in [
+        (none, "`pgmap --help`"),
+        ("run".as_ref(), "`pgmap run --help`"),
+    ] {
+        let output = pgmap().arg(verb).arg("--bogus").output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{}", errors(&output));
+        assert!(errors(&output).contains(hint), "{}", errors(&output));
+    }
+}
