@@ -10,7 +10,7 @@ use anyhow::{Context, bail};
 /// The longest file, in lines.
 const MOST_LINES: usize = 600;
 /// Who may depend on whom: on crates that stand before it.
-const ORDER: [&str; 10] = [
+const ORDER: [&str; 11] = [
     "pgmap-sync",
     "pgmap-core",
     "pgmap-mm",
@@ -19,6 +19,7 @@ const ORDER: [&str; 10] = [
     "pgmap-drivers",
     "pgmap",
     "pgmap-preload",
+    "pgmap-server",
     "pgmap-cli",
     "xtask",
 ];

@@ -13,6 +13,7 @@ pub mod holders;
 pub mod memremap;
 pub mod page;
 pub mod platform;
+pub mod queue;
 pub mod ram;
 mod resource;
 pub mod vmemmap;

@@ -6,6 +6,7 @@
 //! than the pages that it is shown, or allocates while it loads a page.
 #![forbid(unsafe_code)]
 
+pub mod block;
 pub mod compressed;
 mod compression;
 pub mod faulty;

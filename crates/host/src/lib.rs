@@ -14,6 +14,7 @@ pub mod platform;
 pub mod probe;
 mod protection;
 mod restricted;
+pub mod shared;
 pub mod thread;
 mod transit;
 mod uffd;
