@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use pgmap::spec::{DeviceSpec, SizeError, SpecError, parse_size};
 
+use crate::ask::args::Verb;
+
 /// The least budget: below it the pager's own batches do not fit.
 const LEAST_RAM_BYTES: u64 = 4 << 20;
 /// More than any machine's addresses.
@@ -30,6 +32,14 @@ pub(crate) enum Command {
     /// SIGKILL, sent to pgmap, kills the program, too; processes that the program has started go on.
     #[command(after_help = RUN_NOTES, override_usage = RUN_USAGE)]
     Run(RunArgs),
+    /// Serve images and memory, as block devices (NBD) and as direct memory
+    ///
+    /// Each --pmem is a region: an image file, made if it is not there, or volatile memory, with one or more namespaces in
+    /// it. Ends at SIGTERM or Ctrl-C, when all that clients wrote is flushed.
+    #[command(after_help = SERVE_NOTES)]
+    Serve(ServeArgs),
+    #[command(flatten)]
+    Ask(Verb),
     /// Check what this machine allows, and say how to mend what is missing
     #[command(after_help = DOCTOR_NOTES)]
     Doctor {
@@ -53,6 +63,20 @@ pub(crate) enum Command {
         out: Option<PathBuf>,
     },
 }
+
+const SERVE_NOTES: &str = "\
+Examples:
+  pgmap serve --pmem disk.img,size=1G
+      an image; clients find it at the nbd+unix address that is printed
+  pgmap serve --pmem memory,size=512M --nbd 127.0.0.1:10809
+      volatile memory, for clients on this machine
+
+Regions:
+  PATH,size=SIZE[,mode=fsdax|devdax|raw][,align=4K|2M|1G][,map=mem|dev]
+      an image; mode, align and map are those of the namespace that a new one
+      gets. mode=raw serves any file as it is
+  memory,size=SIZE[,...]
+      memory, gone at the end";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -123,6 +147,34 @@ Examples:
       read the page of `pgmap run`
   pgmap man --out ~/.local/share/man/man1
       install all pages, for `man pgmap-run`";
+
+#[derive(Args, Debug)]
+pub(crate) struct ServeArgs {
+    /// A region to serve; may be given several times
+    #[arg(long = "pmem", value_name = "SPEC")]
+    pub(crate) regions: Vec<String>,
+
+    /// Where NBD clients connect: unix:PATH, or ADDRESS:PORT of this machine; may be given several times [default: a
+    /// socket beside the control socket]
+    #[arg(long, value_name = "WHERE")]
+    pub(crate) nbd: Vec<String>,
+
+    /// The control socket [default: serve-PID.sock in the user's runtime directory]
+    #[arg(long, value_name = "PATH")]
+    pub(crate) socket: Option<PathBuf>,
+
+    /// Answer Prometheus at this address, such as 127.0.0.1:9464
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) metrics: Option<String>,
+
+    /// Read the options from a TOML file: the names of these options; those given here come on top
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Print nothing but errors
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
 
 #[derive(Args, Debug)]
 pub(crate) struct RunArgs {

@@ -3,6 +3,7 @@
 //! The verbs are in modules of their own; here is only which one runs, and how errors become exit statuses.
 
 mod args;
+mod ask;
 mod doctor;
 mod elf;
 mod man;
@@ -11,6 +12,7 @@ mod program;
 mod progress;
 mod report;
 mod run;
+mod serve;
 mod summary;
 mod supervisor;
 mod workload;
@@ -33,6 +35,8 @@ fn main() -> ExitCode {
     let cli = Cli::try_parse().unwrap_or_else(|error| exit_with(&error));
     let result = match cli.command {
         Command::Run(args) => run::run(&args),
+        Command::Serve(args) => serve::serve(&args),
+        Command::Ask(verb) => ask::ask(verb),
         Command::Doctor { json } => doctor::doctor(if json {
             doctor::Format::Json
         } else {
