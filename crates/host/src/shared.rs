@@ -169,6 +169,17 @@ impl SharedFrames {
         fs::fallocate(&self.fd, how, start as u64, len as u64)
     }
 
+    /// Makes these bytes zeros without giving back their room.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::OPNOTSUPP`] if the file system cannot, as tmpfs: write zeros then; what else the machine answers.
+    pub fn zero(&self, range: &Range<u64>) -> Result<(), Errno> {
+        let (start, len) = self.check(range)?;
+        let how = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
+        fs::fallocate(&self.fd, how, start as u64, len as u64)
+    }
+
     /// Takes room for these bytes, so that writing to them does not fail for want of it.
     ///
     /// # Errors
@@ -211,13 +222,42 @@ impl SharedFrames {
         Ok(extents)
     }
 
-    /// Takes the bytes away from everybody, for ever: who touches a mapping of them gets SIGBUS.
+    /// Takes the bytes from `start` on away from everybody, for ever: who touches a mapping of them gets SIGBUS.
+    ///
+    /// # Errors
+    ///
+    /// What the machine answers.
+    pub fn revoke_from(&self, start: u64) -> Result<(), Errno> {
+        fs::ftruncate(&self.fd, start)
+    }
+
+    /// Takes all bytes away from everybody, for ever: who touches a mapping of them gets SIGBUS.
     ///
     /// # Errors
     ///
     /// What the machine answers.
     pub fn revoke(&self) -> Result<(), Errno> {
-        fs::ftruncate(&self.fd, 0)
+        self.revoke_from(0)
+    }
+
+    /// How long the file is now: shorter than [`size_bytes`](Self::size_bytes) after a revocation, or if somebody else
+    /// truncated it.
+    ///
+    /// # Errors
+    ///
+    /// What the machine answers.
+    pub fn present_bytes(&self) -> Result<u64, Errno> {
+        Ok(fs::fstat(&self.fd)?.st_size.cast_unsigned())
+    }
+
+    /// How much room the file takes; less than its length if it has holes.
+    ///
+    /// # Errors
+    ///
+    /// What the machine answers.
+    pub fn room_bytes(&self) -> Result<u64, Errno> {
+        // By definition in units of 512 bytes, whatever the file system's blocks are.
+        Ok(fs::fstat(&self.fd)?.st_blocks.cast_unsigned() * 512)
     }
 
     fn place(&self, range: &Range<u64>) -> Result<(NonNull<u8>, usize), Errno> {

@@ -1,0 +1,38 @@
+//! Persistent memory: regions, their namespaces, and what a namespace is while it is used.
+//!
+//! A [`Region`] is opened from a [`PmemSpec`]: an image file with a crash-safe label, a file served as it is, or memory. Its
+//! namespaces are bound as [`Pmem`], which the servers use as a block device and hand out to be mapped and pinned.
+//! What must never happen here: a label that is neither the old one nor the new one, a load or store through a
+//! mapping (it could be a SIGBUS), or frames taken away from under somebody.
+
+pub mod area;
+pub mod badblocks;
+mod bind;
+mod dax;
+mod device;
+mod image;
+pub mod label;
+mod ledger;
+mod medium;
+mod namespace;
+mod region;
+mod scrub;
+pub mod spec;
+mod unbind;
+mod uuid;
+
+pub use bind::BindError;
+pub use dax::{AccessError, Client, DirectAccess, MapGuard, PinGuard, Sharing};
+pub use device::Pmem;
+pub use image::ImageError;
+pub use ledger::{Hold, HoldKind};
+pub use medium::Medium;
+pub use namespace::{
+    Activation, Align, LABEL_AREA_BYTES, MAX_NAMESPACES, MapLocation, Mode, Namespace, NoNamespace,
+    UnknownWord, Wanted,
+};
+pub use region::{OpenError, Region, RegionError};
+pub use scrub::{Generation, Progress, ScrubError};
+pub use spec::PmemSpec;
+pub use unbind::{Afterwards, Holders, UnbindError};
+pub use uuid::{NoUuid, Uuid};
