@@ -3,3 +3,5 @@
 //! `pgmap serve` is made of this. Nothing here trusts a peer: what comes in is checked before it is believed, and a peer
 //! that stalls holds nobody up.
 #![forbid(unsafe_code)]
+
+pub mod nbd;
