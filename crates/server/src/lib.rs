@@ -5,3 +5,4 @@
 #![forbid(unsafe_code)]
 
 pub mod control;
+pub mod nbd;

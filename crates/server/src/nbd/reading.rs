@@ -1,0 +1,176 @@
+//! Requests to read: short ones are copied behind their reply's head, long ones go from the device straight to the
+//! socket, and holes of those are only named.
+
+use core::ops::Range;
+use core::time::Duration;
+use std::time::Instant;
+
+use pgmap_drivers::block::{Access, Contents, Direct};
+use rustix::io::Errno;
+
+use super::export::Count;
+use super::failure::{Failure, WireError};
+use super::handshake::Replies;
+use super::output::{MOST_COPIED, Place};
+use super::proto::{Request, command_flag};
+use super::socket::{End, More, broken};
+use super::transmission::{Outcome, Session};
+
+/// How long a request waits altogether for a client that does not take its reply, before the rest is copied and the
+/// request ends: the device may be waiting to be taken away.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// Holes are named if there are not more pieces than this.
+const MOST_PIECES: usize = 64;
+
+impl Session<'_> {
+    pub(super) fn read(&mut self, request: &Request) -> Outcome {
+        let len = usize::try_from(request.length).unwrap_or(usize::MAX);
+        let result = if len <= MOST_COPIED {
+            self.read_short(request, len)?
+        } else {
+            self.read_long(request)?
+        };
+        if result.is_ok() {
+            self.count(Count::Reads, 1);
+            self.count(Count::BytesRead, u64::from(request.length));
+        }
+        Ok(result)
+    }
+
+    fn read_short(&mut self, request: &Request, len: usize) -> Outcome {
+        self.output.reserve(self.socket, len)?;
+        let mark = self.output.mark();
+        match self.output.replies {
+            Replies::Structured if len == 0 => self.output.nothing_more(request),
+            Replies::Structured => {
+                let offset = request.offset;
+                self.output.data_head(request, Place::Last, offset, len);
+            }
+            Replies::Simple => self.output.simple(request, 0),
+        }
+        let device = self.device;
+        let read = |to: &mut [u8]| device.read(request.offset, to);
+        let result = self.output.payload(len, read);
+        if result.is_err() {
+            self.output.take_back(mark);
+        }
+        Ok(result.map_err(|error| Failure::of_device(error, request)))
+    }
+
+    fn read_long(&mut self, request: &Request) -> Outcome {
+        let range = request.offset..request.offset + u64::from(request.length);
+        if self.output.replies == Replies::Simple {
+            return self.read_data(request, range);
+        }
+        let pieces = match self.pieces(request, &range) {
+            Ok(pieces) => pieces,
+            Err(failure) => return Ok(Err(failure)),
+        };
+        for (range, contents) in pieces {
+            match contents {
+                Contents::Hole => {
+                    self.output.reserve(self.socket, 0)?;
+                    // Not longer than the request.
+                    let len = u32::try_from(range.end - range.start).unwrap_or(u32::MAX);
+                    self.output.hole(request, range.start, len);
+                }
+                Contents::Data => {
+                    if let Err(failure) = self.read_data(request, range)? {
+                        return Ok(Err(failure));
+                    }
+                }
+            }
+        }
+        self.output.reserve(self.socket, 0)?;
+        self.output.nothing_more(request);
+        Ok(Ok(()))
+    }
+
+    /// The data and the holes of a range, unless the client wants all in one piece, or there are too many.
+    fn pieces(
+        &self,
+        request: &Request,
+        range: &Range<u64>,
+    ) -> Result<Vec<(Range<u64>, Contents)>, Failure> {
+        if !request.has(command_flag::DF) {
+            let extents = self.device.extents(range.clone());
+            let extents = extents.map_err(|error| Failure::of_device(error, request))?;
+            if extents.len() <= MOST_PIECES {
+                return Ok(extents);
+            }
+        }
+        Ok(vec![(range.clone(), Contents::Data)])
+    }
+
+    /// Sends a head and bytes of the device.
+    fn read_data(&mut self, request: &Request, range: Range<u64>) -> Outcome {
+        let direct = match self.device.direct(range.clone(), Access::Read) {
+            Ok(direct) => direct,
+            Err(error) => return Ok(Err(Failure::of_device(error, request))),
+        };
+        self.output.reserve(self.socket, 0)?;
+        match self.output.replies {
+            Replies::Simple => self.output.simple(request, 0),
+            Replies::Structured => {
+                let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
+                // Not the last: what follows may have to say that it failed.
+                let place = Place::Before;
+                self.output.data_head(request, place, range.start, len);
+            }
+        }
+        self.output.flush(self.socket, More::Follows)?;
+        self.send(direct, range.end)
+    }
+
+    /// Sends the bytes before `end`.
+    fn send(&mut self, mut direct: Direct<'_>, end: u64) -> Outcome {
+        let mut waited = Duration::ZERO;
+        while direct.left() > 0 {
+            match direct.send(self.socket.fd()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    let before = Instant::now();
+                    let deadline = before + PATIENCE.saturating_sub(waited);
+                    let writable = self.socket.wait_writable(deadline)?;
+                    waited += before.elapsed();
+                    if !writable {
+                        return self.send_copy(direct, end);
+                    }
+                }
+                Err(errno @ (Errno::FAULT | Errno::INVAL)) => {
+                    let left = direct.left();
+                    drop(direct);
+                    return self.fill(errno, end - left..end);
+                }
+                Err(errno) => return Err(broken(errno)),
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// Sends the rest however long that takes, with the request ended.
+    fn send_copy(&mut self, direct: Direct<'_>, end: u64) -> Outcome {
+        let left = direct.left();
+        match direct.copy_left() {
+            Ok(bytes) => self.socket.send_all(&bytes, More::Nothing).map(Ok),
+            Err(errno) => self.fill(errno, end - left..end),
+        }
+    }
+
+    /// The device failed behind a head that promised more bytes: these are zeros, and an error follows.
+    fn fill(&mut self, errno: Errno, missing: Range<u64>) -> Outcome {
+        if self.output.replies == Replies::Simple {
+            return Err(End::Truncated);
+        }
+        let zeros = [0; 4096];
+        let mut left = missing.end - missing.start;
+        while left > 0 {
+            let len = usize::try_from(left).map_or(zeros.len(), |left| left.min(zeros.len()));
+            self.socket.send_all(&zeros[..len], More::Follows)?;
+            left -= len as u64;
+        }
+        let mut failure = Failure::new(WireError::Io, format!("the medium failed: {errno}"));
+        failure.offset = Some(missing.start);
+        Ok(Err(failure))
+    }
+}

@@ -1,0 +1,307 @@
+//! The requests of one client, answered one after the other, in order.
+//!
+//! Replies are gathered as long as the next request is here already, and sent before we wait for one. What must never
+//! happen here: waiting for the client with a request of the device under way, longer than `reading` allows.
+
+use pgmap_drivers::block::{BlockDevice, Zeros};
+use pgmap_host::affinity::Placement;
+use pgmap_sync::atomic::{AtomicBool, Ordering};
+
+use super::export::{Count, Export, Writable};
+use super::failure::{Failure, WireError};
+use super::handshake::{Agreed, Metadata, Replies};
+use super::input::Input;
+use super::output::{MOST_COPIED, Output};
+use super::proto::{ALLOCATION_ID, Command, MOST_PAYLOAD, Request, command_flag};
+use super::socket::{End, More, Socket};
+use super::status::{Most, block_status};
+
+/// The longest payload that is received only to be refused, in bytes.
+const MOST_DRAINED: u32 = 2 * MOST_PAYLOAD;
+/// A write's pieces end at multiples of this, so that blocks are written whole.
+const BLOCK: u64 = 4096;
+
+/// What became of a request; the session ends if the connection did.
+pub(super) type Outcome = Result<Result<(), Failure>, End>;
+
+/// A client in the transmission phase.
+#[derive(Debug)]
+pub(super) struct Session<'a> {
+    pub(super) socket: &'a Socket,
+    pub(super) output: Output,
+    pub(super) device: &'a dyn BlockDevice,
+    input: Input,
+    export: &'a Export,
+    metadata: Metadata,
+    size_bytes: u64,
+    /// The server is going away: what still comes is refused.
+    stopping: &'a AtomicBool,
+    /// The client's process, if it is on this machine.
+    peer: Option<u32>,
+    placement: Placement,
+    unflushed: bool,
+}
+
+impl<'a> Session<'a> {
+    pub(super) fn new(
+        socket: &'a Socket,
+        agreed: &'a Agreed,
+        peer: Option<u32>,
+        stopping: &'a AtomicBool,
+    ) -> Self {
+        let device = &*agreed.export.device;
+        Self {
+            socket,
+            output: Output::new(agreed.replies),
+            device,
+            input: Input::new(),
+            export: &agreed.export,
+            metadata: agreed.metadata,
+            size_bytes: device.size_bytes(),
+            stopping,
+            peer,
+            placement: Placement::new(),
+            unflushed: false,
+        }
+    }
+
+    /// Answers requests until the session ends, and says why it did. If that is because the server ends, what was written is made durable.
+    pub(super) fn serve(&mut self) -> End {
+        let end = loop {
+            if let Err(end) = self.serve_one() {
+                break end;
+            }
+        };
+        if self.unflushed && self.is_stopping() {
+            // Nobody is there to be told if it fails.
+            let _ = self.device.flush();
+        }
+        end
+    }
+
+    fn serve_one(&mut self) -> Result<(), End> {
+        let request = self.next()?;
+        let refused = self.check(&request);
+        let outcome = match (request.command, refused) {
+            (Command::Disconnect, _) => {
+                self.output.flush(self.socket, More::Nothing)?;
+                return Err(End::Disconnected);
+            }
+            (Command::Write, refused) => self.write(&request, refused)?,
+            (_, Err(failure)) => Err(failure),
+            (Command::Read, Ok(())) => self.read(&request)?,
+            (Command::BlockStatus, Ok(())) => self.block_status(&request)?,
+            (_, Ok(())) => self.without_payload(&request),
+        };
+        self.answer(&request, outcome)
+    }
+
+    /// Answers a request, unless its payload was the answer.
+    fn answer(&mut self, request: &Request, outcome: Result<(), Failure>) -> Result<(), End> {
+        self.output.reserve(self.socket, 0)?;
+        match (outcome, request.command) {
+            (Ok(()), Command::Read | Command::BlockStatus) => {}
+            (Ok(()), _) => self.output.done(request),
+            (Err(failure), _) => {
+                self.count(Count::Errors, 1);
+                self.output.failed(request, &failure);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for a request, with all replies sent.
+    fn next(&mut self) -> Result<Request, End> {
+        loop {
+            if let Some(request) = self.input.request() {
+                return request;
+            }
+            self.output.flush(self.socket, More::Nothing)?;
+            self.input.receive(self.socket)?;
+        }
+    }
+
+    /// Whether a request may be tried.
+    fn check(&mut self, request: &Request) -> Result<(), Failure> {
+        use command_flag::{DF, FAST_ZERO, FUA, NO_HOLE, REQ_ONE};
+        let invalid = |message: &str| Err(Failure::new(WireError::Invalid, message));
+        let structured = self.output.replies == Replies::Structured;
+        let flags = match request.command {
+            Command::Read if structured => DF,
+            Command::WriteZeroes => NO_HOLE | FAST_ZERO,
+            Command::BlockStatus => REQ_ONE,
+            Command::Unknown(_) => return invalid("unknown command"),
+            Command::Read
+            | Command::Write
+            | Command::Disconnect
+            | Command::Flush
+            | Command::Trim
+            | Command::Cache => 0,
+        };
+        if self.is_stopping() {
+            return Err(Failure::new(WireError::ShutDown, "the server is going away"));
+        }
+        if request.flags & !(flags | FUA) != 0 {
+            return invalid("a flag that the command does not know");
+        }
+        let changes = matches!(
+            request.command,
+            Command::Write | Command::Trim | Command::WriteZeroes
+        );
+        if changes && self.export.writable == Writable::No {
+            return Err(Failure::new(WireError::NotPermitted, "the export is read-only"));
+        }
+        let has_payload = matches!(request.command, Command::Read | Command::Write);
+        if has_payload && request.length > MOST_PAYLOAD {
+            let message = "more bytes than one request may have";
+            return Err(match request.command {
+                Command::Read if structured => Failure::new(WireError::Overflow, message),
+                _ => Failure::new(WireError::Invalid, message),
+            });
+        }
+        if request.command == Command::Flush {
+            return Ok(());
+        }
+        match request.end() {
+            Some(end) if end <= self.size_bytes => Ok(()),
+            _ => Err(Failure::out_of_range(request.command)),
+        }
+    }
+
+    /// Receives a payload, and writes it unless the request is refused: then it is received all the same.
+    fn write(&mut self, request: &Request, mut so_far: Result<(), Failure>) -> Outcome {
+        if request.length > MOST_DRAINED {
+            return Err(End::Garbage("a write of far too many bytes"));
+        }
+        let end = request.offset.saturating_add(u64::from(request.length));
+        let mut at = end - u64::from(request.length);
+        while at < end {
+            let left = usize::try_from(end - at).unwrap_or(usize::MAX);
+            if self.input.len() < left.min(MOST_COPIED) {
+                self.output.flush(self.socket, More::Nothing)?;
+                if left <= MOST_COPIED {
+                    self.input.receive(self.socket)?;
+                    continue;
+                }
+                self.input.receive_payload(self.socket, left)?;
+            }
+            let mut piece = left.min(self.input.len());
+            if piece < left {
+                // More than a block is here.
+                piece -= usize::try_from((at + piece as u64) % BLOCK).unwrap_or(0);
+            }
+            let bytes = self.input.take(piece);
+            if so_far.is_ok() {
+                let written = self.device.write(at, bytes);
+                self.unflushed = true;
+                so_far = written.map_err(|error| Failure::of_device(error, request));
+            }
+            at += piece as u64;
+        }
+        let so_far = so_far.and_then(|()| self.through(request));
+        if so_far.is_ok() {
+            self.count(Count::Writes, 1);
+            self.count(Count::BytesWritten, u64::from(request.length));
+        }
+        Ok(so_far)
+    }
+
+    /// Makes a request durable, if it is to be.
+    fn through(&mut self, request: &Request) -> Result<(), Failure> {
+        if !request.has(command_flag::FUA) {
+            return Ok(());
+        }
+        self.flush(request)
+    }
+
+    fn flush(&mut self, request: &Request) -> Result<(), Failure> {
+        let flushed = self.device.flush();
+        flushed.map_err(|error| Failure::of_device(error, request))?;
+        self.unflushed = false;
+        Ok(())
+    }
+
+    /// Commands that move no bytes.
+    fn without_payload(&mut self, request: &Request) -> Result<(), Failure> {
+        let range = request.offset..request.offset + u64::from(request.length);
+        let failed = |error| Failure::of_device(error, request);
+        let count = match request.command {
+            Command::Flush => {
+                self.flush(request)?;
+                Count::Flushes
+            }
+            Command::Trim => {
+                if !range.is_empty() {
+                    self.unflushed = true;
+                    self.device.discard(range).map_err(failed)?;
+                }
+                self.through(request)?;
+                Count::Trims
+            }
+            Command::WriteZeroes => {
+                let zeros = zeros(request)?;
+                if !range.is_empty() {
+                    self.unflushed = true;
+                    self.device.write_zeroes(range, zeros).map_err(failed)?;
+                }
+                self.through(request)?;
+                Count::Zeroes
+            }
+            // The bytes are where they can be had at once.
+            Command::Cache
+            | Command::Read
+            | Command::Write
+            | Command::Disconnect
+            | Command::BlockStatus
+            | Command::Unknown(_) => return Ok(()),
+        };
+        self.count(count, 1);
+        Ok(())
+    }
+
+    fn block_status(&mut self, request: &Request) -> Outcome {
+        let invalid = |message: &str| Ok(Err(Failure::new(WireError::Invalid, message)));
+        if self.metadata == Metadata::Nothing {
+            return invalid("no metadata was agreed on");
+        }
+        if request.length == 0 {
+            return invalid("no bytes to ask about");
+        }
+        let range = request.offset..request.offset + u64::from(request.length);
+        let most = if request.has(command_flag::REQ_ONE) {
+            Most::One
+        } else {
+            Most::Many
+        };
+        match block_status(self.device, range, most) {
+            Ok(extents) => {
+                self.output.reserve(self.socket, 8 * extents.len())?;
+                self.output.block_status(request, ALLOCATION_ID, &extents);
+                self.count(Count::Statuses, 1);
+                Ok(Ok(()))
+            }
+            Err(error) => Ok(Err(Failure::of_device(error, request))),
+        }
+    }
+
+    pub(super) fn count(&self, count: Count, more: u64) {
+        self.export.counters.add(count, more);
+    }
+
+    fn is_stopping(&self) -> bool {
+        // Relaxed: it is looked at again for every request, and nothing else is read by it.
+        self.stopping.load(Ordering::Relaxed)
+    }
+}
+
+/// Whether zeros may be holes. Zeros that must be fast are refused where they may not.
+fn zeros(request: &Request) -> Result<Zeros, Failure> {
+    if !request.has(command_flag::NO_HOLE) {
+        return Ok(Zeros::MayPunch);
+    }
+    if request.has(command_flag::FAST_ZERO) {
+        let message = "zeros that are no holes have to be written";
+        return Err(Failure::new(WireError::NotSupported, message));
+    }
+    Ok(Zeros::KeepRoom)
+}
