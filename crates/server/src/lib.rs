@@ -6,3 +6,4 @@
 
 pub mod control;
 pub mod nbd;
+pub mod service;

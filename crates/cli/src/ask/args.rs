@@ -144,9 +144,6 @@ pub(crate) struct CreateArgs {
     /// A name, for people
     #[arg(short, long)]
     pub(crate) name: Option<String>,
-    /// Its identity [default: a new one]
-    #[arg(short = 'u', long)]
-    pub(crate) uuid: Option<String>,
     /// As JSON
     #[arg(long)]
     pub(crate) json: bool,

@@ -68,14 +68,11 @@ pub(super) fn unexpected(answer: &Answer) -> anyhow::Error {
 }
 
 fn has(listing: &Listing, name: &str) -> bool {
-    let of_region = |region: &pgmap_server::control::protocol::Region| {
-        let is = |own: &str| own == name;
-        is(&region.dev)
-            || region.namespaces.iter().any(|namespace| {
-                is(&namespace.dev) || is(&namespace.blockdev) || is(&namespace.name)
-            })
-    };
-    listing.regions.iter().any(of_region) || listing.devices.iter().any(|own| own.dev == name)
+    let regions = &listing.regions;
+    let mut namespaces = regions.iter().flat_map(|region| &region.namespaces);
+    namespaces.any(|namespace| namespace.is_called(name))
+        || regions.iter().any(|region| region.dev == name)
+        || listing.devices.iter().any(|device| device.dev == name)
 }
 
 fn names(clients: &[Client]) -> String {

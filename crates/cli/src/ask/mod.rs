@@ -208,7 +208,6 @@ fn create(args: CreateArgs) -> anyhow::Result<()> {
         align: args.align,
         map: args.map,
         name: args.name,
-        uuid: args.uuid,
     });
     let answer = find::ask(&mut client, &request, "cannot create the namespace")?;
     let Answer::Namespace(namespace) = answer else {

@@ -73,7 +73,7 @@ fn region(region: &Region) -> String {
 pub(crate) fn namespace(namespace: &Namespace) -> String {
     let mut text = format!(
         "{}  {}  {}",
-        namespace.blockdev,
+        namespace.device(),
         namespace.mode,
         bytes(namespace.size)
     );

@@ -162,8 +162,6 @@ pub struct CreateNamespace {
     pub map: Option<String>,
     /// For people.
     pub name: Option<String>,
-    /// A new one if there is none.
-    pub uuid: Option<String>,
 }
 
 /// A range of a namespace.
@@ -330,7 +328,11 @@ pub struct Namespace {
     /// Bytes.
     pub align: u64,
     /// The block device, such as `pmem0`.
-    pub blockdev: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub blockdev: Option<String>,
+    /// The character device, such as `dax0.0`, of a devdax namespace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chardev: Option<String>,
     /// What its maker called it.
     pub name: String,
     /// `enabled` or `disabled`.
@@ -341,6 +343,21 @@ pub struct Namespace {
     pub badblocks: Vec<BadBlocks>,
     /// Where NBD clients find it.
     pub nbd: Option<String>,
+}
+
+impl Namespace {
+    /// The device's name, whatever its kind.
+    #[must_use]
+    pub fn device(&self) -> &str {
+        let name = self.blockdev.as_ref().or(self.chardev.as_ref());
+        name.unwrap_or(&self.dev)
+    }
+
+    /// Whether people mean this one by a name.
+    #[must_use]
+    pub fn is_called(&self, name: &str) -> bool {
+        [self.dev.as_str(), self.device(), &self.name, &self.uuid].contains(&name)
+    }
 }
 
 /// A run of bad blocks.

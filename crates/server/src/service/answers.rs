@@ -1,0 +1,397 @@
+//! What `pgmap serve` answers over the control socket.
+
+use core::time::Duration;
+use std::sync::Arc;
+
+use pgmap_drivers::block::{BlockDevice, BlockError};
+use pgmap_drivers::pmem::{
+    Activation, Align, Mode, Namespace, Pmem, PmemSpec, Region, RegionError, Wanted,
+};
+
+use super::holds::holder;
+use super::{Device, Keep, PlugError, Service};
+use crate::control::protocol::{
+    Answer, BadBlocks, Code, Counters, CreateNamespace, Failure, Kind, Listing, ManagerInfo,
+    Namespace as NamespaceView, Region as RegionView, Request, Scrub,
+};
+use crate::control::{Manager, Session};
+use crate::nbd::Count;
+
+/// Bytes of a block that can be bad.
+const SECTOR_BYTES: u64 = 512;
+/// How often somebody who waits is looked for.
+const LOOK: Duration = Duration::from_millis(100);
+
+impl Manager for Service {
+    fn info(&self) -> ManagerInfo {
+        ManagerInfo {
+            kind: Kind::Serve,
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            command: String::new(),
+        }
+    }
+
+    fn answer(&self, request: Request, session: &mut Session) -> Result<Answer, Failure> {
+        match request {
+            Request::List => Ok(Answer::Listing(self.listing())),
+            Request::Iomem => Ok(Answer::Text(self.iomem())),
+            Request::Holders { device } => self.holders_of(&device),
+            Request::Counters => Ok(Answer::Counters(self.counters())),
+            Request::CreateNamespace(wanted) => self.create(&wanted),
+            Request::DestroyNamespace { namespace } => self.destroy(&namespace),
+            Request::Enable { namespace } => self.enable(&namespace),
+            Request::Disable {
+                namespace,
+                timeout_ms,
+            } => self.disable(&namespace, timeout_ms.map(Duration::from_millis)),
+            Request::Plug { spec } => self.plug_text(&spec),
+            Request::Unplug { device, timeout_ms } => {
+                self.unplug(&device, timeout_ms.map(Duration::from_millis))
+            }
+            Request::InjectError {
+                namespace,
+                block,
+                count,
+            } => self.blocks(&namespace, block, count, Pmem::inject_error),
+            Request::ClearError {
+                namespace,
+                block,
+                count,
+            } => self.blocks(&namespace, block, count, Pmem::clear_error),
+            Request::Scrub { namespace, wait } => {
+                let devices = self.some_devices(namespace.as_deref())?;
+                let until = wait.then_some(session);
+                scrub(&devices, until.as_deref())
+            }
+            Request::Memory | Request::Online { .. } | Request::Offline { .. } => {
+                let text = "`pgmap serve` has no RAM of its own to resize: ask a `pgmap run`";
+                Err(Failure::new(Code::Unsupported, text))
+            }
+            Request::Map(range) => self.map_range(&range, session),
+            Request::Pin { range, label } => self.pin_range(&range, label, session),
+            Request::Release { id } => session.release(id),
+        }
+    }
+}
+
+impl Service {
+    fn listing(&self) -> Listing {
+        let regions: Vec<Arc<Region>> = self.regions.lock().all.values().cloned().collect();
+        Listing {
+            regions: regions.iter().map(|region| self.view(region)).collect(),
+            devices: Vec::new(),
+        }
+    }
+
+    fn view(&self, region: &Arc<Region>) -> RegionView {
+        let namespaces = region.namespaces();
+        RegionView {
+            dev: format!("region{}", region.number()),
+            size: region.size_bytes(),
+            available_size: region.available_bytes(),
+            kind: "pmem".into(),
+            image: region.image().map(|path| path.display().to_string()),
+            uuid: region.uuid().to_string(),
+            metadata_size: region.overhead_bytes(),
+            namespaces: namespaces
+                .iter()
+                .map(|namespace| self.namespace_view(region, namespace))
+                .collect(),
+        }
+    }
+
+    fn namespace_view(&self, region: &Region, namespace: &Namespace) -> NamespaceView {
+        let name = region.device_name(namespace);
+        let (blockdev, chardev) = match namespace.mode {
+            Mode::Devdax => (None, Some(name.clone())),
+            Mode::Fsdax | Mode::Raw => (Some(name.clone()), None),
+        };
+        let bound = region.bound(namespace.index);
+        let bad = region.bad_blocks(namespace);
+        let sectors = bad.iter().map(|range| range.end - range.start).sum();
+        let badblocks = bad.iter().map(|range| BadBlocks {
+            offset: range.start,
+            length: range.end - range.start,
+        });
+        NamespaceView {
+            dev: format!("namespace{}.{}", region.number(), namespace.index),
+            mode: namespace.mode.to_string(),
+            map: (namespace.mode != Mode::Raw).then(|| namespace.map.to_string()),
+            size: namespace.size_bytes(),
+            metadata_size: region.overhead_bytes(),
+            uuid: namespace.uuid.to_string(),
+            sector_size: SECTOR_BYTES,
+            align: namespace.align.bytes(),
+            blockdev,
+            chardev,
+            name: namespace.name.clone(),
+            state: if bound.is_some() { "enabled" } else { "disabled" }.into(),
+            badblock_count: sectors,
+            badblocks: badblocks.collect(),
+            nbd: bound.and_then(|_| self.uri(&name)),
+        }
+    }
+
+    fn iomem(&self) -> String {
+        self.map.to_string()
+    }
+
+    fn holders_of(&self, name: &str) -> Result<Answer, Failure> {
+        let device = self.device(name)?;
+        let now = self.map.now_ns();
+        let holds = device.pmem.holds();
+        Ok(Answer::Holders(
+            holds.iter().map(|hold| holder(hold, now)).collect(),
+        ))
+    }
+
+    /// What happened so far, for each device in use.
+    #[must_use]
+    pub fn counters(&self) -> Vec<Counters> {
+        let devices: Vec<Device> = self.regions.lock().devices.values().cloned().collect();
+        let clients = self.nbd.get().map(|(server, _)| server.clients());
+        let clients = clients.unwrap_or_default();
+        let of = |device: &Device| {
+            let name = &device.export.name;
+            let connected = clients.iter().filter(|client| client.export.as_ref() == Some(name));
+            let counts = Count::ALL.map(|count| {
+                let value = device.export.counters.get(count);
+                (count_name(count).to_owned(), value)
+            });
+            Counters {
+                of: name.clone(),
+                counters: counts.into(),
+                gauges: vec![
+                    ("clients".into(), connected.count() as u64),
+                    ("holders".into(), device.pmem.holds().len() as u64),
+                    ("size_bytes".into(), device.pmem.size_bytes()),
+                ],
+            }
+        };
+        devices.iter().map(of).collect()
+    }
+
+    fn create(&self, wanted: &CreateNamespace) -> Result<Answer, Failure> {
+        let (wanted_region, wanted) = (wanted.region.as_deref(), parse(wanted)?);
+        let mut regions: Vec<Arc<Region>> = self.regions.lock().all.values().cloned().collect();
+        if let Some(name) = wanted_region {
+            regions.retain(|region| format!("region{}", region.number()) == name);
+        }
+        let mut why = Failure::new(Code::NotFound, "there is no such region");
+        for region in regions {
+            match region.create_namespace(&wanted) {
+                Ok(namespace) => {
+                    self.bind(&region, namespace.index)?;
+                    let view = self.namespace_view(&region, &namespace);
+                    return Ok(Answer::Namespace(Box::new(view)));
+                }
+                Err(error) => why = region_failure(&error),
+            }
+        }
+        Err(why)
+    }
+
+    fn bind(&self, region: &Arc<Region>, index: u32) -> Result<(), Failure> {
+        let pmem = region.bind(&self.map, index);
+        let pmem = pmem.map_err(|error| Failure::new(Code::Failed, error))?;
+        let key = (region.number(), index);
+        self.regions.lock().devices.insert(key, Device::new(pmem));
+        Ok(())
+    }
+
+    fn destroy(&self, name: &str) -> Result<Answer, Failure> {
+        let (region, namespace) = self.namespace(name)?;
+        let destroyed = region.destroy_namespace(namespace.index);
+        destroyed.map_err(|error| region_failure(&error))?;
+        Ok(Answer::Done)
+    }
+
+    fn enable(&self, name: &str) -> Result<Answer, Failure> {
+        let (region, namespace) = self.namespace(name)?;
+        if region.bound(namespace.index).is_none() {
+            self.bind(&region, namespace.index)?;
+        }
+        set_activation(&region, namespace.index, Activation::Enabled)
+    }
+
+    fn disable(&self, name: &str, patience: Option<Duration>) -> Result<Answer, Failure> {
+        let (region, namespace) = self.namespace(name)?;
+        let key = (region.number(), namespace.index);
+        self.take_away(key, patience, Keep::Bytes)?;
+        set_activation(&region, namespace.index, Activation::Disabled)
+    }
+
+    fn plug_text(&self, spec: &str) -> Result<Answer, Failure> {
+        let spec: PmemSpec = spec
+            .parse()
+            .map_err(|error| Failure::new(Code::Invalid, error))?;
+        let plugged = self.plug(&spec).map_err(|error| match error {
+            PlugError::Open(error) => Failure::new(Code::Failed, error),
+            PlugError::Bind(error) => Failure::new(Code::Failed, error),
+        });
+        plugged.map(Answer::Name)
+    }
+
+    /// Takes a namespace away until it is enabled again, or a region with all of its namespaces.
+    fn unplug(&self, name: &str, patience: Option<Duration>) -> Result<Answer, Failure> {
+        let number = self.regions.lock().all.values().find_map(|region| {
+            let number = region.number();
+            (format!("region{number}") == name).then_some(number)
+        });
+        let Some(number) = number else {
+            let (region, namespace) = self.namespace(name)?;
+            let key = (region.number(), namespace.index);
+            self.take_away(key, patience, Keep::Nothing)?;
+            return Ok(Answer::Done);
+        };
+        let keys: Vec<_> = {
+            let regions = self.regions.lock();
+            let keys = regions.devices.keys().copied();
+            keys.filter(|key| key.0 == number).collect()
+        };
+        for key in keys {
+            self.take_away(key, patience, Keep::Nothing)?;
+        }
+        self.regions.lock().all.remove(&number);
+        Ok(Answer::Done)
+    }
+
+    fn blocks(
+        &self,
+        name: &str,
+        block: u64,
+        count: u64,
+        change: impl Fn(&Pmem, core::ops::Range<u64>) -> Result<(), BlockError>,
+    ) -> Result<Answer, Failure> {
+        let device = self.device(name)?;
+        let start = block.saturating_mul(SECTOR_BYTES);
+        let end = start.saturating_add(count.saturating_mul(SECTOR_BYTES));
+        change(&device.pmem, start..end).map_err(|error| block_failure(&error))?;
+        Ok(Answer::Done)
+    }
+
+    fn some_devices(&self, name: Option<&str>) -> Result<Vec<Device>, Failure> {
+        match name {
+            Some(name) => Ok(vec![self.device(name)?]),
+            None => Ok(self.regions.lock().devices.values().cloned().collect()),
+        }
+    }
+
+    /// The namespace that people mean.
+    fn namespace(&self, name: &str) -> Result<(Arc<Region>, Namespace), Failure> {
+        let regions: Vec<Arc<Region>> = self.regions.lock().all.values().cloned().collect();
+        for region in regions {
+            for namespace in region.namespaces() {
+                if self.namespace_view(&region, &namespace).is_called(name) {
+                    return Ok((region, namespace));
+                }
+            }
+        }
+        Err(Failure::new(
+            Code::NotFound,
+            format!("there is no `{name}`: `pgmap list` shows what there is"),
+        ))
+    }
+
+    /// The device in use that people mean.
+    pub(super) fn device(&self, name: &str) -> Result<Device, Failure> {
+        let (region, namespace) = self.namespace(name)?;
+        let key = (region.number(), namespace.index);
+        let device = self.regions.lock().devices.get(&key).cloned();
+        device.ok_or_else(|| {
+            let text = format!("{name} is out of use: `pgmap enable {name}` brings it back");
+            Failure::new(Code::NotFound, text)
+        })
+    }
+}
+
+fn set_activation(region: &Region, index: u32, to: Activation) -> Result<Answer, Failure> {
+    match region.set_activation(index, to) {
+        // A file without a label has nowhere to keep it: that is what raw means.
+        Ok(()) | Err(RegionError::Unlabelled(_)) => Ok(Answer::Done),
+        Err(error) => Err(region_failure(&error)),
+    }
+}
+
+fn parse(wanted: &CreateNamespace) -> Result<Wanted, Failure> {
+    let invalid = |error| Failure::new(Code::Invalid, error);
+    let usual = Wanted::default();
+    let align = match wanted.align {
+        None => usual.align,
+        Some(bytes) => [Align::Page, Align::Pmd, Align::Pud]
+            .into_iter()
+            .find(|align| align.bytes() == bytes)
+            .ok_or_else(|| Failure::new(Code::Invalid, "an alignment is 4K, 2M or 1G"))?,
+    };
+    let mode = wanted.mode.as_deref().map(str::parse).transpose();
+    let map = wanted.map.as_deref().map(str::parse).transpose();
+    Ok(Wanted {
+        size_bytes: wanted.size,
+        mode: mode.map_err(invalid)?.unwrap_or(usual.mode),
+        align,
+        map: map.map_err(invalid)?.unwrap_or(usual.map),
+        name: wanted.name.clone().unwrap_or_default(),
+    })
+}
+
+/// Begins a pass over each device; if somebody waits, until all are done or they are gone.
+fn scrub(devices: &[Device], until: Option<&Session>) -> Result<Answer, Failure> {
+    let passes: Vec<_> = devices.iter().map(|device| device.pmem.scrub()).collect();
+    let mut complete = false;
+    if let Some(session) = until {
+        for (device, pass) in devices.iter().zip(passes) {
+            let look = || device.pmem.wait_for_scrub(pass, Some(LOOK));
+            let mut seen = look();
+            while seen == Err(pgmap_drivers::pmem::ScrubError::Patience) && !session.is_hung_up() {
+                seen = look();
+            }
+            seen.map_err(|error| Failure::new(Code::Failed, error))?;
+        }
+        complete = true;
+    }
+    let bad = devices.iter().map(|device| device.pmem.bad_blocks());
+    let sectors = bad.map(|bad| {
+        let ranges = bad.ranges().iter();
+        ranges.map(|range| range.end - range.start).sum::<u64>()
+    });
+    Ok(Answer::Scrub(Scrub {
+        complete,
+        badblock_count: sectors.sum(),
+    }))
+}
+
+fn region_failure(error: &RegionError) -> Failure {
+    let code = match error {
+        RegionError::NoNamespace(_) => Code::Invalid,
+        RegionError::Unknown { .. } => Code::NotFound,
+        RegionError::InUse { .. } => Code::Busy,
+        RegionError::Unlabelled(_) => Code::Unsupported,
+        RegionError::Commit(_) | RegionError::Io(_) => Code::Failed,
+    };
+    Failure::new(code, error)
+}
+
+fn block_failure(error: &BlockError) -> Failure {
+    let code = match error {
+        BlockError::OutOfRange => Code::Invalid,
+        BlockError::Frozen(_) => Code::Busy,
+        BlockError::Bad { .. } | BlockError::ReadOnly | BlockError::Io(_) => Code::Failed,
+    };
+    Failure::new(code, error)
+}
+
+/// The name under which a count is shown and scraped.
+const fn count_name(count: Count) -> &'static str {
+    match count {
+        Count::Reads => "reads",
+        Count::BytesRead => "read_bytes",
+        Count::Writes => "writes",
+        Count::BytesWritten => "written_bytes",
+        Count::Flushes => "flushes",
+        Count::Trims => "trims",
+        Count::Zeroes => "zeroes",
+        Count::Statuses => "statuses",
+        Count::Errors => "errors",
+    }
+}

@@ -1,0 +1,148 @@
+//! Mappings and pins of other processes, and taking devices away from them.
+
+use core::time::Duration;
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use pgmap_drivers::pmem::{
+    AccessError, Client, Hold, HoldKind, Holders, Pmem, Sharing, UnbindError,
+};
+
+use super::{Keep, Service, afterwards};
+use crate::control::Session;
+use crate::control::protocol::{Answer, Code, Failure, Holder, RangeOf};
+
+impl Service {
+    pub(super) fn map_range(
+        &self,
+        range: &RangeOf,
+        session: &mut Session,
+    ) -> Result<Answer, Failure> {
+        let device = self.device(&range.namespace)?;
+        let bytes = bytes_of(range, &device.pmem);
+        let guard = device
+            .pmem
+            .map(bytes, Sharing::Shared, client(session, "direct"))
+            .map_err(|error| access_failure(&error))?;
+        let none = || Failure::new(Code::Unsupported, "this device has no file to map");
+        let file = guard.fd().ok_or_else(none)?;
+        let file = file
+            .try_clone_to_owned()
+            .map_err(|error| Failure::new(Code::Failed, error))?;
+        let (offset, length) = (guard.offset(), guard.len());
+        let id = session.hold(guard)?;
+        session.attach(file);
+        Ok(Answer::Mapped { id, offset, length })
+    }
+
+    pub(super) fn pin_range(
+        &self,
+        range: &RangeOf,
+        label: String,
+        session: &mut Session,
+    ) -> Result<Answer, Failure> {
+        let device = self.device(&range.namespace)?;
+        let bytes = bytes_of(range, &device.pmem);
+        let guard = device
+            .pmem
+            .pin(bytes, client(session, label))
+            .map_err(|error| access_failure(&error))?;
+        let id = session.hold(guard)?;
+        Ok(Answer::Held { id })
+    }
+
+    /// Takes a device out of use, and ends the connections of its clients. At the deadline, or if nobody waits for the answer
+    /// any more, everything is as it was.
+    pub(super) fn take_away(
+        &self,
+        key: (u32, u32),
+        patience: Option<Duration>,
+        keep: Keep,
+    ) -> Result<(), Failure> {
+        let found = self.regions.lock().devices.get(&key).cloned();
+        let Some(device) = found else {
+            return Ok(());
+        };
+        device
+            .pmem
+            .unbind(patience, afterwards(keep), |_| {})
+            .map_err(|error| unbind_failure(&error, &device.pmem))?;
+        self.regions.lock().devices.remove(&key);
+        self.disconnect(&device.export.name);
+        Ok(())
+    }
+}
+
+fn client(session: &Session, label: impl Into<Cow<'static, str>>) -> Client {
+    Client {
+        label: label.into(),
+        pid: session.pid().unwrap_or(0),
+    }
+}
+
+fn bytes_of(range: &RangeOf, pmem: &Arc<Pmem>) -> core::ops::Range<u64> {
+    let end = match range.length {
+        Some(length) => range.offset.saturating_add(length),
+        None => pmem.namespace().size_bytes(),
+    };
+    range.offset..end
+}
+
+fn access_failure(error: &AccessError) -> Failure {
+    let code = match error {
+        AccessError::NoFrames => Code::Unsupported,
+        AccessError::Leaving | AccessError::TooMany => Code::Busy,
+        AccessError::OutOfRange | AccessError::NotAligned(_) | AccessError::NotShared => {
+            Code::Invalid
+        }
+        AccessError::Bad { .. } => Code::Failed,
+    };
+    Failure::new(code, error)
+}
+
+fn unbind_failure(error: &UnbindError, pmem: &Pmem) -> Failure {
+    if let UnbindError::Held(holders) = error {
+        return Failure {
+            code: Code::Busy,
+            message: format!("{} is in use, and stays", pmem.namespace().index_name(pmem)),
+            holders: all(holders),
+        };
+    }
+    Failure::new(Code::Failed, error)
+}
+
+/// Everybody who holds a device, requests included.
+fn all(holders: &Holders) -> Vec<Holder> {
+    let mut named: Vec<Holder> = holders
+        .holds
+        .iter()
+        .map(|hold| holder(hold, holders.now_ns))
+        .collect();
+    if holders.in_flight > 0 {
+        named.push(Holder {
+            kind: "request".into(),
+            label: format!("{} under way", holders.in_flight),
+            pid: None,
+            age_ms: 0,
+            offset: 0,
+            length: 0,
+        });
+    }
+    named
+}
+
+/// One who maps or pins, as the protocol says it.
+pub(super) fn holder(hold: &Hold, now_ns: u64) -> Holder {
+    let range = &hold.holder.range;
+    Holder {
+        kind: match hold.kind {
+            HoldKind::Mapped => "map".into(),
+            HoldKind::Pinned => "pin".into(),
+        },
+        label: hold.holder.label.to_string(),
+        pid: (hold.pid != 0).then_some(hold.pid),
+        age_ms: u64::try_from(hold.age(now_ns).as_millis()).unwrap_or(u64::MAX),
+        offset: range.start as u64,
+        length: range.len() as u64,
+    }
+}

@@ -1,0 +1,179 @@
+//! What `pgmap serve` is: regions, the devices of their namespaces, and the answers to what is asked about them.
+//!
+//! The command builds a [`Service`] and lends it to the fronts: NBD finds devices in it ([`Exports`]), the control socket
+//! asks it ([`Manager`]). What must never happen here: a device that is out of use and can still be had by a new client.
+
+mod answers;
+mod exports;
+mod holds;
+mod metrics;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
+
+use pgmap_core::addr::MAX_PFN;
+use pgmap_core::memremap::MemoryMap;
+use pgmap_core::platform::OutOfAddressSpace;
+use pgmap_drivers::block::{BlockDevice, BlockError};
+use pgmap_drivers::pmem::{
+    Activation, Afterwards, BindError, Namespace, OpenError, Pmem, PmemSpec, Region,
+};
+use pgmap_host::platform::HostPlatform;
+use pgmap_sync::Mutex;
+
+use crate::nbd::{Export, Server};
+
+pub use metrics::Metrics;
+
+static PLATFORM: HostPlatform = HostPlatform;
+
+/// All that one process serves.
+#[derive(Debug)]
+pub struct Service {
+    map: Arc<MemoryMap>,
+    regions: Mutex<Regions>,
+    /// The front, once there is one, and the beginning and end of the addresses at which it is found.
+    nbd: OnceLock<(Server, Vec<Uri>)>,
+}
+
+/// Where NBD clients find an export: its name goes in between.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Uri {
+    /// Such as `nbd+unix:///`.
+    pub before: String,
+    /// Such as `?socket=/run/x.nbd`.
+    pub after: String,
+}
+
+#[derive(Debug, Default)]
+struct Regions {
+    next: u32,
+    all: BTreeMap<u32, Arc<Region>>,
+    /// Namespaces in use, by region and number.
+    devices: BTreeMap<(u32, u32), Device>,
+}
+
+/// A namespace in use.
+#[derive(Clone, Debug)]
+struct Device {
+    pmem: Arc<Pmem>,
+    export: Arc<Export>,
+}
+
+/// Why a region cannot be served.
+#[derive(Debug, thiserror::Error)]
+pub enum PlugError {
+    /// It cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A namespace of it cannot be taken into use.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+}
+
+impl Service {
+    /// Nothing yet.
+    ///
+    /// # Errors
+    ///
+    /// If the machine has no addresses for the tables.
+    pub fn new() -> Result<Arc<Self>, OutOfAddressSpace> {
+        Ok(Arc::new(Self {
+            map: MemoryMap::new(&PLATFORM, MAX_PFN)?,
+            regions: Mutex::default(),
+            nbd: OnceLock::new(),
+        }))
+    }
+
+    /// Says by which front, and at which addresses, NBD clients find the devices.
+    pub fn set_nbd(&self, server: Server, uris: Vec<Uri>) {
+        // There is one front, and whoever comes second changes nothing.
+        let _ = self.nbd.set((server, uris));
+    }
+
+    /// Opens a region, and takes into use those of its namespaces that are to be. Answers its name.
+    ///
+    /// # Errors
+    ///
+    /// [`PlugError`]; nothing is served then that was not before.
+    pub fn plug(&self, spec: &PmemSpec) -> Result<String, PlugError> {
+        let mut regions = self.regions.lock();
+        let number = regions.next;
+        let region = Region::open(spec, number)?;
+        let wanted = |namespace: &Namespace| namespace.activation == Activation::Enabled;
+        let mut devices = Vec::new();
+        for namespace in region.namespaces().into_iter().filter(wanted) {
+            let device = Device::new(region.bind(&self.map, namespace.index)?);
+            devices.push(((number, namespace.index), device));
+        }
+        regions.next += 1;
+        regions.all.insert(number, region);
+        regions.devices.extend(devices);
+        Ok(format!("region{number}"))
+    }
+
+    /// Makes everything durable that was written.
+    ///
+    /// # Errors
+    ///
+    /// For each device that failed its name, and why.
+    pub fn flush(&self) -> Result<(), Vec<(String, BlockError)>> {
+        let devices: Vec<Device> = self.regions.lock().devices.values().cloned().collect();
+        let failed = devices.iter().filter_map(|device| {
+            let name = device.pmem.name().to_owned();
+            device.pmem.flush().err().map(|error| (name, error))
+        });
+        let failed: Vec<_> = failed.collect();
+        if failed.is_empty() { Ok(()) } else { Err(failed) }
+    }
+
+    /// Who still maps or pins something, for a last word before the end: a line for each.
+    #[must_use]
+    pub fn holders(&self) -> Vec<String> {
+        let devices: Vec<Device> = self.regions.lock().devices.values().cloned().collect();
+        let lines = devices.iter().flat_map(|device| {
+            let name = device.pmem.name().to_owned();
+            let holds = device.pmem.holds().into_iter();
+            holds.map(move |hold| format!("{name}: {hold}"))
+        });
+        lines.collect()
+    }
+
+    /// Where NBD clients find an export.
+    fn uri(&self, name: &str) -> Option<String> {
+        let (_, uris) = self.nbd.get()?;
+        let Uri { before, after } = uris.first()?;
+        Some(format!("{before}{name}{after}"))
+    }
+
+    /// Ends the connections of those who use a device that is out of use.
+    fn disconnect(&self, name: &str) {
+        if let Some((server, _)) = self.nbd.get() {
+            server.disconnect(name);
+        }
+    }
+}
+
+impl Device {
+    fn new(pmem: Arc<Pmem>) -> Self {
+        let export = Arc::new(Export::new(Arc::clone(&pmem) as Arc<dyn BlockDevice>));
+        Self { pmem, export }
+    }
+}
+
+/// What becomes of volatile bytes.
+const fn afterwards(keep: Keep) -> Afterwards {
+    match keep {
+        Keep::Bytes => Afterwards::Keep,
+        Keep::Nothing => Afterwards::Forget,
+    }
+}
+
+/// Why a namespace is taken out of use.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Keep {
+    /// It will come back.
+    Bytes,
+    /// It is unplugged: volatile memory is gone.
+    Nothing,
+}
