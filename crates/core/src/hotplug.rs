@@ -66,12 +66,12 @@ pub trait MemoryNotifier: Send + Sync + fmt::Debug {
 /// What keeps a block's frames in use.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Obstacle {
-    /// A page is pinned (GUP-3).
-    #[error("{pfn:?} is pinned{}; drop the pin, and try again", by(.holder.as_deref()))]
-    Pinned {
+    /// A page is pinned (GUP-3), or its bytes are lost.
+    #[error("{pfn:?} is held{}; it has to be let go of first", by(.holder.as_deref()))]
+    Held {
         /// Its frame.
         pfn: Pfn,
-        /// Who has pinned it, if they have said so.
+        /// Who has pinned it, if anybody has.
         holder: Option<Box<Holder>>,
     },
     /// Other RAM and the devices have no room for what is in the block.
