@@ -241,7 +241,13 @@ impl Ram {
         };
         let is_there = |block: &&MemoryBlock| block.state() != BlockState::Absent;
         let seen = |block: &MemoryBlock| (view(block), block.touched());
-        let blocks: Vec<_> = self.blocks.lock().iter().filter(is_there).map(seen).collect();
+        let blocks: Vec<_> = self
+            .blocks
+            .lock()
+            .iter()
+            .filter(is_there)
+            .map(seen)
+            .collect();
         let with_pins = blocks.into_iter().map(|(mut view, touched)| {
             let frames = touched.filter_map(Pfn::new);
             let pinned = frames.filter(|pfn| self.map.frame(*pfn).is_pinned());
@@ -257,11 +263,11 @@ impl Ram {
     pub fn zone_of(&self, pfn: Pfn) -> Option<Zone> {
         let state = self.blocks.lock().of(pfn).map(MemoryBlock::state);
         match state {
-            Some(BlockState::Online(zone) | BlockState::GoingOffline(zone)) => Some(Zone::Ram(zone)),
-            Some(BlockState::Offline | BlockState::GoingOnline(_)) => None,
-            Some(BlockState::Absent) | None => {
-                self.map.get_dev_pagemap(pfn).map(|_| Zone::Device)
+            Some(BlockState::Online(zone) | BlockState::GoingOffline(zone)) => {
+                Some(Zone::Ram(zone))
             }
+            Some(BlockState::Offline | BlockState::GoingOnline(_)) => None,
+            Some(BlockState::Absent) | None => self.map.get_dev_pagemap(pfn).map(|_| Zone::Device),
         }
     }
 
@@ -298,7 +304,9 @@ impl Ram {
     #[doc(alias = "offline_and_remove_memory")]
     pub fn remove(&self, id: BlockId) -> Result<(), HotplugError> {
         let _hotplug = self.map.mem_hotplug_begin();
-        let range = self.in_state(id, |state| (state == BlockState::Offline).then_some(()))?.0;
+        let range = self
+            .in_state(id, |state| (state == BlockState::Offline).then_some(()))?
+            .0;
         self.blocks.lock().set_state(id, BlockState::Absent);
         let released = self.map.resources.lock().tree.release(range);
         debug_assert_eq!(released, Ok(()), "RAM was not in the resource tree");
@@ -359,7 +367,11 @@ impl Ram {
             tell(&told, Event::CancelOffline, range);
             return Err(error);
         }
-        assert_eq!(self.used_in(id), 0, "{id} was emptied, and has frames in use");
+        assert_eq!(
+            self.used_in(id),
+            0,
+            "{id} was emptied, and has frames in use"
+        );
         {
             let _hotplug = self.map.mem_hotplug_begin();
             let mut blocks = self.blocks.lock();

@@ -316,9 +316,7 @@ fn common(a: PfnRange, b: PfnRange) -> Option<PfnRange> {
 /// What is left of `whole` without `part`.
 fn outside(whole: PfnRange, part: PfnRange) -> impl Iterator<Item = PfnRange> {
     let before = between(whole.start().get(), part.start().get());
-    before
-        .into_iter()
-        .chain(between(part.end(), whole.end()))
+    before.into_iter().chain(between(part.end(), whole.end()))
 }
 
 /// As `/proc/iomem` shows it: first and last byte, and the name; children indented.
@@ -381,7 +379,9 @@ impl Resources {
                 return Err(MapError::Conflict(other.range));
             }
             let mut earlier = ranges[..nth].iter();
-            if let Some(other) = earlier.find(|other| other.intersects(used) || whole(**other).intersects(used)) {
+            if let Some(other) =
+                earlier.find(|other| other.intersects(used) || whole(**other).intersects(used))
+            {
                 return Err(MapError::Conflict(*other));
             }
         }
@@ -437,7 +437,11 @@ impl Resources {
 
     /// The lowest whole sub-sections after RAM that have room for so many frames.
     pub(crate) fn find_room(&self, frames: u64) -> Option<PfnRange> {
-        self.room(frames, self.after_ram.unwrap_or(0), crate::sparse::SUBSECTION_FRAMES)
+        self.room(
+            frames,
+            self.after_ram.unwrap_or(0),
+            crate::sparse::SUBSECTION_FRAMES,
+        )
     }
 
     /// The lowest free frames at or after `from`, aligned to `align` frames.

@@ -88,10 +88,7 @@ mod tests {
         let range = size.range_of(BlockId(7)).unwrap();
         assert_eq!(range.start().get(), 7 * SECTION_FRAMES);
         assert_eq!(size.block_of(range.start()), BlockId(7));
-        assert_eq!(
-            size.block_of(Pfn::new(range.end()).unwrap()),
-            BlockId(8)
-        );
+        assert_eq!(size.block_of(Pfn::new(range.end()).unwrap()), BlockId(8));
         assert_eq!(size.range_of(BlockId(u32::MAX)), None);
     }
 }

@@ -115,7 +115,9 @@ impl AddressSpace {
         if seeded_bug::has(SeededBug::ReplaceIgnoresPins) && self.map.frame(old).is_pinned() {
             let mut new = [old];
             self.ram.alloc(&mut new);
-            self.map.frame(new[0]).set_mapping(self.map.frame(old).mapping());
+            self.map
+                .frame(new[0])
+                .set_mapping(self.map.frame(old).mapping());
             self.ram.free(&[old]);
             return Ok(new[0]);
         }

@@ -59,10 +59,7 @@ fn writers_are_exclusive_by_themselves() {
 /// HOT-3: a reader sees no half of a write, and a writer waits for it.
 #[test]
 fn readers_and_writers_keep_each_other_out() {
-    explore([
-        write,
-        |shared| {
-            read(shared);
-        },
-    ]);
+    explore([write, |shared| {
+        read(shared);
+    }]);
 }
