@@ -123,8 +123,8 @@ pub enum HotplugError {
     /// Somebody who was asked refused.
     #[error("{0} stays as it is: {1}")]
     Vetoed(BlockId, Veto),
-    /// It is all that may be used.
-    #[error("{0} is all the RAM that may be used; bring another block on line first")]
+    /// Nothing else is on line.
+    #[error("{0} is all the RAM that is on line; bring another block on line first")]
     Last(BlockId),
     /// Its frames stay in use (HOT-4).
     #[error("{0} stays on line: {1}")]
@@ -313,7 +313,7 @@ impl Ram {
         Ok(())
     }
 
-    /// Brings a block on line: its frames can be had, and the capacity and the limit are higher by so many (HOT-5).
+    /// Brings a block on line: its frames can be had, and the limit is higher by so many, unless a lower one was set (HOT-5).
     ///
     /// # Errors
     ///
@@ -331,18 +331,18 @@ impl Ram {
             let _hotplug = self.map.mem_hotplug_begin();
             let mut blocks = self.blocks.lock();
             blocks.set_state(id, BlockState::Online(zone));
-            self.grow(&mut blocks, range.count());
+            self.grow(&blocks, range.count());
         }
         tell(&told, Event::Online, range);
         Ok(zone)
     }
 
-    /// Takes a block off line: `mm` replaces its frames that are in use, and the capacity and the limit are lower by so many
-    /// (HOT-5). They are lower from the start, so that reclaim makes room meanwhile.
+    /// Takes a block off line: `mm` replaces its frames that are in use, and no more frames may be used than are left on line
+    /// (HOT-5). That holds from the start, so that reclaim makes room meanwhile.
     ///
     /// # Errors
     ///
-    /// [`HotplugError`]; the block is on line, and the capacity and the limit are what they were (HOT-4).
+    /// [`HotplugError`]; the block is on line, and the limit is what it was (HOT-4).
     ///
     /// # Panics
     ///
@@ -362,7 +362,7 @@ impl Ram {
                 let _hotplug = self.map.mem_hotplug_begin();
                 let mut blocks = self.blocks.lock();
                 blocks.set_state(id, BlockState::Online(zone));
-                self.unshrink(&mut blocks, range.count());
+                self.grow(&blocks, range.count());
             }
             tell(&told, Event::CancelOffline, range);
             return Err(error);
@@ -372,12 +372,7 @@ impl Ram {
             0,
             "{id} was emptied, and has frames in use"
         );
-        {
-            let _hotplug = self.map.mem_hotplug_begin();
-            let mut blocks = self.blocks.lock();
-            blocks.set_state(id, BlockState::Offline);
-            self.shrunk(&mut blocks, range.count());
-        }
+        self.settle(id, BlockState::Offline);
         tell(&told, Event::Offline, range);
         Ok(())
     }
@@ -422,7 +417,7 @@ impl Ram {
             | BlockState::GoingOffline(_) => None,
         })?;
         let mut blocks = self.blocks.lock();
-        if !self.shrink(&mut blocks, range.count()) {
+        if !self.shrink(&blocks, range.count()) {
             return Err(HotplugError::Last(id));
         }
         blocks.set_state(id, BlockState::GoingOffline(zone));
@@ -455,6 +450,7 @@ impl Ram {
         }
     }
 
+    /// Ends a change of state that touches no frame in use.
     fn settle(&self, id: BlockId, state: BlockState) {
         let _hotplug = self.map.mem_hotplug_begin();
         self.blocks.lock().set_state(id, state);

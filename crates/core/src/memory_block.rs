@@ -98,8 +98,6 @@ pub(crate) struct Blocks {
     blocks: Vec<MemoryBlock>,
     /// For each zone the first block that may have free frames.
     heads: [Option<usize>; 2],
-    /// By how much the limit is lower for blocks that are going off line, and may have to be higher again.
-    pub(crate) lowered: u64,
 }
 
 impl Blocks {
@@ -118,7 +116,6 @@ impl Blocks {
             size,
             blocks: parts.collect(),
             heads: [None; 2],
-            lowered: 0,
         };
         all.relist();
         all

@@ -73,12 +73,13 @@ pub struct Ram {
     pub(crate) blocks: Mutex<Blocks>,
     /// Frames of the blocks that are on line.
     capacity: AtomicU64, // changed under `blocks`' lock, read by anybody
-    limit: AtomicU64, // as `capacity`
+    /// The limit that was asked for, whatever is on line.
+    wanted: AtomicU64, // as `capacity`
     /// Frames that may be in use for a while, though they are above the limit: 0 if none may, [`u64::MAX`] while the limit
     /// is suspended.
     ceiling: AtomicU64, // read and changed under `blocks`' lock
     in_use: AtomicU64, // as `capacity`
-    peak: AtomicU64,  // as `capacity`
+    peak: AtomicU64,   // as `capacity`
     pub(crate) notifiers: Mutex<Vec<Arc<dyn MemoryNotifier>>>,
 }
 
@@ -98,7 +99,7 @@ impl Ram {
             map,
             blocks: Mutex::new(Blocks::online(range)),
             capacity: AtomicU64::new(range.count()),
-            limit: AtomicU64::new(range.count()),
+            wanted: AtomicU64::new(u64::MAX),
             ceiling: AtomicU64::new(0),
             in_use: AtomicU64::new(0),
             peak: AtomicU64::new(0),
@@ -106,7 +107,7 @@ impl Ram {
         }
     }
 
-    /// The most frames that the limit can be raised to: those of the blocks that are on line.
+    /// Frames of the blocks that are on line: the limit is never higher.
     #[must_use]
     pub fn capacity(&self) -> u64 {
         // Relaxed: as in `limit`.
@@ -119,57 +120,37 @@ impl Ram {
         self.blocks.lock().touched(from)
     }
 
-    /// Frames that may be in use.
+    /// Frames that may be in use: those that were asked for, or all that are on line if these are less.
     #[must_use]
     pub fn limit(&self) -> u64 {
         // Relaxed: a number that others may change at any time.
-        self.limit.load(Ordering::Relaxed)
+        self.wanted.load(Ordering::Relaxed).min(self.capacity())
     }
 
-    /// Changes how many frames may be in use, up to the capacity. Frames above a lower limit stay in use until
-    /// somebody frees them: see [`deficit`](Self::deficit).
+    /// Changes how many frames may be in use, at most; [`u64::MAX`], as in the beginning, for all that are on line. Frames
+    /// above a lower limit stay in use until somebody frees them: see [`deficit`](Self::deficit).
     pub fn set_limit(&self, frames: u64) {
-        let mut blocks = self.blocks.lock();
-        blocks.lowered = 0;
+        let _lock = self.blocks.lock();
         self.lower_ceiling(0);
         // Relaxed: as in `limit`.
-        self.limit
-            .store(frames.min(self.capacity()), Ordering::Relaxed);
+        self.wanted.store(frames, Ordering::Relaxed);
     }
 
-    /// Frames came on line: there are more, and more may be used.
-    pub(crate) fn grow(&self, _locked: &mut Blocks, frames: u64) {
+    /// Frames came on line, or stay there.
+    pub(crate) fn grow(&self, _locked: &Blocks, frames: u64) {
         self.lower_ceiling(0);
         // Relaxed, here and below: changed under the lock only.
         self.capacity.fetch_add(frames, Ordering::Relaxed);
-        self.limit.fetch_add(frames, Ordering::Relaxed);
     }
 
-    /// Frames are going off line: there are less, and less may be used. False, and nothing has changed, if none could be used
-    /// then.
-    pub(crate) fn shrink(&self, locked: &mut Blocks, frames: u64) -> bool {
-        if self.limit() <= frames {
+    /// Frames are going off line. False, and nothing has changed, if there are no others.
+    pub(crate) fn shrink(&self, _locked: &Blocks, frames: u64) -> bool {
+        if self.capacity() <= frames {
             return false;
         }
         self.lower_ceiling(0);
         self.capacity.fetch_sub(frames, Ordering::Relaxed);
-        self.limit.fetch_sub(frames, Ordering::Relaxed);
-        locked.lowered += frames;
         true
-    }
-
-    /// Frames that were going off line are off line.
-    pub(crate) fn shrunk(&self, locked: &mut Blocks, frames: u64) {
-        locked.lowered = locked.lowered.saturating_sub(frames);
-    }
-
-    /// Frames that were going off line stay on line. The limit is what it was, unless somebody has set another meanwhile.
-    pub(crate) fn unshrink(&self, locked: &mut Blocks, frames: u64) {
-        let back = frames.min(locked.lowered);
-        locked.lowered -= back;
-        self.lower_ceiling(0);
-        self.capacity.fetch_add(frames, Ordering::Relaxed);
-        self.limit.fetch_add(back, Ordering::Relaxed);
     }
 
     /// Frames in use.

@@ -19,6 +19,9 @@ use crate::reclaim::Caller;
 use crate::seeded_bug::{self, SeededBug};
 use crate::space::{AddressSpace, BATCH};
 
+/// Frames that are reclaimed in one round, at least, where there is no room for more.
+const MAKE_ROOM: usize = 8 * BATCH;
+
 /// What one look at a block that is going off line has come to.
 #[derive(Debug)]
 pub struct Round<'a> {
@@ -156,7 +159,7 @@ impl<F: FnMut(Round<'_>) -> ControlFlow<()>> Migrate for Emptying<'_, F> {
         loop {
             let mut obstacle = self.space.replace_frames(block);
             if matches!(obstacle, Some(Obstacle::NoRoom { .. }))
-                && self.space.reclaim(self.caller, BATCH) > 0
+                && self.space.reclaim(self.caller, MAKE_ROOM) > 0
             {
                 obstacle = self.space.replace_frames(block);
             }
