@@ -111,7 +111,7 @@ pub enum HotplugError {
     /// There is no such memory.
     #[error("{0} is not there")]
     Absent(BlockId),
-    /// It is a device's memory, in ZONE_DEVICE (HOT-2).
+    /// It is a device's memory, in `ZONE_DEVICE` (HOT-2).
     #[error("{0} is in ZONE_DEVICE, the memory of {1}; a device is taken away as a whole")]
     Device(BlockId, String),
     /// It is in another state.
@@ -399,10 +399,10 @@ impl Ram {
         let is_off = |state| (state == BlockState::Offline).then_some(());
         let (range, ()) = self.in_state(id, is_off)?;
         let mut blocks = self.blocks.lock();
-        let in_zones = blocks
-            .iter()
-            .filter_map(|block| Some((block.range, block.state().zone()?)));
-        let zone = zone::choose(choice, range, in_zones)?;
+        let zone = {
+            let zone_of = |block: &MemoryBlock| Some((block.range, block.state().zone()?));
+            zone::choose(choice, range, &blocks.iter().filter_map(zone_of))?
+        };
         blocks.set_state(id, BlockState::GoingOnline(zone));
         Ok((range, zone))
     }

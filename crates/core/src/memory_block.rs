@@ -95,7 +95,7 @@ const ORDER: [RamZone; 2] = [RamZone::Movable, RamZone::Normal];
 #[derive(Debug)]
 pub(crate) struct Blocks {
     size: BlockSize,
-    blocks: Vec<MemoryBlock>,
+    all: Vec<MemoryBlock>,
     /// For each zone the first block that may have free frames.
     heads: [Option<usize>; 2],
 }
@@ -112,13 +112,13 @@ impl Blocks {
             let state = BlockState::Online(RamZone::Normal);
             Some(MemoryBlock::new(BlockId(number), part, state))
         });
-        let mut all = Self {
+        let mut blocks = Self {
             size,
-            blocks: parts.collect(),
+            all: parts.collect(),
             heads: [None; 2],
         };
-        all.relist();
-        all
+        blocks.relist();
+        blocks
     }
 
     pub(crate) const fn size(&self) -> BlockSize {
@@ -126,33 +126,33 @@ impl Blocks {
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &MemoryBlock> + Clone {
-        self.blocks.iter()
+        self.all.iter()
     }
 
     pub(crate) fn get(&self, id: BlockId) -> Option<&MemoryBlock> {
-        self.blocks.iter().find(|block| block.id == id)
+        self.all.iter().find(|block| block.id == id)
     }
 
     /// The block that has a frame.
     pub(crate) fn of(&self, pfn: Pfn) -> Option<&MemoryBlock> {
-        Some(&self.blocks[self.index_of(pfn)?])
+        Some(&self.all[self.index_of(pfn)?])
     }
 
     /// Adds a block that is off line, or whose memory was removed.
     pub(crate) fn add(&mut self, id: BlockId, range: PfnRange) {
-        let place = self.blocks.partition_point(|block| block.id < id);
+        let place = self.all.partition_point(|block| block.id < id);
         let block = MemoryBlock::new(id, range, BlockState::Offline);
-        if self.blocks.get(place).is_some_and(|there| there.id == id) {
-            self.blocks[place] = block;
+        if self.all.get(place).is_some_and(|there| there.id == id) {
+            self.all[place] = block;
         } else {
-            self.blocks.insert(place, block);
+            self.all.insert(place, block);
         }
         self.relist();
     }
 
     /// Changes whether a block's frames may be used.
     pub(crate) fn set_state(&mut self, id: BlockId, state: BlockState) {
-        if let Some(block) = self.blocks.iter_mut().find(|block| block.id == id) {
+        if let Some(block) = self.all.iter_mut().find(|block| block.id == id) {
             block.state = state;
         }
         self.relist();
@@ -160,25 +160,27 @@ impl Blocks {
 
     /// The first run of frames at or after number `from` that have ever been in use.
     pub(crate) fn touched(&self, from: u64) -> Option<Range<u64>> {
-        let mut touched = self.blocks.iter().map(MemoryBlock::touched);
+        let mut touched = self.all.iter().map(MemoryBlock::touched);
         let run = touched.find(|run| run.end > from && !run.is_empty())?;
         Some(run.start.max(from)..run.end)
     }
 
     /// Takes a free frame of a block that is on line.
     pub(crate) fn take(&mut self, map: &MemoryMap) -> Option<Pfn> {
-        for zone in ORDER {
-            while let Some(first) = self.heads[zone as usize] {
-                let block = &mut self.blocks[first];
-                let range = block.range;
-                if let Some(pfn) = block.free.take(map, range.start(), range.count()) {
-                    block.used += 1;
-                    return Some(pfn);
-                }
-                // INVARIANT: it has no free frame.
-                block.listed = false;
-                self.heads[zone as usize] = block.next;
+        ORDER.into_iter().find_map(|zone| self.take_in(zone, map))
+    }
+
+    fn take_in(&mut self, zone: RamZone, map: &MemoryMap) -> Option<Pfn> {
+        while let Some(first) = self.heads[zone as usize] {
+            let block = &mut self.all[first];
+            let range = block.range;
+            if let Some(pfn) = block.free.take(map, range.start(), range.count()) {
+                block.used += 1;
+                return Some(pfn);
             }
+            // INVARIANT: it has no free frame.
+            block.listed = false;
+            self.heads[zone as usize] = block.next;
         }
         None
     }
@@ -192,7 +194,7 @@ impl Blocks {
         let Some(index) = self.index_of(pfn) else {
             panic!("{pfn:?} is given back, and is not RAM");
         };
-        let block = &mut self.blocks[index];
+        let block = &mut self.all[index];
         block.free.give(map, block.range.start(), pfn);
         block.used -= 1;
         self.list(index);
@@ -202,20 +204,18 @@ impl Blocks {
         // Most blocks stand at their number: only what was added behind other memory does not.
         let guess = self.size.block_of(pfn).0 as usize;
         let has = |index: &usize| {
-            let block = self.blocks.get(*index);
+            let block = self.all.get(*index);
             block.is_some_and(|block| block.range.contains(pfn))
         };
         Some(guess).filter(has).or_else(|| {
-            let behind = self
-                .blocks
-                .partition_point(|block| block.range.start() <= pfn);
+            let behind = self.all.partition_point(|block| block.range.start() <= pfn);
             behind.checked_sub(1).filter(has)
         })
     }
 
     /// Puts a block that may have free frames into its zone's list, if they may be handed out.
     fn list(&mut self, index: usize) {
-        let block = &mut self.blocks[index];
+        let block = &mut self.all[index];
         if let BlockState::Online(zone) = block.state
             && !block.listed
         {
@@ -227,8 +227,8 @@ impl Blocks {
     /// Makes the lists anew, the lowest blocks first.
     fn relist(&mut self) {
         self.heads = [None; 2];
-        for index in (0..self.blocks.len()).rev() {
-            self.blocks[index].listed = false;
+        for index in (0..self.all.len()).rev() {
+            self.all[index].listed = false;
             self.list(index);
         }
     }

@@ -71,7 +71,7 @@ impl fmt::Display for Zone {
 pub(crate) fn choose(
     choice: ZoneChoice,
     block: PfnRange,
-    online: impl Iterator<Item = (PfnRange, RamZone)> + Clone,
+    online: &(impl Iterator<Item = (PfnRange, RamZone)> + Clone),
 ) -> Result<RamZone, WrongZone> {
     let joins = |zone: RamZone| {
         let mut online = online.clone();

@@ -12,8 +12,8 @@
 
 mod explore;
 
+use core::ops::ControlFlow;
 use std::borrow::Cow;
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use explore::explore;

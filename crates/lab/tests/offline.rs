@@ -6,8 +6,8 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![cfg(not(any(loom, shuttle)))]
 
+use core::ops::ControlFlow;
 use std::borrow::Cow;
-use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use pgmap_core::hotplug::{HotplugError, Obstacle};

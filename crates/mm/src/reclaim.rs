@@ -4,6 +4,7 @@
 //! step leaves the page where it was. What must never happen here: the last copy of a page dropped before
 //! the device has the other (FLT-4); a pinned page moved (GUP-3); two cursors held at once.
 
+use core::iter;
 use core::ops::Range;
 
 use pgmap_core::addr::{Page, Pfn};
@@ -463,19 +464,24 @@ impl AddressSpace {
         // Relaxed: where somebody else looks at the same time does not matter.
         let start = self.shed_from.load(Ordering::Relaxed);
         let mut shed = 0;
-        for part in [start..u64::MAX, 0..start] {
-            let mut next = part.start;
-            while let Some(run) = self.ram.touched(next).filter(|run| run.start < part.end) {
-                next = run.end;
-                for number in (run.start..run.end.min(part.end)).filter_map(Pfn::new) {
-                    shed += self.shed_copy(number);
-                    if shed == want {
-                        self.shed_from.store(number.get(), Ordering::Relaxed);
-                        return;
-                    }
-                }
+        let behind = self.touched_frames(start..u64::MAX);
+        for frame in behind.chain(self.touched_frames(0..start)) {
+            shed += self.shed_copy(frame);
+            if shed == want {
+                self.shed_from.store(frame.get(), Ordering::Relaxed);
+                return;
             }
         }
+    }
+
+    /// The frames of RAM with these numbers that have ever been in use.
+    fn touched_frames(&self, numbers: Range<u64>) -> impl Iterator<Item = Pfn> {
+        let next = move |from| {
+            let run = self.ram.touched(from)?;
+            (run.start < numbers.end).then(|| run.start..run.end.min(numbers.end))
+        };
+        let runs = iter::successors(next(numbers.start), move |run| next(run.end));
+        runs.flatten().filter_map(Pfn::new)
     }
 
     /// Gives up the copy of the page in a frame. Says how many there were.
