@@ -12,7 +12,7 @@ use core::mem::ManuallyDrop;
 use core::time::Duration;
 
 use pgmap_sync::atomic::{AtomicU8, Ordering};
-use pgmap_sync::{Mutex, PercpuRef, WaitQueue};
+use pgmap_sync::{Mutex, PercpuRef, RwSem, WaitQueue};
 
 use crate::addr::{Pfn, PfnRange};
 use crate::driver::{DeviceData, PrivateOps};
@@ -20,13 +20,12 @@ use crate::holders::Holders;
 use crate::page::{Frame, Put};
 use crate::platform::{OutOfAddressSpace, Platform};
 use crate::ram::{FreeList, Ram};
-use crate::resource::Resources;
+use crate::resource::{Descriptor, Resources};
+pub use crate::sparse::SUBSECTION_FRAMES;
 use crate::vmemmap::ZeroedSlice;
 
 /// Device mappings that there can be at once.
 const MAX_PGMAPS: usize = 32;
-/// Frames of a sub-section, the granularity of device mappings: 2 MiB (MAP-4).
-pub const SUBSECTION_FRAMES: u64 = 512;
 
 /// What kind of memory a device has, and what it must be able to do (MAP-1).
 #[derive(Debug)]
@@ -37,6 +36,17 @@ pub enum MemoryType {
     FsDax(Arc<WaitQueue>),
     /// A character device maps it directly.
     Generic,
+}
+
+impl MemoryType {
+    /// What the resource tree says of it.
+    fn resource(&self) -> (Descriptor, &str) {
+        match self {
+            Self::Private(ops) => (Descriptor::DevicePrivate, ops.name()),
+            Self::FsDax(_) => (Descriptor::PersistentMemory, "fsdax"),
+            Self::Generic => (Descriptor::None, "devdax"),
+        }
+    }
 }
 
 /// Why frames could not be given to a device.
@@ -64,8 +74,10 @@ pub struct MemoryMap {
     /// For each sub-section one more than the number of the entry of the device that has it; 0 for none.
     sections: ZeroedSlice<AtomicU8>, // written under `resources`' lock, read by anybody
     entries: Vec<Entry>,
-    resources: Mutex<Resources>,
-    max_frames: u64,
+    pub(crate) resources: Mutex<Resources>,
+    /// Held by who adds or removes memory, and by readers that rely on what there is (HOT-3).
+    pub(crate) hotplug: RwSem,
+    pub(crate) max_frames: u64,
     holders: Holders,
 }
 
@@ -149,6 +161,7 @@ impl MemoryMap {
             sections: ZeroedSlice::new(platform, sections)?,
             entries: (0..MAX_PGMAPS).map(|_| entry()).collect(),
             resources: Mutex::new(Resources::default()),
+            hotplug: RwSem::new(),
             max_frames,
             holders: Holders::default(),
         }))
@@ -176,7 +189,7 @@ impl MemoryMap {
         self.platform.now_ns()
     }
 
-    /// Makes the first `frames` frames System RAM.
+    /// Makes the first `frames` frames System RAM, all of it on line.
     ///
     /// # Errors
     ///
@@ -186,8 +199,9 @@ impl MemoryMap {
         if range.end() > self.max_frames {
             return Err(MapError::NoRoom);
         }
+        let _hotplug = self.mem_hotplug_begin();
         self.resources.lock().add_ram(range)?;
-        Ok(Ram::new(Arc::clone(self), frames, Mutex::default()))
+        Ok(Ram::new(Arc::clone(self), range))
     }
 
     /// Gives frame numbers to memory that the CPU cannot address: `frames` of them, in an offset space of their own (MAP-10).
@@ -200,6 +214,7 @@ impl MemoryMap {
         ops: Arc<dyn PrivateOps>,
         frames: u64,
     ) -> Result<DevPagemap, MapError> {
+        let _hotplug = self.mem_hotplug_begin();
         let mut resources = self.resources.lock();
         let range = resources.find_room(frames).ok_or(MapError::NoRoom)?;
         self.map_locked(&mut resources, alloc::vec![range], MemoryType::Private(ops))
@@ -217,6 +232,7 @@ impl MemoryMap {
         ranges: &[PfnRange],
         kind: MemoryType,
     ) -> Result<DevPagemap, MapError> {
+        let _hotplug = self.mem_hotplug_begin();
         let mut resources = self.resources.lock();
         self.map_locked(&mut resources, ranges.to_vec(), kind)
     }
@@ -239,6 +255,8 @@ impl MemoryMap {
         let number = number.ok_or(MapError::NoRoom)?;
         let entry = &self.entries[usize::from(number)];
         resources.insert(number, &ranges)?;
+        let (descriptor, name) = kind.resource();
+        resources.describe(number, descriptor, name);
         let free = Mutex::default();
         let pgmap = Arc::new(Pgmap {
             ranges,
@@ -521,6 +539,7 @@ impl Drained {
     /// Takes the frames away from the device.
     pub fn remove(self) {
         let DevPagemap { map, pgmap } = self.device;
+        let _hotplug = map.mem_hotplug_begin();
         let mut resources = map.resources.lock();
         map.publish(&pgmap, 0);
         // Release: pairs with the acquire in `stage`.

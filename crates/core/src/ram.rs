@@ -1,11 +1,15 @@
 //! Frames of RAM, and the budget: how many may be used at once.
 
 use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::ops::Range;
 
 use pgmap_sync::Mutex;
 use pgmap_sync::atomic::{AtomicU64, Ordering};
 
-use crate::addr::Pfn;
+use crate::addr::{Pfn, PfnRange};
+use crate::hotplug::MemoryNotifier;
+use crate::memory_block::Blocks;
 use crate::memremap::MemoryMap;
 use crate::page::Put;
 
@@ -19,23 +23,32 @@ pub(crate) struct FreeList {
 }
 
 impl FreeList {
-    /// Takes a free frame of the pool `first..first+count`.
+    /// How many frames have ever been used, counted from the pool's first.
+    pub(crate) const fn fresh(&self) -> u64 {
+        self.fresh
+    }
+
+    /// Takes a free frame of the pool `first..first+count`. One that was poisoned while it was free is lost.
     pub(crate) fn take(&mut self, map: &MemoryMap, first: Pfn, count: u64) -> Option<Pfn> {
-        let pfn = if let Some(index) = self.head.checked_sub(1) {
-            let pfn = first.checked_add(u64::from(index))?;
-            self.head = map.frame(pfn).link();
-            pfn
-        } else if self.fresh < count {
-            self.fresh += 1;
-            first.checked_add(self.fresh - 1)?
-        } else {
-            return None;
-        };
-        assert!(
-            map.frame(pfn).allocate(),
-            "{pfn:?} was on the free list and in use"
-        );
-        Some(pfn)
+        loop {
+            let pfn = if let Some(index) = self.head.checked_sub(1) {
+                let pfn = first.checked_add(u64::from(index))?;
+                self.head = map.frame(pfn).link();
+                pfn
+            } else if self.fresh < count {
+                self.fresh += 1;
+                first.checked_add(self.fresh - 1)?
+            } else {
+                return None;
+            };
+            if map.frame(pfn).allocate() {
+                return Some(pfn);
+            }
+            assert!(
+                map.frame(pfn).is_poisoned(),
+                "{pfn:?} was on the free list and in use"
+            );
+        }
     }
 
     /// Gives back a frame whose last hold was dropped. A poisoned one is lost: nobody gets it again.
@@ -52,59 +65,92 @@ impl FreeList {
 const SLACK: u64 = 64;
 
 /// The RAM that pgmap may use.
+///
+/// Its blocks go on and off line while it is used: see [`hotplug`](crate::hotplug).
 #[derive(Debug)]
 pub struct Ram {
-    map: Arc<MemoryMap>,
-    free: Mutex<FreeList>,
-    capacity: u64,
-    limit: AtomicU64, // A
+    pub(crate) map: Arc<MemoryMap>,
+    pub(crate) blocks: Mutex<Blocks>,
+    /// Frames of the blocks that are on line.
+    capacity: AtomicU64, // changed under `blocks`' lock, read by anybody
+    /// The limit that was asked for, whatever is on line.
+    wanted: AtomicU64, // as `capacity`
     /// Frames that may be in use for a while, though they are above the limit: 0 if none may, [`u64::MAX`] while the limit
     /// is suspended.
-    ceiling: AtomicU64, // read and changed under `free`'s lock
-    in_use: AtomicU64, // changed under `free`'s lock, read by anybody
-    peak: AtomicU64,  // as `in_use`
+    ceiling: AtomicU64, // read and changed under `blocks`' lock
+    in_use: AtomicU64, // as `capacity`
+    peak: AtomicU64,   // as `capacity`
+    pub(crate) notifiers: Mutex<Vec<Arc<dyn MemoryNotifier>>>,
+}
+
+/// Why a frame could not be replaced by another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NotReplaced {
+    /// Others hold it, or its bytes are lost: it stays (GUP-3, REF-6).
+    Held,
+    /// Every block that is on line is full.
+    Full,
 }
 
 impl Ram {
-    pub(crate) fn new(map: Arc<MemoryMap>, capacity: u64, free: Mutex<FreeList>) -> Self {
+    /// The frames of `range`, all on line.
+    pub(crate) fn new(map: Arc<MemoryMap>, range: PfnRange) -> Self {
         Self {
             map,
-            free,
-            capacity,
-            limit: AtomicU64::new(capacity),
+            blocks: Mutex::new(Blocks::online(range)),
+            capacity: AtomicU64::new(range.count()),
+            wanted: AtomicU64::new(u64::MAX),
             ceiling: AtomicU64::new(0),
             in_use: AtomicU64::new(0),
             peak: AtomicU64::new(0),
+            notifiers: Mutex::default(),
         }
     }
 
-    /// The most frames that the limit can be raised to.
+    /// Frames of the blocks that are on line: the limit is never higher.
     #[must_use]
-    pub const fn capacity(&self) -> u64 {
-        self.capacity
+    pub fn capacity(&self) -> u64 {
+        // Relaxed: as in `limit`.
+        self.capacity.load(Ordering::Relaxed)
     }
 
-    /// Frames that have ever been in use: those from this number on have not.
+    /// The first run of frames at or after number `from` that have ever been in use.
     #[must_use]
-    pub fn touched(&self) -> u64 {
-        self.free.lock().fresh
+    pub fn touched(&self, from: u64) -> Option<Range<u64>> {
+        self.blocks.lock().touched(from)
     }
 
-    /// Frames that may be in use.
+    /// Frames that may be in use: those that were asked for, or all that are on line if these are less.
     #[must_use]
     pub fn limit(&self) -> u64 {
         // Relaxed: a number that others may change at any time.
-        self.limit.load(Ordering::Relaxed)
+        self.wanted.load(Ordering::Relaxed).min(self.capacity())
     }
 
-    /// Changes how many frames may be in use, up to the capacity. Frames above a lower limit stay in use until
-    /// somebody frees them: see [`deficit`](Self::deficit).
+    /// Changes how many frames may be in use, at most; [`u64::MAX`], as in the beginning, for all that are on line. Frames
+    /// above a lower limit stay in use until somebody frees them: see [`deficit`](Self::deficit).
     pub fn set_limit(&self, frames: u64) {
-        let _lock = self.free.lock();
+        let _lock = self.blocks.lock();
         self.lower_ceiling(0);
         // Relaxed: as in `limit`.
-        self.limit
-            .store(frames.min(self.capacity), Ordering::Relaxed);
+        self.wanted.store(frames, Ordering::Relaxed);
+    }
+
+    /// Frames came on line, or stay there.
+    pub(crate) fn grow(&self, _locked: &Blocks, frames: u64) {
+        self.lower_ceiling(0);
+        // Relaxed, here and below: changed under the lock only.
+        self.capacity.fetch_add(frames, Ordering::Relaxed);
+    }
+
+    /// Frames are going off line. False, and nothing has changed, if there are no others.
+    pub(crate) fn shrink(&self, _locked: &Blocks, frames: u64) -> bool {
+        if self.capacity() <= frames {
+            return false;
+        }
+        self.lower_ceiling(0);
+        self.capacity.fetch_sub(frames, Ordering::Relaxed);
+        true
     }
 
     /// Frames in use.
@@ -135,7 +181,7 @@ impl Ram {
 
     /// Lets all frames be used, whatever the limit, until [`restore_limit`](Self::restore_limit).
     pub fn suspend_limit(&self) {
-        let _lock = self.free.lock();
+        let _lock = self.blocks.lock();
         // Relaxed, here and below: changed under the lock only.
         self.ceiling.store(u64::MAX, Ordering::Relaxed);
     }
@@ -143,7 +189,7 @@ impl Ram {
     /// The limit holds again. Frames that are in use above it now may be used until they are freed; of those that are freed,
     /// half can be had again until the limit is kept.
     pub fn restore_limit(&self) {
-        let _lock = self.free.lock();
+        let _lock = self.blocks.lock();
         self.ceiling.store(self.in_use() + SLACK, Ordering::Relaxed);
         self.lower_ceiling(0);
     }
@@ -171,14 +217,14 @@ impl Ram {
 
     /// Takes frames, one reference each, as many as there are up to the length of `out`. Says how many.
     pub fn alloc(&self, out: &mut [Pfn]) -> usize {
-        let mut free = self.free.lock();
+        let mut blocks = self.blocks.lock();
         self.lower_ceiling(0);
         let most = usize::try_from(self.allowed().saturating_sub(self.in_use()))
             .unwrap_or(usize::MAX)
             .min(out.len());
         let mut taken = 0;
         for place in &mut out[..most] {
-            let Some(pfn) = free.take(&self.map, Pfn::from_u32(0), self.capacity) else {
+            let Some(pfn) = blocks.take(&self.map) else {
                 break;
             };
             *place = pfn;
@@ -196,11 +242,11 @@ impl Ram {
         if pfns.is_empty() {
             return;
         }
-        let mut free = self.free.lock();
+        let mut blocks = self.blocks.lock();
         let mut freed = 0;
         for pfn in pfns {
             if self.map.frame(*pfn).put() == Put::Last {
-                free.give(&self.map, Pfn::from_u32(0), *pfn);
+                blocks.give(&self.map, *pfn);
                 freed += 1;
             }
         }
@@ -212,12 +258,39 @@ impl Ram {
     /// Drops one pin of a frame; if its owner has let go meanwhile, the frame is free now.
     pub fn unpin(&self, pfn: Pfn) {
         if self.map.frame(pfn).unpin() == Put::Last {
-            let mut free = self.free.lock();
-            free.give(&self.map, Pfn::from_u32(0), pfn);
+            let mut blocks = self.blocks.lock();
+            blocks.give(&self.map, pfn);
             // Relaxed: changed under the lock only.
             self.in_use.fetch_sub(1, Ordering::Relaxed);
             self.lower_ceiling(1);
         }
+    }
+
+    /// Replaces a frame with one reference, whose block is going off line, by one of a block that is on line, which has the
+    /// owner's words from then on. The caller has the owner's lock, and names the new frame from now on.
+    ///
+    /// # Errors
+    ///
+    /// [`NotReplaced`]; nothing has changed then.
+    pub fn replace(&self, old: Pfn) -> Result<Pfn, NotReplaced> {
+        let from = self.map.frame(old);
+        let mut blocks = self.blocks.lock();
+        if !from.freeze(1) {
+            return Err(NotReplaced::Held);
+        }
+        let Some(new) = blocks.take(&self.map) else {
+            from.unfreeze(1);
+            return Err(NotReplaced::Full);
+        };
+        let to = self.map.frame(new);
+        to.set_private(from.private());
+        to.set_mapping(from.mapping());
+        to.set_link(from.link());
+        from.set_mapping(0);
+        from.unfreeze(0);
+        // As many frames are in use as before.
+        blocks.give(&self.map, old);
+        Ok(new)
     }
 }
 

@@ -272,9 +272,3 @@ fn let_others_run(attempt: u32) {
         std::thread::sleep(core::time::Duration::from_micros(50));
     }
 }
-
-impl Drop for Cpu {
-    fn drop(&mut self) {
-        self.worker.release(&self.machine.space);
-    }
-}

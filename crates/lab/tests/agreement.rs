@@ -1,7 +1,7 @@
 //! Managed memory agrees with a map from addresses to words, whatever happens to it meanwhile.
 //!
 //! One thread, random steps, every one checked: loads and stores, `madvise`, `munmap` and `mmap`, reclaim, pins that
-//! `mm` knows of and pins that it does not, DMA, devices that fail, are full, or are taken away.
+//! `mm` knows of and pins that it does not, DMA, devices that fail, are full, or are taken away, RAM that goes on and off line.
 //!
 //! ```text
 //! cargo test -p pgmap-lab --release --test agreement
@@ -15,6 +15,7 @@ mod history;
 use std::sync::Arc;
 
 use history::{History, Step};
+use pgmap_core::sparse::{BlockId, SUBSECTION_FRAMES};
 use pgmap_lab::device::{self, Failure, ModelDevice};
 use pgmap_lab::machine::{Machine, Setup};
 use pgmap_lab::model::{self, ModelMmu, Operation};
@@ -37,8 +38,8 @@ fn machine(
         .map(|capacity| ModelDevice::new(*capacity, device));
     let machine = Machine::new(Setup {
         pages: PAGES,
-        // For forks, which need all pages at once.
-        frames: frames + u64::from(PAGES),
+        // For forks, which need all pages at once; and a block that may go off line.
+        frames: SUBSECTION_FRAMES + frames + u64::from(PAGES),
         slots,
         mmu: ModelMmu::new(slots, mmu),
         devices: devices.collect(),
@@ -87,6 +88,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         1 => Just(Step::Fork),
         1 => (8u64..40).prop_map(Step::SetLimit),
         1 => (0usize..2).prop_map(Step::Unplug),
+        2 => (0u32..2).prop_map(|block| Step::Toggle(BlockId(block))),
         1 => (0usize..2, failure).prop_map(|(device, failure)| Step::Fail(device, failure)),
         1 => refusal.prop_map(|(operation, stop)| Step::Refuse(operation, stop)),
     ]

@@ -52,6 +52,13 @@ impl AddressSpace {
         let Some(page) = self.page_at(at) else {
             return Outcome::BadAddress;
         };
+        let outcome = self.serve(worker, page, access);
+        // Seldom any: a frame at hand would keep its block on line for as long as nobody faults.
+        worker.frames.give_all(&self.ram);
+        outcome
+    }
+
+    fn serve(&self, worker: &mut Worker, page: PageIndex, access: Access) -> Outcome {
         loop {
             let cursor = self.table.lock(page.block());
             match cursor.get(page) {

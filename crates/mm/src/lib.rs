@@ -13,6 +13,7 @@ pub mod fault;
 pub mod fork;
 pub mod gup;
 pub mod mmu;
+pub mod offline;
 pub mod page_table;
 pub mod policy;
 pub mod pte;

@@ -4,6 +4,7 @@
 //! step leaves the page where it was. What must never happen here: the last copy of a page dropped before
 //! the device has the other (FLT-4); a pinned page moved (GUP-3); two cursors held at once.
 
+use core::iter;
 use core::ops::Range;
 
 use pgmap_core::addr::{Page, Pfn};
@@ -33,7 +34,6 @@ pub enum Caller {
 struct Leaving {
     slot: Slot,
     page: PageIndex,
-    frame: Pfn,
 }
 
 /// What stands in a batch where there is no page.
@@ -313,7 +313,7 @@ impl AddressSpace {
         let mut cursor = self.table.lock(page.block());
         match cursor.get(page) {
             Pte::Staged { frame, copy } if self.map.frame(frame).link() == slot.0 => match copy {
-                Copy::None => return Some(Leaving { slot, page, frame }),
+                Copy::None => return Some(Leaving { slot, page }),
                 Copy::Kept => {
                     let page_there = self.kept_copy(frame);
                     cursor.set(
@@ -436,13 +436,14 @@ impl AddressSpace {
         device.is_dying()
     }
 
-    /// Whether a page whose entry names `frame` is still where it was when it began to leave.
+    /// Whether a page whose entry names `frame` is still where it was when it began to leave. The frame may be another: the
+    /// old one's block was going off line.
     fn is_still(&self, item: Leaving, frame: Pfn) -> bool {
         #[cfg(shuttle)]
         if seeded_bug::has(SeededBug::CommitIgnoresTheSlot) {
             return true;
         }
-        frame == item.frame && self.map.frame(frame).link() == item.slot.0
+        self.map.frame(frame).link() == item.slot.0
     }
 
     /// Empties slots, in runs, and only then gives them and their frames back.
@@ -460,23 +461,38 @@ impl AddressSpace {
 
     /// Gives up copies that devices keep of pages that are in RAM, to make room there; `want` of them, if there are so many.
     fn shed_copies(&self, want: usize) {
-        let count = self.ram.touched();
         // Relaxed: where somebody else looks at the same time does not matter.
         let start = self.shed_from.load(Ordering::Relaxed);
         let mut shed = 0;
-        for number in (start..count).chain(0..start).filter_map(Pfn::new) {
-            let mapping = self.map.frame(number).mapping().checked_sub(1);
-            let Some(page) = mapping.and_then(|page| u32::try_from(page).ok()) else {
-                continue;
-            };
-            // The frame may be another page's by now: then that one's copy goes.
-            let mut cursor = self.table.lock(PageIndex(page).block());
-            shed += self.forget_kept(&mut cursor, page..page + 1);
+        let behind = self.touched_frames(start..u64::MAX);
+        for frame in behind.chain(self.touched_frames(0..start)) {
+            shed += self.shed_copy(frame);
             if shed == want {
-                self.shed_from.store(number.get(), Ordering::Relaxed);
+                self.shed_from.store(frame.get(), Ordering::Relaxed);
                 return;
             }
         }
+    }
+
+    /// The frames of RAM with these numbers that have ever been in use.
+    fn touched_frames(&self, numbers: Range<u64>) -> impl Iterator<Item = Pfn> {
+        let next = move |from| {
+            let run = self.ram.touched(from)?;
+            (run.start < numbers.end).then(|| run.start..run.end.min(numbers.end))
+        };
+        let runs = iter::successors(next(numbers.start), move |run| next(run.end));
+        runs.flatten().filter_map(Pfn::new)
+    }
+
+    /// Gives up the copy of the page in a frame. Says how many there were.
+    fn shed_copy(&self, frame: Pfn) -> usize {
+        let mapping = self.map.frame(frame).mapping().checked_sub(1);
+        let Some(page) = mapping.and_then(|page| u32::try_from(page).ok()) else {
+            return 0;
+        };
+        // The frame may be another page's by now: then that one's copy goes.
+        let mut cursor = self.table.lock(PageIndex(page).block());
+        self.forget_kept(&mut cursor, page..page + 1)
     }
 
     /// Gives up the copies that devices keep of pages that are in RAM, and lets these be written. Says how many there were.

@@ -14,6 +14,10 @@ pub enum SeededBug {
     CommitIgnoresTheKill,
     /// A page's pins are not looked at before it is taken out (GUP-3).
     TakeOutIgnoresPins,
+    /// A pinned page's frame is replaced, and the pin holds the old one (HOT-4).
+    ReplaceIgnoresPins,
+    /// A staged page whose frame is replaced loses its slot (HOT-4).
+    ReplaceForgetsTheSlot,
     /// Pages leave while a fork is under way, and the child does not inherit them.
     TakeOutIgnoresForks,
 }

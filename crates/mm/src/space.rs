@@ -53,7 +53,7 @@ pub struct Parts {
 /// # Invariants
 ///
 /// The machine maps a page only if its entry is `Present`. A frame of RAM belongs to exactly one entry that is
-/// `Present` or `Staged`, or to a [`Worker`]'s cache; a device page to exactly one entry that is `Device`, or
+/// `Present` or `Staged`, or to a [`Worker`] that serves a fault; a device page to exactly one entry that is `Device`, or
 /// that keeps it as a copy.
 #[derive(Debug)]
 pub struct AddressSpace {
@@ -281,11 +281,6 @@ impl Worker {
             write_back: WriteBack::default(),
         }
     }
-
-    /// Gives back the frames at hand; to be called before the worker is dropped.
-    pub fn release(&mut self, space: &AddressSpace) {
-        self.frames.give_all(&space.ram);
-    }
 }
 
 impl Default for Worker {
@@ -302,7 +297,7 @@ impl fmt::Debug for Worker {
     }
 }
 
-/// Frames of RAM at hand, so that a fault seldom takes the allocator's lock.
+/// Frames of RAM at hand while a fault is served, so that it seldom takes the allocator's lock twice.
 #[derive(Debug)]
 pub(crate) struct FrameCache {
     frames: [Pfn; Self::SIZE],

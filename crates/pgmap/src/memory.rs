@@ -97,14 +97,17 @@ impl MemoryBuilder {
         let slots = u32::try_from(ram_frames / 8 + SPARE_SLOTS).unwrap_or(u32::MAX / 2);
         let mmu = Arc::new(HostMmu::new(ADDRESSES, slots)?);
         let map = MemoryMap::new(&PLATFORM, MAX_PFN)?;
-        let ram = map.add_ram(match mmu.children() {
-            Children::Served => ram_frames,
-            // For a moment all pages may have to be in RAM.
-            Children::Announced => (ram_frames + device_frames)
-                .min(machine_frames())
-                .max(ram_frames),
-        })?;
-        ram.set_limit(ram_frames);
+        let ram = match mmu.children() {
+            // What comes on line later may be used as well.
+            Children::Served => map.add_ram(ram_frames)?,
+            Children::Announced => {
+                // For a moment all pages may have to be in RAM.
+                let most = (ram_frames + device_frames).min(machine_frames());
+                let ram = map.add_ram(most.max(ram_frames))?;
+                ram.set_limit(ram_frames);
+                ram
+            }
+        };
         let mut devices = Vec::with_capacity(self.devices.len());
         for device in self.devices {
             devices.push(map.memremap_private(device.ops, device.frames)?);

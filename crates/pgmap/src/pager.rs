@@ -256,7 +256,6 @@ impl Pager {
                 self.handle(&mut worker, &mut placement, event, surroundings);
             }
         }
-        worker.release(&self.space);
     }
 
     fn handle(

@@ -7,8 +7,10 @@
 pub mod atomic;
 mod mutex;
 mod percpu_ref;
+mod rw_sem;
 mod wait;
 
 pub use mutex::{Mutex, MutexGuard};
 pub use percpu_ref::{PercpuRef, set_heavy_barrier};
+pub use rw_sem::{Reading, RwSem, Writing};
 pub use wait::WaitQueue;

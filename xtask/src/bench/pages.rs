@@ -206,7 +206,6 @@ impl Rig {
                 served & (self.space.fault(&mut worker, at, access) == Outcome::Resolved)
             });
         }
-        worker.release(&self.space);
         served
     }
 

@@ -1,16 +1,20 @@
 //! What a program did to its memory, and what it may therefore find there.
 
-use core::ops::Range;
+use core::ops::{ControlFlow, Range};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use pgmap_core::addr::PAGE_SIZE;
+use pgmap_core::hotplug::{HotplugError, Obstacle};
+use pgmap_core::sparse::BlockId;
+use pgmap_core::zone::ZoneChoice;
 use pgmap_lab::device::Failure;
 use pgmap_lab::machine::{Cpu, Machine, Signal};
 use pgmap_lab::model::{Dma, Fault, Operation};
 use pgmap_mm::gup::{Pin, PinAccess, PinError, pin_user_pages};
 use pgmap_mm::mmu::Stop;
+use pgmap_mm::offline::Round;
 use pgmap_mm::reclaim::Caller;
 use pgmap_mm::stats::Stats;
 
@@ -37,6 +41,7 @@ pub(crate) enum Step {
     SetLimit(u64),
     Fork,
     Unplug(usize),
+    Toggle(BlockId),
     Fail(usize, Failure),
     Refuse(Operation, Stop),
 }
@@ -129,6 +134,7 @@ impl History {
             Step::Fork => self.fork(),
             Step::SetLimit(frames) => self.machine.space.ram().set_limit(*frames),
             Step::Unplug(nth) => self.unplug(*nth),
+            Step::Toggle(block) => self.toggle(*block),
             Step::Fail(nth, failure) => self.fail(*nth, *failure),
             Step::Refuse(operation, why) => {
                 self.scarce = true;
@@ -393,6 +399,27 @@ impl History {
             );
         }
         drop(killed.resurrect());
+    }
+
+    /// Takes a block of RAM off line, or brings it back; only a pin keeps it on line.
+    fn toggle(&mut self, block: BlockId) {
+        let ram = self.machine.space.ram();
+        if ram.online(block, ZoneChoice::Auto).is_ok() {
+            return;
+        }
+        let give_up = |_: Round<'_>| ControlFlow::Break(());
+        let space = &self.machine.space;
+        let in_use = ram.in_use();
+        match space.offline(Caller::Reclaimer, block, give_up) {
+            Ok(()) => assert_eq!(ram.used_in(block), 0, "frames are left in the block"),
+            Err(HotplugError::Last(_)) => {}
+            Err(HotplugError::Busy(_, Obstacle::Held { holder, .. })) => {
+                assert!(!self.pins.is_empty(), "nobody has pinned anything");
+                assert_eq!(holder.map(|holder| holder.label), Some("test".into()));
+            }
+            Err(error) => panic!("{error}"),
+        }
+        assert_eq!(ram.in_use(), in_use, "every page has a frame");
     }
 
     fn fail(&mut self, nth: usize, failure: Failure) {

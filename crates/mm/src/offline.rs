@@ -1,0 +1,182 @@
+//! Taking RAM off line: whoever uses a frame of the block is made to use another.
+//!
+//! A frame accounts for a page, and the machine chooses where the bytes are; so a page moves by being named anew in its entry,
+//! under its cursor, and its bytes stay. What must never happen here: a pinned page's frame replaced (GUP-3), or a staged
+//! page separated from its slot.
+
+use alloc::boxed::Box;
+use core::ops::ControlFlow;
+
+use pgmap_core::addr::{PAGE_SIZE, Pfn};
+use pgmap_core::hotplug::{HotplugError, Migrate, Obstacle};
+use pgmap_core::ram::{NotReplaced, Ram};
+use pgmap_core::sparse::BlockId;
+
+use crate::page_table::PageIndex;
+use crate::pte::Pte;
+use crate::reclaim::Caller;
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
+use crate::space::{AddressSpace, BATCH};
+
+/// Frames that are reclaimed in one round, at least, where there is no room for more.
+const MAKE_ROOM: usize = 8 * BATCH;
+
+/// What one look at a block that is going off line has come to.
+#[derive(Debug)]
+pub struct Round<'a> {
+    /// Frames that are not in use any more since the last look.
+    pub gone_frames: u64,
+    /// Frames still in use.
+    pub left_frames: u64,
+    /// What keeps them in use.
+    pub obstacle: &'a Obstacle,
+}
+
+impl AddressSpace {
+    /// Takes a block of RAM off line while it is used (HOT-4). If RAM is short, pages go to the devices. Blocks go on line
+    /// by [`Ram::online`].
+    ///
+    /// `go_on` is asked after every round that leaves frames in use: it waits a little, looks at the clock, and gives up when
+    /// it will. The caller is [`Caller::Reclaimer`], unless it serves faults.
+    ///
+    /// # Errors
+    ///
+    /// [`HotplugError`]; the block is on line then, as it was.
+    pub fn offline(
+        &self,
+        caller: Caller,
+        block: BlockId,
+        go_on: impl FnMut(Round<'_>) -> ControlFlow<()>,
+    ) -> Result<(), HotplugError> {
+        let mut emptying = Emptying {
+            space: self,
+            caller,
+            go_on,
+        };
+        self.ram.offline(block, &mut emptying)
+    }
+
+    /// Replaces the frames of a block that are in use, as far as that is possible. Answers what is in the way.
+    fn replace_frames(&self, block: BlockId) -> Option<Obstacle> {
+        let mut obstacle = None;
+        for pfn in self.ram.touched_in(block).filter_map(Pfn::new) {
+            match self.replace_frame(pfn) {
+                Ok(()) => {}
+                Err(NotReplaced::Held) => {
+                    obstacle.get_or_insert_with(|| self.held(pfn));
+                }
+                Err(NotReplaced::Full) => {
+                    let frames = self.ram.used_in(block);
+                    return Some(Obstacle::NoRoom { frames });
+                }
+            }
+        }
+        obstacle
+    }
+
+    /// Replaces a frame if a page's entry names it.
+    fn replace_frame(&self, pfn: Pfn) -> Result<(), NotReplaced> {
+        let frame = self.map.frame(pfn);
+        if frame.refs() == 0 {
+            // Free, unless its owner has let go and a pin has not.
+            return if frame.is_pinned() {
+                Err(NotReplaced::Held)
+            } else {
+                Ok(())
+            };
+        }
+        let mapping = frame.mapping().checked_sub(1);
+        let Some(page) = mapping.and_then(|page| u32::try_from(page).ok()) else {
+            // On its way somewhere.
+            return Ok(());
+        };
+        let page = PageIndex(page);
+        // The frame may be another page's by now, or nobody's: the entry tells.
+        let mut cursor = self.table.lock(page.block());
+        let renamed = match cursor.get(page) {
+            Pte::Present { frame, heat, copy } if frame == pfn => {
+                let frame = self.replace(pfn)?;
+                Pte::Present { frame, heat, copy }
+            }
+            Pte::Staged { frame, copy } if frame == pfn => {
+                let frame = self.replace(pfn)?;
+                Pte::Staged { frame, copy }
+            }
+            Pte::None
+            | Pte::Present { .. }
+            | Pte::Staged { .. }
+            | Pte::Device { .. }
+            | Pte::Poisoned => return Ok(()),
+        };
+        cursor.set(page, renamed);
+        Ok(())
+    }
+
+    fn replace(&self, old: Pfn) -> Result<Pfn, NotReplaced> {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::ReplaceIgnoresPins) && self.map.frame(old).is_pinned() {
+            let mut new = [old];
+            self.ram.alloc(&mut new);
+            self.map
+                .frame(new[0])
+                .set_mapping(self.map.frame(old).mapping());
+            self.ram.free(&[old]);
+            return Ok(new[0]);
+        }
+        let new = self.ram.replace(old)?;
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::ReplaceForgetsTheSlot) {
+            self.map.frame(new).set_link(0);
+        }
+        Ok(new)
+    }
+
+    /// Who holds a frame, as far as they have said so (REF-7).
+    fn held(&self, pfn: Pfn) -> Obstacle {
+        let page = self.map.frame(pfn).mapping().checked_sub(1);
+        let page = page.and_then(|page| u32::try_from(page).ok());
+        let page = page.filter(|page| *page < self.table.pages());
+        let holder = page.and_then(|page| {
+            let at = self.table.address(PageIndex(page)).get();
+            let mut holders = self.holders(&(at..at + PAGE_SIZE)).into_iter();
+            holders.next().map(Box::new)
+        });
+        Obstacle::Held { pfn, holder }
+    }
+}
+
+/// A block that is being emptied.
+struct Emptying<'a, F> {
+    space: &'a AddressSpace,
+    caller: Caller,
+    go_on: F,
+}
+
+impl<F: FnMut(Round<'_>) -> ControlFlow<()>> Migrate for Emptying<'_, F> {
+    fn empty(&mut self, ram: &Ram, block: BlockId) -> Result<(), Obstacle> {
+        let mut used = ram.used_in(block);
+        loop {
+            let mut obstacle = self.space.replace_frames(block);
+            if matches!(obstacle, Some(Obstacle::NoRoom { .. }))
+                && self.space.reclaim(self.caller, MAKE_ROOM) > 0
+            {
+                obstacle = self.space.replace_frames(block);
+            }
+            let left = ram.used_in(block);
+            if left == 0 {
+                return Ok(());
+            }
+            let obstacle = obstacle.unwrap_or(Obstacle::InTransit { frames: left });
+            let round = Round {
+                gone_frames: used - left,
+                left_frames: left,
+                obstacle: &obstacle,
+            };
+            if (self.go_on)(round).is_break() {
+                return Err(obstacle);
+            }
+            used = left;
+        }
+    }
+}
