@@ -1,8 +1,265 @@
-//! `pgmap serve`.
+//! `pgmap serve`: regions as block devices and as direct memory, until a signal ends it.
+//!
+//! Here are the options, the sockets and the end; what is served is [`Service`]. What must never happen here: an end that
+//! loses what a client was told is done.
+
+use core::time::Duration;
+use std::fs;
+use std::io::ErrorKind;
+use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow, bail, ensure};
+use pgmap_server::control::protocol::{Answer, Kind, Request};
+use pgmap_server::control::{Client, Listener, place};
+use pgmap_server::nbd::{self, Exports, Limits, Stopped};
+use pgmap_server::service::{Metrics, Service, Uri};
+use serde::Deserialize;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
 
 use crate::args::ServeArgs;
+use crate::ask::show;
+use crate::output;
 
-pub(crate) fn serve(_args: &ServeArgs) -> anyhow::Result<ExitCode> {
-    anyhow::bail!("nothing to serve yet")
+/// How long clients have at the end to take the replies that they wait for.
+const LAST_REPLIES: Duration = Duration::from_secs(10);
+
+/// The options, wherever they come from: the fields of the configuration file.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Options {
+    pmem: Vec<String>,
+    nbd: Vec<String>,
+    socket: Option<PathBuf>,
+    metrics: Option<String>,
+    quiet: bool,
+}
+
+pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
+    let options = Options::new(args)?;
+    ensure!(
+        !options.pmem.is_empty(),
+        "nothing to serve: give at least one --pmem, such as --pmem disk.img,size=1G"
+    );
+    // Before there are threads: none of them is to die of a signal that we wait for.
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("cannot wait for signals")?;
+    let service = Service::new()?;
+    for spec in &options.pmem {
+        let parsed = spec
+            .parse()
+            .map_err(|error| anyhow!("--pmem {spec}: {error}"))?;
+        service
+            .plug(&parsed)
+            .map_err(|error| anyhow!("--pmem {spec}: {error}"))?;
+    }
+    let control = control_path(&options)?;
+    let nbd = nbd::Server::new(Arc::clone(&service) as Arc<dyn Exports>, Limits::default())?;
+    let fronts = Fronts::open(&nbd, &options, &control)?;
+    service.set_nbd(nbd.clone(), fronts.uris());
+    let listener = Listener::start(&control, Arc::clone(&service) as _)
+        .with_context(|| format!("cannot listen at {}", control.display()))?;
+    let metrics = options
+        .metrics
+        .as_deref()
+        .map(|address| metrics(address, &service));
+    let metrics = metrics.transpose()?;
+    if !options.quiet {
+        announce(&control, metrics.as_ref())?;
+    }
+    let signal = signals.forever().next();
+    // From here on another signal ends us at once.
+    drop(signals);
+    drop((metrics, listener));
+    end(&service, &nbd, &fronts, signal)
+}
+
+/// Answers what is under way, makes everything durable, and goes.
+fn end(
+    service: &Service,
+    nbd: &nbd::Server,
+    fronts: &Fronts,
+    signal: Option<i32>,
+) -> anyhow::Result<ExitCode> {
+    if let Stopped::Left(clients) = nbd.stop(LAST_REPLIES) {
+        output::tell(format_args!(
+            "pgmap: {clients} clients have not taken their last replies\n"
+        ));
+    }
+    fronts.remove();
+    for line in service.holders() {
+        output::tell(format_args!("pgmap: still held at the end: {line}\n"));
+    }
+    if let Err(failed) = service.flush() {
+        let failed = failed
+            .iter()
+            .map(|(name, error)| format!("{name}: {error}"));
+        bail!(
+            "what was written last may be lost: {}",
+            failed.collect::<Vec<_>>().join("; ")
+        );
+    }
+    let _ = signal;
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Options {
+    /// Those of the file, and those of the command line on top.
+    fn new(args: &ServeArgs) -> anyhow::Result<Self> {
+        let mut options = match &args.config {
+            Some(path) => Self::read(path)?,
+            None => Self::default(),
+        };
+        options.pmem.extend(args.regions.iter().cloned());
+        options.nbd.extend(args.nbd.iter().cloned());
+        options.socket = args.socket.clone().or(options.socket);
+        options.metrics = args.metrics.clone().or(options.metrics);
+        options.quiet |= args.quiet;
+        Ok(options)
+    }
+
+    fn read(path: &Path) -> anyhow::Result<Self> {
+        let text =
+            fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        toml::from_str(&text).map_err(|error| {
+            // The first line says where, the others show it.
+            let text = error.to_string();
+            let line: Vec<_> = text.lines().map(str::trim).collect();
+            anyhow!("{}: {}", path.display(), line.join(" "))
+        })
+    }
+}
+
+fn control_path(options: &Options) -> anyhow::Result<PathBuf> {
+    if let Some(path) = &options.socket {
+        return Ok(path.clone());
+    }
+    let directory = place::directory();
+    place::prepare(&directory).with_context(|| {
+        format!(
+            "cannot use {} for sockets: name one with --socket",
+            directory.display()
+        )
+    })?;
+    Ok(place::own(&directory, Kind::Serve))
+}
+
+/// The sockets of NBD clients.
+#[derive(Debug, Default)]
+struct Fronts {
+    unix: Vec<PathBuf>,
+    tcp: Vec<SocketAddr>,
+}
+
+impl Fronts {
+    fn open(nbd: &nbd::Server, options: &Options, control: &Path) -> anyhow::Result<Self> {
+        let mut fronts = Self::default();
+        let beside = format!("unix:{}", control.with_extension("nbd").display());
+        let places = match options.nbd.as_slice() {
+            [] => vec![beside],
+            given => given.to_vec(),
+        };
+        for place in places {
+            let cannot = || format!("NBD clients cannot be served at {place}");
+            let listener = match place.strip_prefix("unix:") {
+                Some(path) => {
+                    let path = std::path::absolute(path)?;
+                    let listener = unix(&path).with_context(cannot)?;
+                    fronts.unix.push(path);
+                    nbd::Listener::Unix(listener)
+                }
+                None => {
+                    let listener = tcp(&place)?;
+                    let listener = TcpListener::bind(listener).with_context(cannot)?;
+                    fronts.tcp.push(listener.local_addr()?);
+                    nbd::Listener::Tcp(listener)
+                }
+            };
+            nbd.serve(listener).with_context(cannot)?;
+        }
+        Ok(fronts)
+    }
+
+    fn uris(&self) -> Vec<Uri> {
+        let unix = self.unix.iter().map(|path| Uri {
+            before: "nbd+unix:///".into(),
+            after: format!("?socket={}", path.display()),
+        });
+        let tcp = self.tcp.iter().map(|address| Uri {
+            before: format!("nbd://{address}/"),
+            after: String::new(),
+        });
+        unix.chain(tcp).collect()
+    }
+
+    fn remove(&self) {
+        for path in &self.unix {
+            // Whoever removed it before has done our work.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// Listens at a path. A socket that a dead server has left there is replaced; it is its owner's alone.
+fn unix(path: &Path) -> std::io::Result<UnixListener> {
+    use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+    let dead = |path: &Path| {
+        UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
+            && fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
+    };
+    let listener = match UnixListener::bind(path) {
+        Err(error) if error.kind() == ErrorKind::AddrInUse && dead(path) => {
+            fs::remove_file(path)?;
+            UnixListener::bind(path)?
+        }
+        bound => bound?,
+    };
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+/// An address of this machine: NBD has no passwords.
+fn tcp(place: &str) -> anyhow::Result<SocketAddr> {
+    let usage =
+        || format!("`{place}` is no place for NBD clients: write unix:PATH or 127.0.0.1:10809");
+    let mut addresses = place.to_socket_addrs().with_context(usage)?;
+    let address = addresses.next().with_context(usage)?;
+    ensure!(
+        address.ip().is_loopback(),
+        "{place} can be reached from other machines, and NBD knows no passwords: use 127.0.0.1, and a tunnel"
+    );
+    Ok(address)
+}
+
+fn metrics(address: &str, service: &Arc<Service>) -> anyhow::Result<Metrics> {
+    let usage = || format!("metrics cannot be served at {address}: write 127.0.0.1:9464");
+    let mut addresses = address.to_socket_addrs().with_context(usage)?;
+    let first = addresses.next().with_context(usage)?;
+    Metrics::serve(first, service).with_context(usage)
+}
+
+/// What is served and how it is found, as the control socket tells it.
+fn announce(control: &Path, metrics: Option<&Metrics>) -> anyhow::Result<()> {
+    let mut client = Client::connect(control)?;
+    let Answer::Listing(listing) = client.ask(&Request::List)? else {
+        bail!("no listing");
+    };
+    let mut text = String::new();
+    for namespace in listing.regions.iter().flat_map(|region| &region.namespaces) {
+        text += &format!("{}\n", show::namespace(namespace));
+        if let Some(nbd) = &namespace.nbd {
+            text += &format!("  {nbd}\n");
+        }
+        if namespace.map.is_some() && namespace.state == "enabled" {
+            text += &format!("  direct: pgmap map {}\n", namespace.device());
+        }
+    }
+    text += &format!("control: {}\n", control.display());
+    if let Some(metrics) = metrics {
+        text += &format!("metrics: http://{}/metrics\n", metrics.address()?);
+    }
+    output::print(text.as_bytes())
 }

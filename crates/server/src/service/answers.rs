@@ -89,9 +89,11 @@ impl Service {
         RegionView {
             dev: format!("region{}", region.number()),
             size: region.size_bytes(),
-            available_size: region.available_bytes(),
+            available_size: region.size_bytes().saturating_sub(
+                region.overhead_bytes() + namespaces.iter().map(Namespace::size_bytes).sum::<u64>(),
+            ),
             kind: "pmem".into(),
-            image: region.image().map(|path| path.display().to_string()),
+            image: (region.name() != "memory").then(|| region.name().to_owned()),
             uuid: region.uuid().to_string(),
             metadata_size: region.overhead_bytes(),
             namespaces: namespaces
@@ -108,9 +110,10 @@ impl Service {
             Mode::Fsdax | Mode::Raw => (Some(name.clone()), None),
         };
         let bound = region.bound(namespace.index);
-        let bad = region.bad_blocks(namespace);
-        let sectors = bad.iter().map(|range| range.end - range.start).sum();
-        let badblocks = bad.iter().map(|range| BadBlocks {
+        let bad = bound.as_ref().map(|pmem| pmem.bad_blocks());
+        let bad = bad.unwrap_or_default();
+        let sectors = bad.ranges().iter().map(|range| range.end - range.start);
+        let badblocks = bad.ranges().iter().map(|range| BadBlocks {
             offset: range.start,
             length: range.end - range.start,
         });
@@ -126,15 +129,20 @@ impl Service {
             blockdev,
             chardev,
             name: namespace.name.clone(),
-            state: if bound.is_some() { "enabled" } else { "disabled" }.into(),
-            badblock_count: sectors,
+            state: if bound.is_some() {
+                "enabled"
+            } else {
+                "disabled"
+            }
+            .into(),
+            badblock_count: sectors.sum(),
             badblocks: badblocks.collect(),
             nbd: bound.and_then(|_| self.uri(&name)),
         }
     }
 
     fn iomem(&self) -> String {
-        self.map.to_string()
+        self.map.iomem().to_string()
     }
 
     fn holders_of(&self, name: &str) -> Result<Answer, Failure> {
@@ -154,7 +162,9 @@ impl Service {
         let clients = clients.unwrap_or_default();
         let of = |device: &Device| {
             let name = &device.export.name;
-            let connected = clients.iter().filter(|client| client.export.as_ref() == Some(name));
+            let connected = clients
+                .iter()
+                .filter(|client| client.export.as_ref() == Some(name));
             let counts = Count::ALL.map(|count| {
                 let value = device.export.counters.get(count);
                 (count_name(count).to_owned(), value)

@@ -4,6 +4,7 @@ use core::time::Duration;
 use std::borrow::Cow;
 use std::sync::Arc;
 
+use pgmap_drivers::block::BlockDevice;
 use pgmap_drivers::pmem::{
     AccessError, Client, Hold, HoldKind, Holders, Pmem, Sharing, UnbindError,
 };
@@ -95,7 +96,7 @@ fn access_failure(error: &AccessError) -> Failure {
         AccessError::OutOfRange | AccessError::NotAligned(_) | AccessError::NotShared => {
             Code::Invalid
         }
-        AccessError::Bad { .. } => Code::Failed,
+        AccessError::Bad { .. } | AccessError::NoRoom(_) => Code::Failed,
     };
     Failure::new(code, error)
 }
@@ -104,7 +105,7 @@ fn unbind_failure(error: &UnbindError, pmem: &Pmem) -> Failure {
     if let UnbindError::Held(holders) = error {
         return Failure {
             code: Code::Busy,
-            message: format!("{} is in use, and stays", pmem.namespace().index_name(pmem)),
+            message: format!("{} is in use, and stays as it is", pmem.name()),
             holders: all(holders),
         };
     }

@@ -34,7 +34,11 @@ impl Metrics {
     pub fn serve(address: SocketAddr, service: &Arc<Service>) -> io::Result<Self> {
         let listener = Arc::new(TcpListener::bind(address)?);
         let ending = Arc::new(AtomicBool::new(false));
-        let (ours, end, service) = (Arc::clone(&listener), Arc::clone(&ending), Arc::clone(service));
+        let (ours, end, service) = (
+            Arc::clone(&listener),
+            Arc::clone(&ending),
+            Arc::clone(service),
+        );
         let thread = std::thread::Builder::new().name("pgmap-metrics".into());
         let thread = thread.spawn(move || {
             for stream in ours.incoming() {
@@ -108,7 +112,11 @@ fn page(all: &[Counters]) -> String {
         let _ = writeln!(text, "# TYPE pgmap_{name}_total counter");
         for counters in all {
             if let Some((_, value)) = counters.counters.get(nth) {
-                let _ = writeln!(text, "pgmap_{name}_total{{device=\"{}\"}} {value}", counters.of);
+                let _ = writeln!(
+                    text,
+                    "pgmap_{name}_total{{device=\"{}\"}} {value}",
+                    counters.of
+                );
             }
         }
     }

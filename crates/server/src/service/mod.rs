@@ -124,7 +124,11 @@ impl Service {
             device.pmem.flush().err().map(|error| (name, error))
         });
         let failed: Vec<_> = failed.collect();
-        if failed.is_empty() { Ok(()) } else { Err(failed) }
+        if failed.is_empty() {
+            Ok(())
+        } else {
+            Err(failed)
+        }
     }
 
     /// Who still maps or pins something, for a last word before the end: a line for each.
