@@ -257,9 +257,9 @@ fn announce(control: &Path, metrics: Option<&Metrics>) -> anyhow::Result<()> {
             text += &format!("  direct: pgmap map {}\n", namespace.device());
         }
     }
-    text += &format!("control: {}\n", control.display());
     if let Some(metrics) = metrics {
         text += &format!("metrics: http://{}/metrics\n", metrics.address()?);
     }
+    text += &format!("control: {}\n", control.display());
     output::print(text.as_bytes())
 }

@@ -1,0 +1,313 @@
+//! `pgmap serve` and the verbs that ask it, as people use them.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod serving;
+
+use core::time::Duration;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Stdio};
+use std::time::Instant;
+
+use serving::{Place, has, pattern};
+
+const MIB: usize = 1 << 20;
+
+/// A client that maps and pins the beginning of a namespace until it is killed.
+fn pinned(place: &Place, namespace: &str) -> Child {
+    let arguments = [
+        "map", namespace, "--length", "2M", "--pin", "my rings", "--", "sleep", "60",
+    ];
+    let child = place.pgmap(&arguments).spawn().unwrap();
+    place.wait_for(&["holders", namespace], "my rings");
+    child
+}
+
+fn kill(mut child: Child) {
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// What is announced is what there is, in the words of the issue: name, mode, size, alignment, metadata.
+#[test]
+fn a_fresh_image_is_one_namespace() {
+    let place = Place::new();
+    let server = place.serve(&["disk.img,size=1G"]);
+    let first = server.announced.lines().next().unwrap();
+    assert_eq!(
+        first,
+        "pmem0  fsdax  1022.0 MiB  align 2M  metadata 2.0 MiB on the device"
+    );
+    assert!(server.announced.contains("direct: pgmap map pmem0"));
+    assert!(server.announced.contains(&server.uri("pmem0")));
+    let listed: serde_json::Value = serde_json::from_str(&place.ok(&["list", "--json"])).unwrap();
+    let namespace = &listed[0];
+    assert_eq!(namespace["dev"], "namespace0.0");
+    assert_eq!(namespace["mode"], "fsdax");
+    assert_eq!(namespace["blockdev"], "pmem0");
+    assert_eq!(namespace["size"], 1022 << 20);
+    assert_eq!(namespace["align"], 2 << 20);
+    assert_eq!(namespace["state"], "enabled");
+    let iomem = place.ok(&["iomem"]);
+    assert!(
+        iomem.contains("pmem0") && iomem.contains("Persistent Memory"),
+        "{iomem}"
+    );
+}
+
+/// REF-7, MAP-6: an unplug names who holds the device, changes nothing at its deadline, and waits without one.
+#[test]
+fn unplug_names_and_waits_for_holders() {
+    let place = Place::new();
+    let _server = place.serve(&["disk.img,size=32M"]);
+    place.write("pmem0", "0", &pattern(4 * MIB, 1));
+    let client = pinned(&place, "pmem0");
+    let refused = place.refused(&["unplug", "pmem0", "--timeout", "200ms"]);
+    assert!(refused.contains("pmem0 is in use"), "{refused}");
+    assert!(refused.contains("pin \"my rings\", process"), "{refused}");
+    assert!(refused.contains("2.0 MiB at 0x0"), "{refused}");
+    // Everything is still usable.
+    assert_eq!(place.read("pmem0")[..4 * MIB], pattern(4 * MIB, 1));
+
+    let mut waiting = place.pgmap(&["unplug", "pmem0"]).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(waiting.try_wait().unwrap().is_none(), "it did not wait");
+    kill(client);
+    assert!(waiting.wait().unwrap().success());
+    assert!(place.ok(&["list"]).contains("disabled"));
+    assert!(
+        place
+            .refused(&["map", "pmem0"])
+            .contains("pgmap enable pmem0")
+    );
+    place.ok(&["enable", "pmem0"]);
+    assert_eq!(place.read("pmem0")[..4 * MIB], pattern(4 * MIB, 1));
+}
+
+/// GUP-3: what a client held ends with it, however it dies.
+#[test]
+fn a_killed_client_leaves_no_pin() {
+    let place = Place::new();
+    let _server = place.serve(&["memory,size=32M"]);
+    for _ in 0..5 {
+        kill(pinned(&place, "pmem0"));
+        place.wait_for(&["holders", "pmem0"], "nobody holds pmem0");
+    }
+    place.ok(&["unplug", "pmem0", "--timeout", "5s"]);
+}
+
+/// MAP-6: whoever asked for the unplug may die: then nobody waits, and nothing has changed.
+#[test]
+fn a_killed_unplug_changes_nothing() {
+    let place = Place::new();
+    let _server = place.serve(&["disk.img,size=32M"]);
+    let client = pinned(&place, "pmem0");
+    let unplug = place.pgmap(&["unplug", "pmem0"]).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(300));
+    kill(unplug);
+    let started = Instant::now();
+    while place
+        .pgmap(&["map", "pmem0"])
+        .output()
+        .unwrap()
+        .status
+        .code()
+        != Some(0)
+    {
+        assert!(
+            started.elapsed() < Duration::from_secs(10),
+            "it stays frozen"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    kill(client);
+}
+
+/// PMEM-2: who still maps volatile memory that was taken away gets SIGBUS, and never old bytes or zeros.
+#[test]
+fn whoever_maps_what_is_gone_gets_sigbus() {
+    let place = Place::new();
+    let _server = place.serve(&["memory,size=32M"]);
+    let script = "import mmap,os,sys,time
+f=os.open(os.environ['PGMAP_FILE'],os.O_RDWR)
+m=mmap.mmap(f,int(os.environ['PGMAP_LENGTH']),offset=int(os.environ['PGMAP_OFFSET']))
+m[0:4]=b'mine'
+print('mapped',flush=True)
+while True:
+    assert m[0:4]==b'mine'
+    time.sleep(0.01)";
+    let mut command = place.pgmap(&["map", "pmem0", "--", "python3", "-c", script]);
+    let mut client = command.stdout(Stdio::piped()).spawn().unwrap();
+    let mut said = [0; 6];
+    client
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut said)
+        .unwrap();
+    let children = format!("/proc/{0}/task/{0}/children", client.id());
+    let program: i32 = fs::read_to_string(children)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    // The program outlives the client that held the mapping for it.
+    kill(client);
+    let status = format!("/proc/{program}/stat");
+    assert!(fs::exists(&status).unwrap());
+    place.ok(&["unplug", "pmem0", "--timeout", "10s"]);
+    let started = Instant::now();
+    while fs::exists(&status).unwrap() {
+        let stat = fs::read_to_string(&status).unwrap_or_default();
+        if stat.is_empty() || stat.contains(") Z ") {
+            break;
+        }
+        assert!(
+            started.elapsed() < Duration::from_secs(10),
+            "it lives: {stat}"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// PMEM-4: what was flushed is there after the server was killed; a second server is refused while the first lives.
+#[test]
+fn a_killed_server_loses_nothing_that_was_flushed() {
+    let place = Place::new();
+    let server = place.serve(&["disk.img,size=32M"]);
+    place.write("pmem0", "2M", &pattern(3 * MIB, 7));
+    let refused = place.refused(&["serve", "--pmem", "disk.img"]);
+    assert!(refused.contains("in use"), "{refused}");
+    assert_eq!(
+        server.end(libc::SIGKILL).status.signal(),
+        Some(libc::SIGKILL)
+    );
+    let server = place.serve(&["disk.img"]);
+    let bytes = place.read("pmem0");
+    assert_eq!(bytes.len(), 30 * MIB);
+    assert_eq!(bytes[2 * MIB..5 * MIB], pattern(3 * MIB, 7));
+    let output = server.end(libc::SIGTERM);
+    assert!(output.status.success(), "{output:?}");
+    assert!(output.stderr.is_empty(), "{output:?}");
+    // The living server's sockets are gone with it; the killed one's stay until somebody takes their place.
+    assert_eq!(place.ok(&["list"]), "");
+}
+
+/// Namespaces are made, named, disabled and destroyed, and all of it survives a restart.
+#[test]
+fn namespaces_survive_a_restart() {
+    let place = Place::new();
+    let server = place.serve(&["disk.img,size=64M"]);
+    let busy = place.refused(&["destroy-namespace", "pmem0"]);
+    assert!(busy.contains("disable it first"), "{busy}");
+    place.ok(&["destroy-namespace", "--force", "pmem0"]);
+    place.ok(&["create-namespace", "--size", "16M", "--name", "first"]);
+    place.ok(&["create-namespace", "-m", "devdax", "-s", "8M", "-a", "4K"]);
+    place.write("first", "0", b"bytes of the first");
+    place.ok(&["disable", "namespace0.1"]);
+    let listed = place.ok(&["list", "-NR", "--json"]);
+    drop(server.end(libc::SIGTERM));
+    let _server = place.serve(&["disk.img"]);
+    assert_eq!(
+        place.ok(&["list", "-NR", "--json"]).replace(' ', "").len(),
+        listed.replace(' ', "").len()
+    );
+    assert!(place.read("first").starts_with(b"bytes of the first"));
+    assert!(place.ok(&["list"]).contains("disabled"));
+    place.ok(&["enable", "dax0.1"]);
+    let full = place.refused(&["create-namespace", "--size", "1G"]);
+    assert!(full.contains("in one piece"), "{full}");
+}
+
+/// PMEM-3: a bad block cannot be read, survives a restart, is found by a scrub, and cleared by request.
+#[test]
+fn bad_blocks_survive_a_restart() {
+    let place = Place::new();
+    let server = place.serve(&["disk.img,size=16M"]);
+    place.ok(&["inject-error", "pmem0", "--block", "8", "--count", "4"]);
+    drop(server.end(libc::SIGKILL));
+    let _server = place.serve(&["disk.img"]);
+    let listed: serde_json::Value =
+        serde_json::from_str(&place.ok(&["list", "-M", "--json"])).unwrap();
+    assert_eq!(listed[0]["badblocks"][0]["offset"], 8);
+    assert_eq!(listed[0]["badblocks"][0]["length"], 4);
+    assert_eq!(place.ok(&["scrub", "--wait"]), "done: 4 bad blocks\n");
+    place.ok(&["clear-error", "pmem0", "-B", "8", "-n", "4"]);
+    assert_eq!(
+        place.ok(&["scrub", "pmem0", "--wait"]),
+        "done: 0 bad blocks\n"
+    );
+}
+
+/// What goes wrong at the start is one line that says what to do, and changes no file.
+#[test]
+fn mistakes_are_one_line() {
+    let place = Place::new();
+    fs::write(place.path("precious"), pattern(MIB, 3)).unwrap();
+    fs::write(place.path("bad.toml"), "pmem = 3\n").unwrap();
+    fs::write(place.path("odd.toml"), "pnem = []\n").unwrap();
+    let full = ["serve", "--pmem", "memory,size=16M", "--nbd"];
+    let cases: [(&[&str], &str); 11] = [
+        (&["serve"], "nothing to serve"),
+        (&["serve", "--pmem", "x.img"], "size="),
+        (&["serve", "--pmem", "precious"], "mode=raw"),
+        (&["serve", "--pmem", "."], "directory"),
+        (
+            &["serve", "--pmem", "no/such/x.img,size=1M"],
+            "no/such/x.img",
+        ),
+        (&["serve", "--pmem", "x.img,size=1"], "at least one page"),
+        (&["serve", "--config", "bad.toml"], "bad.toml"),
+        (&["serve", "--config", "odd.toml"], "pnem"),
+        (&[&full[..], &["0.0.0.0:10809"]].concat(), "127.0.0.1"),
+        (&[&full[..], &["nonsense"]].concat(), "unix:PATH"),
+        (&["unplug", "pmem0"], "no manager of yours runs"),
+    ];
+    for (arguments, part) in cases {
+        let said = place.refused(arguments);
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(said.contains(part), "{arguments:?}: {said}");
+    }
+    assert_eq!(fs::read(place.path("precious")).unwrap(), pattern(MIB, 3));
+    assert!(!place.path("x.img").exists());
+}
+
+/// The options may come from a file; metrics are there for Prometheus.
+#[test]
+fn a_configuration_file_and_metrics() {
+    let place = Place::new();
+    let config = "pmem = [\"memory,size=16M\"]\nmetrics = \"127.0.0.1:0\"\n";
+    fs::write(place.path("serve.toml"), config).unwrap();
+    let arguments = ["serve", "--config", "serve.toml", "--nbd", "127.0.0.1:0"];
+    let server = place.serve_with(&arguments);
+    assert!(
+        server.announced.contains("nbd://127.0.0.1:"),
+        "{}",
+        server.announced
+    );
+    let uri = server.announced.lines().nth(1).unwrap().trim();
+    if has("nbdinfo") {
+        let info = std::process::Command::new("nbdinfo")
+            .args(["--size", uri])
+            .output()
+            .unwrap();
+        assert_eq!(
+            String::from_utf8_lossy(&info.stdout).trim(),
+            (16 * MIB).to_string()
+        );
+    }
+    let address = server.metrics();
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream
+        .write_all(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        .unwrap();
+    let mut page = String::new();
+    stream.read_to_string(&mut page).unwrap();
+    assert!(page.starts_with("HTTP/1.1 200 OK"), "{page}");
+    assert!(
+        page.contains("pgmap_reads_total{device=\"pmem0\"}"),
+        "{page}"
+    );
+}
