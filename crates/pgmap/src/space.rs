@@ -399,8 +399,7 @@ impl AddressSpace {
     }
 
     /// Keeps a worker for the next thread.
-    fn keep_worker(&self, mut worker: Worker) {
-        worker.release(&self.inner);
+    fn keep_worker(&self, worker: Worker) {
         let before = self.spare_worker.lock().replace(worker);
         // Not under the lock.
         drop(before);
