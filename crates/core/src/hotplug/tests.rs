@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::string::ToString;
 use std::sync::{Barrier, Mutex as StdMutex};
 
+use pgmap_sync::atomic::{AtomicU32, Ordering};
 use proptest::prelude::*;
 
 use super::*;
@@ -322,6 +323,36 @@ fn nobody_is_waited_for_inside_begin_and_done() {
     ram.offline(BlockId(0), &mut Owner(&mut Vec::new()))
         .unwrap();
     ram.online(BlockId(0), ZoneChoice::Auto).unwrap();
+}
+
+/// HOT-3: a reader holds off who adds, removes, or changes what is on line.
+#[test]
+fn readers_hold_changes_off() {
+    let (map, ram) = machine(2);
+    let off = ram.add(1).unwrap();
+    let changed = AtomicU32::new(0);
+    // SeqCst: a test needs no less.
+    let change = &|what: &dyn Fn()| {
+        what();
+        changed.fetch_add(1, Ordering::SeqCst);
+    };
+    let add = || drop(ram.add(1).unwrap());
+    let online = || drop(ram.online(off, ZoneChoice::Auto).unwrap());
+    let remove = || drop(map.remove_resource(range(40 * BLOCK, 1)));
+    std::thread::scope(|scope| {
+        let reading = map.get_online_mems();
+        for what in [&add as &(dyn Fn() + Sync), &online, &remove] {
+            scope.spawn(move || change(&what));
+        }
+        std::thread::sleep(core::time::Duration::from_millis(30));
+        assert_eq!(
+            changed.load(Ordering::SeqCst),
+            0,
+            "nothing changes meanwhile"
+        );
+        drop(reading);
+    });
+    assert_eq!(changed.load(Ordering::SeqCst), 3);
 }
 
 /// HOT-3, f931ab479dd2: many add at once, and none of them is lost.
