@@ -38,8 +38,10 @@ pub enum ZoneChoice {
 
 /// The block cannot join the zone: NORMAL would not lie below MOVABLE then (HOT-2).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("{zone} cannot be there: {} {other} on line; choose the other zone, or take that block off line first",
-    if *.zone == RamZone::Normal { "a block below is" } else { "a block above is" })]
+#[error(
+    "{zone} cannot be there: the block {} it, at {in_the_way:?}, is {other}; choose that zone, or take that block off line first",
+    match .zone { RamZone::Normal => "below", RamZone::Movable => "above" }
+)]
 pub struct WrongZone {
     /// The zone that was asked for.
     pub zone: RamZone,

@@ -1,8 +1,10 @@
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+use std::collections::BTreeSet;
 use std::string::ToString;
 use std::sync::{Barrier, Mutex as StdMutex};
 
+use pgmap_sync::atomic::{AtomicU32, Ordering};
 use proptest::prelude::*;
 
 use super::*;
@@ -143,7 +145,7 @@ fn range(start: u64, count: u64) -> PfnRange {
     PfnRange::new(pfn(start), count).unwrap()
 }
 
-/// HOT-2: a device's memory is in ZONE_DEVICE; it goes neither on nor off line, and who tries is told whose it is.
+/// HOT-2: a device's memory is in `ZONE_DEVICE`; it goes neither on nor off line, and who tries is told whose it is.
 #[test]
 fn device_memory_is_not_onlined_or_offlined() {
     let (map, ram) = machine(2);
@@ -323,25 +325,55 @@ fn nobody_is_waited_for_inside_begin_and_done() {
     ram.online(BlockId(0), ZoneChoice::Auto).unwrap();
 }
 
+/// HOT-3: a reader holds off who adds, removes, or changes what is on line.
+#[test]
+fn readers_hold_changes_off() {
+    let (map, ram) = machine(2);
+    let off = ram.add(1).unwrap();
+    let changed = AtomicU32::new(0);
+    // SeqCst: a test needs no less.
+    let change = &|what: &dyn Fn()| {
+        what();
+        changed.fetch_add(1, Ordering::SeqCst);
+    };
+    let add = || drop(ram.add(1).unwrap());
+    let online = || drop(ram.online(off, ZoneChoice::Auto).unwrap());
+    let remove = || drop(map.remove_resource(range(40 * BLOCK, 1)));
+    std::thread::scope(|scope| {
+        let reading = map.get_online_mems();
+        for what in [&add as &(dyn Fn() + Sync), &online, &remove] {
+            scope.spawn(move || change(&what));
+        }
+        std::thread::sleep(core::time::Duration::from_millis(30));
+        assert_eq!(
+            changed.load(Ordering::SeqCst),
+            0,
+            "nothing changes meanwhile"
+        );
+        drop(reading);
+    });
+    assert_eq!(changed.load(Ordering::SeqCst), 3);
+}
+
 /// HOT-3, f931ab479dd2: many add at once, and none of them is lost.
 #[test]
 fn adding_is_exclusive() {
     let (map, ram) = machine(1);
     let start = Barrier::new(4);
+    let add = &|nth: u64| {
+        start.wait();
+        for round in 0..5 {
+            ram.add(1).unwrap();
+            let at = (40 + nth * 5 + round) * BLOCK;
+            let device = map.memremap_pages(&[range(at, BLOCK)], MemoryType::Generic);
+            if round == 0 {
+                device.unwrap().kill().drain(None).unwrap().remove();
+            }
+        }
+    };
     std::thread::scope(|scope| {
         for nth in 0..4 {
-            let (map, ram, start) = (&map, &ram, &start);
-            scope.spawn(move || {
-                start.wait();
-                for round in 0..5 {
-                    ram.add(1).unwrap();
-                    let at = (40 + nth * 5 + round) * BLOCK;
-                    let device = map.memremap_pages(&[range(at, BLOCK)], MemoryType::Generic);
-                    if round == 0 {
-                        device.unwrap().kill().drain(None).unwrap().remove();
-                    }
-                }
-            });
+            scope.spawn(move || add(nth));
         }
     });
     assert_eq!(ram.blocks().len(), 21);
@@ -382,97 +414,179 @@ fn any_step() -> impl Strategy<Value = Step> {
     ]
 }
 
-/// The zones that a block may join, as rule HOT-2 says it: `None` for what is absent, else the zone for what is on line.
-fn allowed(model: &[Option<Option<RamZone>>], id: usize) -> [bool; 2] {
-    let is = |zone| move |block: &Option<Option<RamZone>>| *block == Some(Some(zone));
-    [
-        !model[..id].iter().any(is(RamZone::Movable)),
-        !model[id + 1..].iter().any(is(RamZone::Normal)),
-    ]
+/// A block, as the model has it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Block {
+    Absent,
+    Off,
+    In(RamZone),
+}
+
+/// RAM, and the list that it has to agree with.
+struct Model {
+    ram: Ram,
+    blocks: Vec<Block>,
+    used: Vec<Pfn>,
+}
+
+impl Model {
+    fn new() -> Self {
+        let map = MemoryMap::new(&HeapPlatform, 12 * BLOCK).unwrap();
+        let mut blocks = std::vec![Block::Absent; 12];
+        blocks[..4].fill(Block::In(RamZone::Normal));
+        Self {
+            ram: map.add_ram(4 * BLOCK).unwrap(),
+            blocks,
+            used: Vec::new(),
+        }
+    }
+
+    fn online_frames(&self) -> usize {
+        let online = self.blocks.iter();
+        let online = online.filter(|block| matches!(block, Block::In(_)));
+        online.count() * usize::try_from(BLOCK).unwrap()
+    }
+
+    /// The zone that a block that is off line joins, as rule HOT-2 says it.
+    fn joins(&self, id: usize, choice: ZoneChoice) -> Option<RamZone> {
+        let normal = !self.blocks[..id].contains(&Block::In(RamZone::Movable));
+        let movable = !self.blocks[id + 1..].contains(&Block::In(RamZone::Normal));
+        let normal = normal.then_some(RamZone::Normal);
+        let movable = movable.then_some(RamZone::Movable);
+        match choice {
+            ZoneChoice::Auto => normal.or(movable),
+            ZoneChoice::Kernel => normal,
+            ZoneChoice::Movable => movable,
+        }
+    }
+
+    fn step(&mut self, step: Step) {
+        match step {
+            Step::Add(count) => self.add(count),
+            Step::Online(id, choice) => {
+                let block = &self.blocks[id as usize];
+                let joins = self.joins(id as usize, choice);
+                let expected = joins.filter(|_| *block == Block::Off);
+                assert_eq!(self.ram.online(BlockId(id), choice).ok(), expected);
+                if let Some(zone) = expected {
+                    self.blocks[id as usize] = Block::In(zone);
+                }
+            }
+            Step::Offline(id) => self.offline(id),
+            Step::Remove(id) => {
+                let off = self.blocks[id as usize] == Block::Off;
+                assert_eq!(self.ram.remove(BlockId(id)).is_ok(), off);
+                if off {
+                    self.blocks[id as usize] = Block::Absent;
+                }
+            }
+            Step::Alloc(count) => {
+                let taken = alloc(&self.ram, count);
+                let room = self.online_frames() - self.used.len();
+                assert_eq!(taken.len(), count.min(room));
+                self.used.extend(taken);
+            }
+            Step::Free(count) => {
+                let rest = self.used.split_off(count.min(self.used.len()));
+                self.ram.free(&self.used);
+                self.used = rest;
+            }
+        }
+    }
+
+    fn add(&mut self, count: u32) {
+        let len = count as usize;
+        let is_free = |at: &usize| {
+            self.blocks[*at..at + len]
+                .iter()
+                .all(|block| *block == Block::Absent)
+        };
+        let room = (0..=12 - len).find(is_free);
+        let first = self.ram.add(count).ok();
+        assert_eq!(first.map(|first| first.0 as usize), room);
+        if let Some(at) = room {
+            self.blocks[at..at + len].fill(Block::Off);
+        }
+    }
+
+    fn offline(&mut self, id: u32) {
+        let frames = self.online_frames();
+        let left = frames.saturating_sub(usize::try_from(BLOCK).unwrap());
+        let is_online = matches!(self.blocks[id as usize], Block::In(_));
+        let done = self.ram.offline(BlockId(id), &mut Owner(&mut self.used));
+        let expected = is_online && left > 0 && self.used.len() <= left;
+        assert_eq!(done.is_ok(), expected);
+        if expected {
+            self.blocks[id as usize] = Block::Off;
+        }
+    }
+
+    /// What holds after every step.
+    fn check(&self) {
+        let frames = self.online_frames() as u64;
+        assert_eq!((self.ram.capacity(), self.ram.limit()), (frames, frames));
+        assert_eq!(self.ram.in_use(), self.used.len() as u64);
+        let distinct: BTreeSet<_> = self.used.iter().collect();
+        assert_eq!(distinct.len(), self.used.len(), "no frame is had twice");
+        for pfn in &self.used {
+            let block = self.blocks[usize::try_from(pfn.get() / BLOCK).unwrap()];
+            assert!(
+                matches!(block, Block::In(zone) if self.ram.zone_of(*pfn) == Some(Zone::Ram(zone)))
+            );
+        }
+        let in_zones = self.blocks.iter();
+        let zones: Vec<_> = in_zones
+            .filter_map(|block| match block {
+                Block::In(zone) => Some(*zone),
+                Block::Absent | Block::Off => None,
+            })
+            .collect();
+        assert!(zones.is_sorted(), "NORMAL lies below MOVABLE: {zones:?}");
+        let there = self.blocks.iter().filter(|block| **block != Block::Absent);
+        assert_eq!(self.ram.blocks().len(), there.count());
+    }
 }
 
 proptest! {
-    /// HOT-2, HOT-5, zone-shift: blocks agree with a list of zones; NORMAL lies below MOVABLE; adding and removing a block
-    /// changes nothing that another may become; and the budget is what is on line.
+    /// HOT-2, HOT-5: blocks agree with a list of zones, of which NORMAL lies below MOVABLE; and the budget is what is on line.
     #[test]
     fn zones_and_blocks_agree_with_a_list(steps in prop::collection::vec(any_step(), 1..60)) {
-        let map = MemoryMap::new(&HeapPlatform, 12 * BLOCK).unwrap();
-        let ram = map.add_ram(4 * BLOCK).unwrap();
-        let mut model: Vec<Option<Option<RamZone>>> = std::vec![None; 12];
-        model[..4].fill(Some(Some(RamZone::Normal)));
-        let mut used: Vec<Pfn> = Vec::new();
+        let mut model = Model::new();
         for step in steps {
-            let online = |model: &[Option<Option<RamZone>>]| {
-                model.iter().filter(|block| matches!(block, Some(Some(_)))).count() as u64
-            };
-            match step {
-                Step::Add(count) => {
-                    let before: Vec<_> = (0..12).map(|id| allowed(&model, id)).collect();
-                    let len = count as usize;
-                    let room = (0..=12 - len).find(|at| model[*at..at + len].iter().all(Option::is_none));
-                    let first = ram.add(count).ok().map(|first| first.0 as usize);
-                    prop_assert_eq!(first, room);
-                    if let Some(at) = room {
-                        model[at..at + len].fill(Some(None));
-                    }
-                    let after: Vec<_> = (0..12).map(|id| allowed(&model, id)).collect();
-                    prop_assert_eq!(before, after, "zone-shift");
-                }
-                Step::Online(id, choice) => {
-                    let [normal, movable] = allowed(&model, id as usize);
-                    let expected = match choice {
-                        ZoneChoice::Auto | ZoneChoice::Kernel if normal => Some(RamZone::Normal),
-                        ZoneChoice::Auto | ZoneChoice::Movable if movable => Some(RamZone::Movable),
-                        ZoneChoice::Auto | ZoneChoice::Kernel | ZoneChoice::Movable => None,
-                    };
-                    let expected = expected.filter(|_| model[id as usize] == Some(None));
-                    prop_assert_eq!(ram.online(BlockId(id), choice).ok(), expected);
-                    if expected.is_some() {
-                        model[id as usize] = Some(expected);
-                    }
-                }
-                Step::Offline(id) => {
-                    let is_online = matches!(model[id as usize], Some(Some(_)));
-                    let room = used.len() as u64 <= online(&model).saturating_sub(1) * BLOCK;
-                    let done = ram.offline(BlockId(id), &mut Owner(&mut used)).is_ok();
-                    prop_assert_eq!(done, is_online && online(&model) > 1 && room);
-                    if done {
-                        model[id as usize] = Some(None);
-                    }
-                }
-                Step::Remove(id) => {
-                    let off = model[id as usize] == Some(None);
-                    prop_assert_eq!(ram.remove(BlockId(id)).is_ok(), off);
-                    if off {
-                        model[id as usize] = None;
-                    }
-                }
-                Step::Alloc(count) => {
-                    let room = usize::try_from(online(&model) * BLOCK).unwrap() - used.len();
-                    let taken = alloc(&ram, count);
-                    prop_assert_eq!(taken.len(), count.min(room));
-                    used.extend(taken);
-                }
-                Step::Free(count) => {
-                    let rest = used.split_off(count.min(used.len()));
-                    ram.free(&used);
-                    used = rest;
-                }
-            }
-            prop_assert_eq!((ram.capacity(), ram.limit()), (online(&model) * BLOCK, online(&model) * BLOCK));
-            prop_assert_eq!(ram.in_use(), used.len() as u64);
-            let mut names = used.clone();
-            names.sort_unstable();
-            names.dedup();
-            prop_assert_eq!(names.len(), used.len(), "no frame is had twice");
-            for pfn in &used {
-                let zone = model[usize::try_from(pfn.get() / BLOCK).unwrap()].flatten();
-                prop_assert!(zone.is_some() && ram.zone_of(*pfn) == zone.map(Zone::Ram));
-            }
-            let zones: Vec<_> = model.iter().filter_map(|block| block.flatten()).collect();
-            prop_assert!(zones.is_sorted(), "NORMAL lies below MOVABLE: {zones:?}");
-            let views = ram.blocks();
-            prop_assert_eq!(views.len(), model.iter().flatten().count());
+            model.step(step);
+            model.check();
         }
     }
+}
+
+/// HOT-2, zone-shift: blocks that are added, and not on line yet, change nothing that an earlier one may become.
+#[test]
+fn adding_a_block_does_not_shift_zones() {
+    let choices = [ZoneChoice::Kernel, ZoneChoice::Movable];
+    for (choice, added_later) in choices
+        .into_iter()
+        .flat_map(|choice| [(choice, 0), (choice, 3)])
+    {
+        let (_map, ram) = machine(2);
+        let first = ram.add(1).unwrap();
+        if added_later > 0 {
+            ram.add(added_later).unwrap();
+        }
+        // Both zones are legal for it, whatever was added behind it meanwhile.
+        ram.online(first, choice).unwrap();
+    }
+    let (_map, ram) = machine(2);
+    let first = ram.add(3).unwrap();
+    let second = BlockId(first.0 + 1);
+    ram.online(second, ZoneChoice::Movable).unwrap();
+    let wrong = ram.online(BlockId(first.0 + 2), ZoneChoice::Kernel);
+    let text = wrong.unwrap_err().to_string();
+    assert!(
+        text.starts_with("Normal cannot be there: the block below it"),
+        "{text}"
+    );
+    assert_eq!(
+        ram.online(first, ZoneChoice::Auto).unwrap(),
+        RamZone::Normal
+    );
 }
