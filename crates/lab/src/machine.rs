@@ -143,7 +143,7 @@ impl Machine {
     ///
     /// If somebody still uses it after a drain without a deadline.
     pub fn unplug(&self, worker: &mut Worker, nth: usize) -> Result<(), NoRoom> {
-        let killed = self.space.devices()[nth].clone().kill();
+        let killed = self.space.devices().all()[nth].clone().kill();
         if let Err(no_room) = self.space.evacuate(worker, killed.device()) {
             // The address space has a handle to the same mapping.
             drop(killed.resurrect());
@@ -173,7 +173,7 @@ impl Machine {
         while space.store(usize::MAX) > 0 {}
         assert_eq!(space.ram().in_use(), 0, "frames have leaked");
         assert_eq!(self.mmu.pages_in_use(), 0, "pages of memory have leaked");
-        for (device, pgmap) in self.devices.iter().zip(space.devices()) {
+        for (device, pgmap) in self.devices.iter().zip(space.devices().all()) {
             assert_eq!(device.pages(), 0, "pages of a device have leaked");
             assert_eq!(pgmap.users_now(), 0, "users of a device have leaked");
         }
