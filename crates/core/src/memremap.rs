@@ -537,6 +537,12 @@ pub struct Drained {
 }
 
 impl Drained {
+    /// The mapping.
+    #[must_use]
+    pub const fn device(&self) -> &DevPagemap {
+        &self.device
+    }
+
     /// Takes the frames away from the device.
     pub fn remove(self) {
         let DevPagemap { map, pgmap } = self.device;

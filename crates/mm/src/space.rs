@@ -116,6 +116,12 @@ impl AddressSpace {
         &self.ram
     }
 
+    /// All frames, those of devices included.
+    #[must_use]
+    pub const fn map_of_frames(&self) -> &Arc<MemoryMap> {
+        &self.map
+    }
+
     /// The devices, in the order in which they are tried.
     #[must_use]
     pub const fn devices(&self) -> &Devices {
