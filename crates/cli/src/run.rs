@@ -159,7 +159,10 @@ fn command(
     arguments: &[OsString],
 ) -> Command {
     let mut command = Command::new(program);
-    command.arg0(name).args(arguments).env(RUN_VARIABLE, control.path());
+    command
+        .arg0(name)
+        .args(arguments)
+        .env(RUN_VARIABLE, control.path());
     command.env("LD_PRELOAD", preload(library));
     command
 }

@@ -115,7 +115,8 @@ impl AddressSpace {
                     .ok_or(DeviceError::Gone)
                     .and_then(|device| {
                         let ops = device.ops().ok_or(DeviceError::Gone)?;
-                        let mut load = Load::new(self.map.frame(device_page).data(), &mut worker.pages[0]);
+                        let mut load =
+                            Load::new(self.map.frame(device_page).data(), &mut worker.pages[0]);
                         ops.migrate_to_ram(slice::from_mut(&mut load));
                         load.outcome
                     });

@@ -81,8 +81,7 @@ impl Grant {
         ram.set_limit(limit.max(LEAST));
         // What is still in use above the limit is given back at a later look.
         let keep = ram.limit().max(ram.in_use());
-        self.quota()
-            .give(bytes(self.held().saturating_sub(keep)));
+        self.quota().give(bytes(self.held().saturating_sub(keep)));
     }
 
     /// The budget as it is now.
@@ -282,7 +281,9 @@ mod tests {
     fn a_lower_budget_is_kept_by_all_and_a_higher_one_is_used() {
         let region = region();
         let mut models = [1, 2].map(|pid| Model::start(region, pid));
-        models.iter_mut().for_each(|model| model.wanted = usize::MAX);
+        models
+            .iter_mut()
+            .for_each(|model| model.wanted = usize::MAX);
         run(region, &mut models);
         let store = |budget| region.ram_bytes().store(bytes(budget), Ordering::Relaxed);
         store(BUDGET / 4);

@@ -135,9 +135,7 @@ impl Region {
         let region = Self::map(&fd)?;
         let layout = region.layout();
         // Relaxed, both, then release: pairs with the acquire in `open`.
-        layout
-            .pid_namespace
-            .store(pid_namespace, Ordering::Relaxed);
+        layout.pid_namespace.store(pid_namespace, Ordering::Relaxed);
         layout.ram_bytes.store(ram_bytes, Ordering::Relaxed);
         layout.magic.store(MAGIC, Ordering::Release);
         Ok((region, fd))

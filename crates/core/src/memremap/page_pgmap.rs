@@ -74,7 +74,10 @@ impl MemoryMap {
         // user is taken away below.
         let page = PagePgmap { entry };
         debug_assert!(page.contains(pfn), "{pfn:?} is not in use");
-        if page.pgmap().is_some_and(|pgmap| pgmap.put(self, pfn) == Put::Last) {
+        if page
+            .pgmap()
+            .is_some_and(|pgmap| pgmap.put(self, pfn) == Put::Last)
+        {
             entry.users.put();
         }
     }

@@ -277,12 +277,7 @@ impl Control {
         })
     }
 
-    fn leaving(
-        &self,
-        state: &mut State,
-        nth: usize,
-        until: Instant,
-    ) -> Option<Result<(), Failed>> {
+    fn leaving(&self, state: &mut State, nth: usize, until: Instant) -> Option<Result<(), Failed>> {
         let slot = &self.region.devices()[nth];
         let missing = self.missing(nth);
         if missing.is_empty() {

@@ -149,7 +149,12 @@ impl Plugged {
     }
 
     /// The device is wanted: it is added, or taken up again.
-    fn take_up(&mut self, space: &AddressSpace, nth: usize, plug: Plug) -> (Plug, Answer, Duration) {
+    fn take_up(
+        &mut self,
+        space: &AddressSpace,
+        nth: usize,
+        plug: Plug,
+    ) -> (Plug, Answer, Duration) {
         let device = match plug {
             Plug::Out => self.add(space, nth),
             Plug::In(device) => Ok(device),

@@ -43,7 +43,9 @@ pub enum Refused {
     #[error(transparent)]
     File(#[from] FileError),
     /// The processes could not find the file by what they would be told.
-    #[error("a device's path has a character in it that cannot be passed on, or is too long: name another")]
+    #[error(
+        "a device's path has a character in it that cannot be passed on, or is too long: name another"
+    )]
     BadPath,
     /// The shared memory could not grow.
     #[error(transparent)]
@@ -106,7 +108,9 @@ pub enum Failed {
         restored_bytes: u64,
     },
     /// The device was added, but these processes go on without it.
-    #[error("the device was added, but these processes cannot use it: {pids:?}; unplug it, or let them be")]
+    #[error(
+        "the device was added, but these processes cannot use it: {pids:?}; unplug it, or let them be"
+    )]
     CannotUse {
         /// The processes.
         pids: Vec<u32>,
