@@ -311,9 +311,7 @@ impl Pager {
                 Outcome::NoMemory if waiting.elapsed() < PATIENCE => {
                     self.keep_ahead(surroundings);
                     thread::sleep(Duration::from_millis(1));
-                    if waiting.elapsed() >= STARVING && (surroundings.hold_out)() {
-                        waiting = Instant::now();
-                    }
+                    waiting = wait_longer(waiting, surroundings);
                 }
                 Outcome::NoMemory => {
                     Stats::add(&stats.out_of_memory, 1);
@@ -344,6 +342,14 @@ impl Pager {
         // Dropping the child's descriptor ends its registration: what is still missing there reads as zeros, as it
         // should.
     }
+}
+
+/// Since when a fault counts as waiting that has waited since `since`: what is being taken away may be given back.
+fn wait_longer(since: Instant, surroundings: Surroundings) -> Instant {
+    if since.elapsed() >= STARVING && (surroundings.hold_out)() {
+        return Instant::now();
+    }
+    since
 }
 
 /// Gives a child a page, or, if the machine has no memory for it for too long, SIGBUS instead of zeros (FLT-3).

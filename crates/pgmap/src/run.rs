@@ -10,6 +10,7 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use pgmap_core::addr::PAGE_SIZE;
+use pgmap_core::driver::PrivateOps;
 use pgmap_drivers::slots::{Owner, release_owner};
 use pgmap_sync::Mutex;
 use pgmap_sync::atomic::Ordering;
@@ -115,7 +116,9 @@ pub fn leave(region: &Region, dead: impl Fn(u32) -> bool) {
         let owner = u8::try_from(number).ok().and_then(Owner::new);
         for table in configs.filter_map(|config: DeviceConfig| config.table()) {
             let words = region.table(table.start, table.len());
-            owner.iter().for_each(|owner| release_owner(words, *owner));
+            if let Some(owner) = owner {
+                release_owner(words, owner);
+            }
         }
     });
 }
@@ -205,7 +208,7 @@ fn publish(run: &Run) {
     let plugged = run.plugged.lock();
     for (nth, shown) in run.process.devices.iter().enumerate() {
         let ops = plugged.device(nth).and_then(|device| device.ops());
-        let usage = ops.map(|ops| ops.usage()).unwrap_or_default();
+        let usage = ops.map(PrivateOps::usage).unwrap_or_default();
         shown.pages.store(usage.pages, Ordering::Relaxed);
         shown.bytes.store(usage.bytes, Ordering::Relaxed);
     }

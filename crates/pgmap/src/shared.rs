@@ -23,6 +23,8 @@ mod slot;
 pub const PROCESSES: usize = 64;
 /// Devices that one run can have.
 pub const DEVICES: usize = 8;
+/// The shared memory's file, as the kernel names it in `/proc`.
+pub(crate) const REGION_NAME: &str = "pgmap-run";
 /// Words of all tables together: one for each page of 16 TiB.
 pub(crate) const TABLE_WORDS: usize = 1 << 32;
 /// "pgmap" and the version of this layout.
@@ -130,7 +132,7 @@ impl Region {
     ///
     /// [`RegionError::Refused`].
     pub fn create(ram_bytes: u64, pid_namespace: u64) -> Result<(Self, OwnedFd), RegionError> {
-        let fd = rustix::fs::memfd_create("pgmap-run", MemfdFlags::CLOEXEC)?;
+        let fd = rustix::fs::memfd_create(REGION_NAME, MemfdFlags::CLOEXEC)?;
         rustix::fs::ftruncate(&fd, size_of::<Layout>() as u64)?;
         let region = Self::map(&fd)?;
         let layout = region.layout();
@@ -174,7 +176,7 @@ impl Region {
         Ok(Self { layout })
     }
 
-    fn layout(&self) -> &'static Layout {
+    fn layout(self) -> &'static Layout {
         // SAFETY: by the type invariant the mapping is valid and stays; all of `Layout` may be shared.
         unsafe { self.layout.as_ref() }
     }
@@ -192,12 +194,12 @@ impl Region {
     }
 
     /// What the budget was, while it is being lowered and may be restored; otherwise 0.
-    pub(crate) fn ram_before(&self) -> &'static AtomicU64 {
+    pub(crate) fn ram_before(self) -> &'static AtomicU64 {
         &self.layout().ram_before
     }
 
     /// Whether something is being taken away that may be given back.
-    pub(crate) fn is_shrinking(&self) -> bool {
+    pub(crate) fn is_shrinking(self) -> bool {
         let leaving = |slot: &DeviceSlot| slot.order().wish == Wish::Leaving;
         Stats::get(self.ram_before()) != 0 || self.devices().iter().any(leaving)
     }
@@ -229,7 +231,7 @@ impl Region {
     }
 
     /// Gives a table's memory back, after its last user: it is zeros again.
-    pub(crate) fn clear_table(&self, file: impl AsFd, start: usize, len: usize) {
+    pub(crate) fn clear_table(self, file: impl AsFd, start: usize, len: usize) {
         let offset = size_of::<Layout>() + start * size_of::<u64>();
         let bytes = (len * size_of::<u64>()) as u64;
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -326,12 +328,12 @@ impl Region {
     }
 
     /// Bytes of the budget that processes have.
-    pub(crate) fn granted(&self) -> &'static AtomicU64 {
+    pub(crate) fn granted(self) -> &'static AtomicU64 {
         &self.layout().granted
     }
 
     /// All processes, and free places for some.
-    pub(crate) fn processes(&self) -> &'static [Process; PROCESSES] {
+    pub(crate) fn processes(self) -> &'static [Process; PROCESSES] {
         &self.layout().processes
     }
 

@@ -4,37 +4,35 @@
 //! outcome, from any thread. One change is under way at a time. What must never happen here: waiting for a dead process, or a
 //! change that cannot be made left half made.
 
-use std::fmt;
+use core::fmt;
+use core::time::Duration;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pgmap_core::addr::PAGE_SIZE;
 use pgmap_drivers::spec::DeviceSpec;
-use pgmap_mm::stats::Stats;
-use pgmap_sync::atomic::{AtomicU64, Ordering};
+use pgmap_sync::atomic::Ordering;
 
-use crate::device::open_backing;
 use crate::memory::{MIN_RAM_BYTES, machine_frames};
-use crate::run::DeviceConfig;
-use crate::shared::{Answer, DEVICES, Process, Region, TABLE_WORDS, Wish};
+use crate::shared::{Answer, DEVICES, Process, REGION_NAME, Region, Wish};
 pub use error::{ControlError, Failed, Held, Refused};
 use seat::Seat;
 pub use view::{DeviceState, DeviceView, ProcessView, RamView};
 
 mod error;
+mod progress;
 mod seat;
 mod view;
 
 /// The least budget of a run, in bytes: below it the pager's own batches do not fit.
 pub const LEAST_RAM_BYTES: u64 = 4 << 20;
-/// Bytes of pages that frames have numbers for, with room to align each device.
-const MOST_BYTES: u64 = 15 << 40;
-/// Bytes of pages that are numbered for each byte of a pool, at most.
-const PAGES_OF_A_POOL: u64 = 8;
 /// How long processes may take to find a device that was added. One that is stopped finds it when it goes on.
 const ADD_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How often processes that a change waits for are looked at closely, as that holds them up for a moment.
+const CLOSE_LOOK: Duration = Duration::from_millis(300);
 
 /// A run, as its supervisor has it.
 #[derive(Debug)]
@@ -58,6 +56,8 @@ struct State {
     outcomes: Vec<(Change, Result<(), Failed>)>,
     unplugged: Vec<DeviceView>,
     highest_ram_bytes: u64,
+    /// When processes were last looked at closely.
+    looked: Instant,
 }
 
 /// A change that processes have to follow.
@@ -85,6 +85,7 @@ impl Control {
             outcomes: Vec::new(),
             unplugged: Vec::new(),
             highest_ram_bytes: ram_bytes,
+            looked: Instant::now(),
         };
         let control = Self {
             region,
@@ -99,8 +100,8 @@ impl Control {
 
     /// What the processes share.
     #[must_use]
-    pub const fn region(&self) -> &Region {
-        &self.region
+    pub const fn region(&self) -> Region {
+        self.region
     }
 
     /// What [`RUN_VARIABLE`](super::RUN_VARIABLE) is to be in the environment of the program.
@@ -112,7 +113,10 @@ impl Control {
     /// Gives back what dead processes held, and carries on with what is under way. To be called often.
     pub fn look(&self) {
         let mut state = self.state();
-        super::leave(&self.region, is_dead);
+        let looks_closely = state.looks_closely();
+        super::leave(&self.region, |pid| {
+            is_dead(pid) || looks_closely && runs_something_else(pid)
+        });
         self.region.note_peaks(0);
         self.clear_seats(&mut state);
         self.carry_on(&mut state);
@@ -141,7 +145,7 @@ impl Control {
         let mut state = self.state();
         state.refuse_if_busy()?;
         let nth = state.find(name)?;
-        self.region.devices()[nth].set_wish(Wish::Leaving);
+        self.want(&mut state, nth, Wish::Leaving);
         let until = Instant::now() + patience;
         Ok(state.begin(UnderWay::Leave { nth, until }))
     }
@@ -156,7 +160,7 @@ impl Control {
         let mut state = self.state();
         state.refuse_if_busy()?;
         let least = LEAST_RAM_BYTES.max(self.region.alive() * MIN_RAM_BYTES);
-        let most = self.most_ram_bytes(&state);
+        let most = state.most_ram_bytes();
         if bytes < least {
             return Err(Refused::TooLittleRam { least });
         }
@@ -203,136 +207,56 @@ impl Control {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the budget can be raised to. A run that began with more than the machine has may have that again.
-    fn most_ram_bytes(&self, state: &State) -> u64 {
-        state
-            .highest_ram_bytes
-            .max(machine_frames() * PAGE_SIZE as u64)
-    }
-
     /// The processes, dead ones that nobody has buried yet included.
     fn processes(&self) -> impl Iterator<Item = &'static Process> {
         let all = self.region.processes().iter();
         all.filter(|process| process.pid() != 0)
     }
 
+    /// Wants something new of a slot's device. Who starts later finds it so; the processes that there are have to follow.
+    fn want(&self, state: &mut State, nth: usize, wish: Wish) {
+        self.region.devices()[nth].set_wish(wish);
+        if let Some(seat) = &mut state.seats[nth] {
+            seat.followers = self.processes().map(Process::pid).collect();
+        }
+    }
+
     /// The processes that have not done what is wanted of a slot, and what they have done.
-    fn missing(&self, nth: usize) -> Vec<(u32, Answer)> {
+    fn missing(&self, state: &State, nth: usize) -> Vec<(u32, Answer)> {
+        let followers = state.seats[nth].as_ref().map(|seat| &seat.followers);
         let generation = self.region.devices()[nth].order().generation;
-        let answers = self
+        let following = self
             .processes()
-            .map(|process| (process.pid(), process.answers[nth].get(generation)));
+            .filter(|process| followers.is_some_and(|pids| pids.contains(&process.pid())));
+        let answers =
+            following.map(|process| (process.pid(), process.answers[nth].get(generation)));
         answers
             .filter(|(_, answer)| *answer != Answer::Done)
             .collect()
     }
-
-    /// Whether a program has waited for memory for long: what is taken away has to be given back.
-    fn is_starved(&self) -> bool {
-        // Relaxed: a hint.
-        self.processes()
-            .any(|process| process.starved.load(Ordering::Relaxed))
-    }
-
-    /// Carries on with what is under way, if it is time.
-    fn carry_on(&self, state: &mut State) {
-        let Some((change, under_way)) = state.under_way.take() else {
-            return;
-        };
-        let outcome = match under_way {
-            UnderWay::Add { nth, until } => self.adding(nth, until),
-            UnderWay::Leave { nth, until } => match self.leaving(state, nth, until) {
-                Some(Ok(())) => {
-                    let under_way = UnderWay::Remove { nth, until };
-                    state.under_way = Some((change, under_way));
-                    return;
-                }
-                other => other,
-            },
-            UnderWay::Remove { nth, until } => {
-                // Nothing is there any more: who does not answer only keeps the slot.
-                self.clear_seats(state);
-                let gone = state.seats[nth].is_none() || Instant::now() >= until;
-                gone.then_some(Ok(()))
-            }
-            UnderWay::Lower { until } => self.lowering(until),
-        };
-        match outcome {
-            Some(outcome) => state.outcomes.push((change, outcome)),
-            None => state.under_way = Some((change, under_way)),
-        }
-    }
-
-    fn adding(&self, nth: usize, until: Instant) -> Option<Result<(), Failed>> {
-        let missing = self.missing(nth);
-        let failed = |(pid, answer): &(u32, Answer)| (*answer == Answer::Failed).then_some(*pid);
-        let pids: Vec<u32> = missing.iter().filter_map(failed).collect();
-        if pids.len() < missing.len() && Instant::now() < until {
-            return None;
-        }
-        Some(if pids.is_empty() {
-            Ok(())
-        } else {
-            Err(Failed::CannotUse { pids })
-        })
-    }
-
-    fn leaving(&self, state: &mut State, nth: usize, until: Instant) -> Option<Result<(), Failed>> {
-        let slot = &self.region.devices()[nth];
-        let missing = self.missing(nth);
-        if missing.is_empty() {
-            slot.set_wish(Wish::Absent);
-            let view = self.view(state, nth, DeviceState::Gone);
-            state.unplugged.extend(view);
-            state.seats[nth].iter_mut().for_each(Seat::go);
-            return Some(Ok(()));
-        }
-        let starved = self.is_starved();
-        if !starved && Instant::now() < until {
-            return None;
-        }
-        slot.set_wish(Wish::Live);
-        let holders = missing.into_iter().map(|(pid, answer)| Held {
-            pid,
-            pages: match answer {
-                Answer::Left(pages) => Some(u64::from(pages)),
-                Answer::None | Answer::Done | Answer::Failed => None,
-            },
-        });
-        Some(Err(Failed::StillHeld {
-            name: state.name(nth),
-            holders: holders.collect(),
-        }))
-    }
-
-    fn lowering(&self, until: Instant) -> Option<Result<(), Failed>> {
-        // Relaxed, all: numbers that change now and then.
-        let (budget, before) = (self.region.ram_bytes(), self.region.ram_before());
-        let wanted = budget.load(Ordering::Relaxed);
-        let granted = || self.processes().map(|process| Stats::get(&process.granted));
-        if granted().sum::<u64>() <= wanted || before.load(Ordering::Relaxed) == 0 {
-            before.store(0, Ordering::Relaxed);
-            return Some(Ok(()));
-        }
-        if !self.is_starved() && Instant::now() < until {
-            return None;
-        }
-        let used_bytes = granted().sum();
-        let restored_bytes = before.swap(0, Ordering::Relaxed);
-        budget.store(restored_bytes, Ordering::Relaxed);
-        Some(Err(Failed::NoRoomForRam {
-            used_bytes,
-            restored_bytes,
-        }))
-    }
 }
 
 impl State {
+    /// What the budget can be raised to. A run that began with more than the machine has may have that again.
+    fn most_ram_bytes(&self) -> u64 {
+        self.highest_ram_bytes
+            .max(machine_frames() * PAGE_SIZE as u64)
+    }
+
     fn refuse_if_busy(&self) -> Result<(), Refused> {
         match self.under_way {
             Some(_) => Err(Refused::Busy),
             None => Ok(()),
         }
+    }
+
+    /// Whether to look at processes closely now, while a change waits for them.
+    fn looks_closely(&mut self) -> bool {
+        let closely = self.under_way.is_some() && self.looked.elapsed() >= CLOSE_LOOK;
+        if closely {
+            self.looked = Instant::now();
+        }
+        closely
     }
 
     fn begin(&mut self, under_way: UnderWay) -> Change {
@@ -354,10 +278,10 @@ impl State {
         };
         self.seats.iter().position(named).ok_or_else(|| {
             let seats = self.seats.iter().flatten().filter(|seat| !seat.is_gone());
-            let names: Vec<String> = seats.map(|seat| seat.config.name()).collect();
+            let known: Vec<String> = seats.map(|seat| seat.config.name()).collect();
             Refused::NoSuchDevice {
                 name: name.to_owned(),
-                known: names.join(", "),
+                known: known.join(", "),
             }
         })
     }
@@ -382,6 +306,13 @@ fn is_dead(pid: u32) -> bool {
         }
         Err(errno) => errno == rustix::io::Errno::SRCH,
     }
+}
+
+/// Whether a process that took part has executed a program that cannot be managed: it has not mapped what we share, which was
+/// mapped before it had its place. One that will take part again leaves its old place itself.
+fn runs_something_else(pid: u32) -> bool {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"));
+    maps.is_ok_and(|maps| !maps.is_empty() && !maps.contains(REGION_NAME))
 }
 
 fn path_of(file: &impl AsRawFd) -> PathBuf {

@@ -28,7 +28,7 @@ enum Plug {
     #[default]
     Out,
     In(DevPagemap),
-    Leaving(Leaving),
+    Leaving(Box<Leaving>),
     /// Nothing is there, and nothing goes there; it can still be taken up again.
     Empty(Killed),
 }
@@ -107,7 +107,8 @@ impl Plugged {
         match &self.seats[nth].plug {
             Plug::Out => None,
             Plug::In(device) => Some(device),
-            Plug::Leaving(Leaving { killed, .. }) | Plug::Empty(killed) => Some(killed.device()),
+            Plug::Leaving(leaving) => Some(leaving.killed.device()),
+            Plug::Empty(killed) => Some(killed.device()),
         }
     }
 
@@ -161,7 +162,7 @@ impl Plugged {
             Plug::Leaving(leaving) => {
                 let Leaving {
                     killed, mut worker, ..
-                } = leaving;
+                } = *leaving;
                 worker.release(space);
                 Ok(killed.resurrect())
             }
@@ -200,18 +201,18 @@ fn config(slot: &DeviceSlot) -> Result<DeviceConfig, String> {
 fn bring_back(space: &AddressSpace, plug: Plug) -> (Plug, Answer, Duration) {
     let mut leaving = match plug {
         Plug::Out | Plug::Empty(_) => return (plug, Answer::Done, CALM),
-        Plug::In(device) => Leaving {
+        Plug::In(device) => Box::new(Leaving {
             killed: device.kill(),
             evacuation: Evacuation::default(),
             worker: Worker::new(),
-        },
+        }),
         Plug::Leaving(leaving) => leaving,
     };
     let Leaving {
         killed,
         evacuation,
         worker,
-    } = &mut leaving;
+    } = &mut *leaving;
     let (left, again) = match space.evacuate_some(worker, killed.device(), evacuation) {
         Ok(Step::More) => (killed.device().users_now(), Duration::ZERO),
         Ok(Step::Done) => {

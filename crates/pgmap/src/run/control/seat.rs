@@ -2,8 +2,20 @@
 
 use core::ops::Range;
 
-use super::*;
+use pgmap_drivers::spec::DeviceSpec;
+use pgmap_sync::atomic::Ordering;
+
+use super::error::Refused;
+use super::{Control, State, path_of};
 use crate::FileDevice;
+use crate::device::open_backing;
+use crate::run::DeviceConfig;
+use crate::shared::{DEVICES, Region, TABLE_WORDS, Wish};
+
+/// Bytes of pages that frames have numbers for, with room to align each device.
+const MOST_BYTES: u64 = 15 << 40;
+/// Bytes of pages that are numbered for each byte of a pool, at most.
+const PAGES_OF_A_POOL: u64 = 8;
 
 /// A slot that has a device, or has had one until a moment ago.
 #[derive(Debug)]
@@ -11,6 +23,8 @@ pub(super) struct Seat {
     pub(super) config: DeviceConfig,
     /// The file, which every process opens through us.
     _backing: Option<FileDevice>,
+    /// The processes that there were when something was last wanted of it.
+    pub(super) followers: Vec<u32>,
     /// Nobody is to have it any more; the slot is free when everybody has said so.
     gone: bool,
 }
@@ -33,7 +47,7 @@ impl Control {
         let nth = free.ok_or(Refused::TooManyDevices)?;
         let others = state.seats.iter().flatten();
         let numbered = others.map(|seat| numbered_bytes(&seat.config.spec));
-        let ram = self.most_ram_bytes(state);
+        let ram = state.most_ram_bytes();
         let all = numbered.fold(ram, u64::saturating_add);
         if all.saturating_add(numbered_bytes(spec)) > MOST_BYTES {
             return Err(Refused::TooLarge);
@@ -56,13 +70,14 @@ impl Control {
         if text.parse().as_ref() != Ok(&config) || !slot.describe(&text) {
             return Err(Refused::BadPath);
         }
-        slot.set_wish(Wish::Live);
         state.next_number += 1;
         state.seats[nth] = Some(Seat {
             config,
             _backing: backing,
+            followers: Vec::new(),
             gone: false,
         });
+        self.want(state, nth, Wish::Live);
         Ok(nth)
     }
 
@@ -70,7 +85,7 @@ impl Control {
     pub(super) fn clear_seats(&self, state: &mut State) {
         for nth in 0..DEVICES {
             let gone = state.seats[nth].as_ref().is_some_and(Seat::is_gone);
-            if !gone || !self.missing(nth).is_empty() {
+            if !gone || !self.missing(state, nth).is_empty() {
                 continue;
             }
             let Some(seat) = state.seats[nth].take() else {

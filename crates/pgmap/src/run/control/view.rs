@@ -1,6 +1,11 @@
 //! What a run looks like from outside: its devices and its RAM.
 
-use super::*;
+use pgmap_drivers::spec::DeviceSpec;
+use pgmap_mm::stats::Stats;
+use pgmap_sync::atomic::AtomicU64;
+
+use super::{Control, State};
+use crate::shared::{Process, Wish};
 
 /// Where a device is in its life.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
