@@ -4,6 +4,7 @@ use pgmap_drivers::spec::DeviceSpec;
 use pgmap_mm::stats::Stats;
 use pgmap_sync::atomic::AtomicU64;
 
+use super::error::Held;
 use super::{Control, State};
 use crate::shared::{Process, Wish};
 
@@ -37,6 +38,8 @@ pub struct DeviceView {
     pub peak_pages: u64,
     /// The most bytes that they took.
     pub peak_bytes: u64,
+    /// Whose pages they are.
+    pub holders: Vec<Held>,
 }
 
 /// The RAM of a run, in bytes.
@@ -113,6 +116,14 @@ impl Control {
                 .map(|process| Stats::get(count(process, nth)))
                 .sum()
         };
+        let holders = self.processes().filter_map(|process| {
+            let pages = Stats::get(&process.devices[nth].pages);
+            let pid = process.pid();
+            (pages > 0).then_some(Held {
+                pid,
+                pages: Some(pages),
+            })
+        });
         let peak = &self.region.devices()[nth].usage;
         Some(DeviceView {
             name: config.name(),
@@ -123,6 +134,7 @@ impl Control {
             capacity_bytes: config.spec.capacity_bytes(),
             peak_pages: Stats::get(&peak.pages),
             peak_bytes: Stats::get(&peak.bytes),
+            holders: holders.collect(),
         })
     }
 }
