@@ -281,9 +281,9 @@ mod tests {
     fn a_lower_budget_is_kept_by_all_and_a_higher_one_is_used() {
         let region = region();
         let mut models = [1, 2].map(|pid| Model::start(region, pid));
-        models
-            .iter_mut()
-            .for_each(|model| model.wanted = usize::MAX);
+        for model in &mut models {
+            model.wanted = usize::MAX;
+        }
         run(region, &mut models);
         let store = |budget| region.ram_bytes().store(bytes(budget), Ordering::Relaxed);
         store(BUDGET / 4);
