@@ -384,7 +384,7 @@ mod tests {
         assert_eq!(Stats::get(&ours.stats().forks), 3);
         theirs.table(3, 1)[0].store(9, Ordering::Relaxed);
         assert_eq!(ours.table(0, 16)[3].load(Ordering::Relaxed), 9);
-        assert!(ours.table(8, 9).is_empty());
+        assert!(ours.table(8, TABLE_WORDS).is_empty());
     }
 
     /// What a dead process held is free again, and so is its place.

@@ -160,3 +160,47 @@ impl AnswerWord {
         self.0.store(0, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shared::Region;
+
+    /// What is described and wanted is read as it was written, at any length that fits.
+    #[test]
+    fn a_slot_says_what_is_wanted() {
+        let (region, _file) = Region::create(1 << 30, 0).unwrap();
+        let slot = &region.devices()[3];
+        assert_eq!(slot.order().wish, Wish::Absent);
+        for len in [0, 1, 8, 9, TEXT_BYTES] {
+            let text = "x".repeat(len);
+            assert!(slot.describe(&text));
+            assert_eq!(slot.description(), text);
+        }
+        assert!(!slot.describe(&"x".repeat(TEXT_BYTES + 1)));
+        for wish in [Wish::Live, Wish::Leaving, Wish::Live, Wish::Absent] {
+            let before = slot.order().generation;
+            assert_eq!(slot.set_wish(wish), slot.order());
+            assert_eq!(
+                (slot.order().wish, slot.order().generation),
+                (wish, before + 1)
+            );
+        }
+    }
+
+    /// An answer to another order is none.
+    #[test]
+    fn an_answer_is_to_one_order() {
+        let word = AnswerWord::default();
+        for answer in [Answer::Done, Answer::Left(u32::MAX), Answer::Failed] {
+            for generation in [1, 2, 1 << 29, u32::MAX] {
+                word.set(generation, answer);
+                assert_eq!(word.get(generation), answer);
+                assert_eq!(word.get(generation.wrapping_add(1)), Answer::None);
+                assert_eq!(word.get(generation - 1), Answer::None);
+            }
+        }
+        word.clear();
+        assert_eq!(word.get(u32::MAX), Answer::None);
+    }
+}
