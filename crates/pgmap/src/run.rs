@@ -144,12 +144,7 @@ fn build(region: Region) -> Result<Memory, String> {
 fn tick() {
     // Before `start` has returned there is nothing to publish; in a fork's child there is no reclaimer.
     if let Some(run) = RUN.get() {
-        let ram = run.memory.space().inner().ram();
-        run.grant.look(ram);
-        if ram.free_count() > 0 {
-            // Relaxed: a hint to the supervisor.
-            run.process.starved.store(false, Ordering::Relaxed);
-        }
+        run.grant.look(run.memory.space().inner().ram());
         publish(run);
     }
 }

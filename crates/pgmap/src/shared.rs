@@ -42,11 +42,16 @@ pub struct DeviceUse {
     pub taken: AtomicU64,
 }
 
+/// In a place's word: it is being given back. No process has such a number.
+pub(crate) const BURYING: u32 = 1 << 31;
+
 /// One managed process.
 #[derive(Debug)]
 #[repr(C)]
 pub struct Process {
-    pid: AtomicU32, // 0: free; claimed by compare-exchange
+    /// 0: free. A number: that process's, which claimed it by compare-exchange. A number and [`BURYING`]: somebody gives back
+    /// what that process held, who set the flag by compare-exchange.
+    pid: AtomicU32,
     /// Bytes of the budget that are its own to use.
     pub granted: AtomicU64,
     /// Whether it lacked frames when it looked last.
@@ -65,7 +70,7 @@ impl Process {
     /// The process's number; 0 for a free place.
     pub(crate) fn pid(&self) -> u32 {
         // SeqCst: pairs with `claim`, and with the wishes: see `DeviceSlot::order`.
-        self.pid.load(Ordering::SeqCst)
+        self.pid.load(Ordering::SeqCst) & !BURYING
     }
 }
 
@@ -299,13 +304,24 @@ impl Region {
     }
 
     /// Gives back the places of the processes that `dead` names, and what they held. Of each place `release` is told before
-    /// somebody else can have it.
+    /// somebody else can have it. A number with [`BURYING`] is to be named only if whoever was at it has died: it was that
+    /// process itself, after an exec, or a caller like this one.
     pub fn reap(&self, dead: impl Fn(u32) -> bool, release: impl Fn(usize)) {
         let layout = self.layout();
         for (number, process) in layout.processes.iter().enumerate() {
-            // Relaxed: only the process itself or its reaper writes its pid while it is not 0.
-            let pid = process.pid.load(Ordering::Relaxed);
-            if pid == 0 || !dead(pid) {
+            // Relaxed, both: what the dead held is read as it is found, and changes no more.
+            let word = process.pid.load(Ordering::Relaxed);
+            let flagged = word | BURYING;
+            if word == 0 || !dead(word) {
+                continue;
+            }
+            let relaxed = Ordering::Relaxed;
+            if word != flagged
+                && process
+                    .pid
+                    .compare_exchange(word, flagged, relaxed, relaxed)
+                    .is_err()
+            {
                 continue;
             }
             for (held, total) in process.devices.iter().zip(&layout.devices) {
@@ -400,6 +416,23 @@ mod tests {
         assert_eq!(Stats::get(&region.devices()[0].usage.taken), 20);
         assert_eq!(region.alive(), 1);
         assert_eq!(region.claim(300).unwrap().0, first);
+    }
+
+    /// What one is burying, nobody else buries; unless that one has died, too.
+    #[test]
+    fn the_dead_are_buried_once() {
+        let (region, other, _fd) = shared();
+        region.claim(100).unwrap();
+        let before = |_: usize| {
+            other.reap(|word| word == 100, |_| panic!("buried twice"));
+            assert_eq!(other.alive(), 1);
+        };
+        region.reap(|word| word == 100, before);
+        assert_eq!(region.alive(), 0);
+        let (_, process) = region.claim(100).unwrap();
+        process.pid.fetch_or(BURYING, Ordering::Relaxed);
+        region.reap(|word| word & !BURYING == 100, |_| {});
+        assert_eq!(region.alive(), 0);
     }
 
     /// A file of another program is refused.

@@ -16,7 +16,7 @@ use pgmap_drivers::spec::DeviceSpec;
 use pgmap_sync::atomic::Ordering;
 
 use crate::memory::{MIN_RAM_BYTES, machine_frames};
-use crate::shared::{Answer, DEVICES, Process, REGION_NAME, Region, Wish};
+use crate::shared::{Answer, BURYING, DEVICES, Process, REGION_NAME, Region, Wish};
 pub use error::{ControlError, Failed, Held, Refused};
 use seat::Seat;
 pub use view::{DeviceState, DeviceView, ProcessView, RamView};
@@ -114,8 +114,9 @@ impl Control {
     pub fn look(&self) {
         let mut state = self.state();
         let looks_closely = state.looks_closely();
-        super::leave(&self.region, |pid| {
-            is_dead(pid) || looks_closely && runs_something_else(pid)
+        super::leave(&self.region, |word| {
+            let pid = word & !BURYING;
+            is_dead(pid) || looks_closely && pid == word && runs_something_else(pid)
         });
         self.region.note_peaks(0);
         self.clear_seats(&mut state);
@@ -145,6 +146,7 @@ impl Control {
         let mut state = self.state();
         state.refuse_if_busy()?;
         let nth = state.find(name)?;
+        self.forget_hunger();
         self.want(&mut state, nth, Wish::Leaving);
         let until = Instant::now() + patience;
         Ok(state.begin(UnderWay::Leave { nth, until }))
@@ -167,6 +169,7 @@ impl Control {
         if bytes > most {
             return Err(Refused::TooMuchRam { most });
         }
+        self.forget_hunger();
         // Relaxed, both: processes look at them now and then.
         let before = self.region.ram_bytes().load(Ordering::Relaxed);
         self.region
@@ -218,6 +221,14 @@ impl Control {
         self.region.devices()[nth].set_wish(wish);
         if let Some(seat) = &mut state.seats[nth] {
             seat.followers = self.processes().map(Process::pid).collect();
+        }
+    }
+
+    /// Only who waits for memory from now on waits because of a change that begins.
+    fn forget_hunger(&self) {
+        for process in self.processes() {
+            // Relaxed: a hint. Who starves says so again.
+            process.starved.store(false, Ordering::Relaxed);
         }
     }
 
