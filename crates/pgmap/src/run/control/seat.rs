@@ -57,6 +57,11 @@ impl Control {
             spec: spec.clone(),
             opened: None,
         };
+        // What is told to people is told in lines. And before a file is made that is not used then.
+        let name = spec.to_string();
+        if name.contains('\n') || name.parse().as_ref() != Ok(spec) {
+            return Err(Refused::BadPath);
+        }
         let backing = open_backing(spec)?;
         if let Some(file) = &backing {
             config.opened = Some((path_of(file), 0));
