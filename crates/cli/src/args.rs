@@ -4,12 +4,11 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use pgmap::run::LEAST_RAM_BYTES;
 use pgmap::spec::{DeviceSpec, SizeError, SpecError, parse_size};
 
 use crate::ask::args::Verb;
 
-/// The least budget: below it the pager's own batches do not fit.
-const LEAST_RAM_BYTES: u64 = 4 << 20;
 /// More than any machine's addresses.
 const MOST_RAM_BYTES: u64 = 1 << 46;
 

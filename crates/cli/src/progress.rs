@@ -32,7 +32,7 @@ impl Progress {
         }
     }
 
-    pub(crate) fn show(&mut self, region: &Region, elapsed: Duration) {
+    pub(crate) fn show(&mut self, region: Region, elapsed: Duration) {
         if self.shown.is_some_and(|shown| shown.elapsed() < INTERVAL) {
             return;
         }

@@ -1,17 +1,17 @@
 //! `pgmap run`: a program in memory that pgmap manages.
 
 use std::ffi::{OsStr, OsString};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, ExitStatus};
 use std::time::Instant;
 
-use anyhow::{Context, anyhow, bail, ensure};
-use pgmap::run::{Config, DeviceConfig, RUN_VARIABLE};
-use pgmap::shared::{DEVICES, Region};
+use anyhow::{Context, anyhow, bail};
+use pgmap::Algorithm;
+use pgmap::run::{Control, RUN_VARIABLE};
+use pgmap::shared::DEVICES;
 use pgmap::spec::DeviceSpec;
-use pgmap::{Algorithm, FileDevice, open_backing};
 
 use crate::args::RunArgs;
 use crate::doctor;
@@ -27,23 +27,10 @@ use crate::workload;
 const LIBRARY: &str = "libpgmap_preload.so";
 /// What to do without it.
 pub(crate) const LIBRARY_MEND: &str = "build it with `cargo build --release`, or reinstall pgmap";
-/// Bytes of pages that frames have numbers for, with room to align each device.
-const MOST_BYTES: u64 = 15 << 40;
-/// Bytes of pages that are numbered for each byte of a pool, at most.
-const PAGES_OF_A_POOL: u64 = 8;
 /// The least pool of the default device, in bytes.
 const LEAST_POOL_BYTES: u64 = 1 << 30;
 /// And the most.
 const MOST_POOL_BYTES: u64 = 1 << 40;
-
-/// What a run's processes share, and what keeps it alive.
-struct Shared {
-    config: Config,
-    region: Region,
-    region_file: OwnedFd,
-    /// The device files, which every process opens through us.
-    _backing: Vec<FileDevice>,
-}
 
 pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let (program, arguments) = match args.program.split_first() {
@@ -61,7 +48,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     };
     doctor::refuse_if_hopeless()?;
     let library = library().map_err(|error| anyhow!("{error}: {LIBRARY_MEND}"))?;
-    let shared = share(args)?;
+    let control = control(args)?;
     // Last: what is refused above leaves an older report as it is.
     let report = args.report.as_deref().map(Report::create).transpose()?;
     let supervisor = Supervisor::new();
@@ -70,7 +57,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         .program
         .first()
         .map_or(program.as_os_str(), OsString::as_os_str);
-    let mut command = command(&shared, &library, &program, name, &arguments);
+    let mut command = command(&control, &library, &program, name, &arguments);
     supervisor.tie(&mut command);
     let child = match command.spawn() {
         Ok(child) => child,
@@ -83,8 +70,8 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(program::NOT_EXECUTABLE));
         }
     };
-    let status = stand_by(args, supervisor, child, &shared, started)?;
-    let summary = Summary::new(&shared.config, &shared.region, started.elapsed(), status);
+    let status = stand_by(args, supervisor, child, &control, started)?;
+    let summary = Summary::new(&control, started.elapsed(), status);
     if !args.quiet {
         tell(&summary);
     }
@@ -99,15 +86,14 @@ fn stand_by(
     args: &RunArgs,
     supervisor: Supervisor,
     mut child: Child,
-    shared: &Shared,
+    control: &Control,
     started: Instant,
 ) -> std::io::Result<ExitStatus> {
     let mut progress = args.progress.then(Progress::new);
     let status = supervisor.stand_by(&child, || {
-        bury(shared);
-        shared.region.note_peaks(0);
+        control.look();
         if let Some(progress) = &mut progress {
-            progress.show(&shared.region, started.elapsed());
+            progress.show(control.region(), started.elapsed());
         }
     });
     // It has been waited for: this only tells the standard library.
@@ -115,19 +101,8 @@ fn stand_by(
     if let Some(progress) = progress {
         progress.end();
     }
-    bury(shared);
+    control.look();
     status
-}
-
-/// Gives back what dead processes held.
-fn bury(shared: &Shared) {
-    pgmap::run::leave(&shared.region, &shared.config, |pid| {
-        let pid = i32::try_from(pid)
-            .ok()
-            .and_then(rustix::process::Pid::from_raw);
-        let answer = pid.map(rustix::process::test_kill_process);
-        answer == Some(Err(rustix::io::Errno::SRCH))
-    });
 }
 
 /// The library beside this command, or where it would be installed.
@@ -144,11 +119,11 @@ pub(crate) fn library() -> anyhow::Result<PathBuf> {
         .with_context(|| format!("{LIBRARY} is not in {}", directory.display()))
 }
 
-fn share(args: &RunArgs) -> anyhow::Result<Shared> {
+fn control(args: &RunArgs) -> anyhow::Result<Control> {
     let devices = if args.devices.is_empty() {
-        vec![default_device()]
+        &[default_device()][..]
     } else {
-        args.devices.clone()
+        &args.devices
     };
     if devices.len() > DEVICES {
         bail!(
@@ -156,51 +131,7 @@ fn share(args: &RunArgs) -> anyhow::Result<Shared> {
             devices.len()
         );
     }
-    let numbered = devices.iter().map(numbered_bytes);
-    ensure!(
-        numbered.fold(args.ram, u64::saturating_add) <= MOST_BYTES,
-        "the budget and the devices are larger together than pgmap can address (15T; a compressed pool counts \
-         {PAGES_OF_A_POOL} times): give less"
-    );
-    let (mut backing, mut words) = (Vec::new(), 0);
-    let mut config = Config {
-        ram_bytes: args.ram,
-        pid_namespace: pgmap::run::pid_namespace(),
-        devices: Vec::new(),
-    };
-    for spec in devices {
-        let mut device = DeviceConfig { spec, opened: None };
-        if let Some(file) = open_backing(&device.spec)? {
-            let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
-            device.opened = Some((PathBuf::from(path), words));
-            words += device.table().map_or(0, |(_, pages)| pages);
-            backing.push(file);
-        }
-        config.devices.push(device);
-    }
-    let text = config.to_text();
-    ensure!(
-        Config::parse(&text).as_ref() == Some(&config),
-        "a device's path has a character in it that cannot be passed on, such as a line break: name another"
-    );
-    let (region, region_file) = Region::create(&text, words)?;
-    Ok(Shared {
-        config,
-        region,
-        region_file,
-        _backing: backing,
-    })
-}
-
-/// What a device takes of the frames' numbers, in bytes of pages.
-fn numbered_bytes(spec: &DeviceSpec) -> u64 {
-    match spec {
-        DeviceSpec::Compressed { capacity_bytes, .. } => {
-            capacity_bytes.saturating_mul(PAGES_OF_A_POOL)
-        }
-        DeviceSpec::File { size_bytes, .. } => *size_bytes,
-        DeviceSpec::Faulty { device, .. } => numbered_bytes(device),
-    }
+    Ok(Control::new(args.ram, devices)?)
 }
 
 /// A compressed pool of half the machine's memory, in whole MiB.
@@ -221,19 +152,17 @@ fn default_device() -> DeviceSpec {
 }
 
 fn command(
-    shared: &Shared,
+    control: &Control,
     library: &Path,
     program: &Path,
     name: &OsStr,
     arguments: &[OsString],
 ) -> Command {
-    let region = format!(
-        "/proc/{}/fd/{}",
-        std::process::id(),
-        shared.region_file.as_raw_fd()
-    );
     let mut command = Command::new(program);
-    command.arg0(name).args(arguments).env(RUN_VARIABLE, region);
+    command
+        .arg0(name)
+        .args(arguments)
+        .env(RUN_VARIABLE, control.path());
     command.env("LD_PRELOAD", preload(library));
     command
 }

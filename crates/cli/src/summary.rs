@@ -5,10 +5,9 @@ use core::time::Duration;
 use std::os::unix::process::ExitStatusExt;
 use std::process::ExitStatus;
 
-use pgmap::run::Config;
-use pgmap::shared::Region;
+use pgmap::Algorithm;
+use pgmap::run::Control;
 use pgmap::spec::DeviceSpec;
-use pgmap::{Algorithm, Stats};
 use serde::{Serialize, Serializer};
 
 /// The numbers of a run: the fields of the report. Names end in their unit; counts have none.
@@ -20,6 +19,7 @@ pub(crate) struct Summary {
     pub(crate) elapsed_seconds: f64,
     /// Processes that took part, the program's children included; 0 if nothing was managed.
     pub(crate) managed_processes: u64,
+    /// The highest that it was.
     pub(crate) ram_budget_bytes: u64,
     /// The most in RAM at once, as far as the processes said before they ended.
     pub(crate) peak_resident_bytes: u64,
@@ -32,7 +32,7 @@ pub(crate) struct Summary {
     /// 99 of 100 faults took no longer than this.
     pub(crate) fault_p99_ns: u64,
     pub(crate) fault_total_seconds: f64,
-    /// In the order in which they are tried.
+    /// In the order in which they are tried; before them those that were unplugged.
     pub(crate) devices: Vec<DeviceSummary>,
 }
 
@@ -55,20 +55,16 @@ fn as_text<S: Serializer>(spec: &DeviceSpec, serializer: S) -> Result<S::Ok, S::
 const PAGE_BYTES: u64 = 4096;
 
 impl Summary {
-    pub(crate) fn new(
-        config: &Config,
-        region: &Region,
-        elapsed: Duration,
-        status: ExitStatus,
-    ) -> Self {
+    pub(crate) fn new(control: &Control, elapsed: Duration, status: ExitStatus) -> Self {
+        let region = control.region();
         let counted = region.stats();
-        let devices = config.devices.iter().zip(region.devices());
+        let devices = control.unplugged().into_iter().chain(control.devices());
         Self {
             exit_code: status.code(),
             signal: status.signal(),
             elapsed_seconds: elapsed.as_secs_f64(),
             managed_processes: region.managed(),
-            ram_budget_bytes: config.ram_bytes,
+            ram_budget_bytes: control.ram().highest_bytes,
             peak_resident_bytes: region.peak_resident(),
             faults: counted.faults(),
             counters: counted
@@ -80,13 +76,13 @@ impl Summary {
             fault_total_seconds: Duration::from_nanos(counted.fault_latency.total_ns())
                 .as_secs_f64(),
             devices: devices
-                .map(|(device, held)| {
-                    let (pages, bytes) = (Stats::get(&held.pages), Stats::get(&held.bytes));
+                .map(|device| {
+                    let (pages, bytes) = (device.peak_pages, device.peak_bytes);
                     DeviceSummary {
-                        spec: device.spec.clone(),
+                        spec: device.spec,
                         peak_pages: pages,
                         peak_bytes: bytes,
-                        capacity_bytes: device.spec.capacity_bytes(),
+                        capacity_bytes: device.capacity_bytes,
                         ratio: (bytes > 0).then(|| ratio(pages * PAGE_BYTES, bytes)),
                     }
                 })

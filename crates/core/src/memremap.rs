@@ -24,6 +24,10 @@ use crate::resource::{Descriptor, Resources};
 pub use crate::sparse::SUBSECTION_FRAMES;
 use crate::vmemmap::ZeroedSlice;
 
+pub use page_pgmap::PagePgmap;
+
+mod page_pgmap;
+
 /// Device mappings that there can be at once.
 const MAX_PGMAPS: usize = 32;
 
@@ -135,6 +139,21 @@ impl Pgmap {
     fn stage(&self) -> u8 {
         // Acquire: pairs with the releases in `kill`, `resurrect` and `remove`.
         self.stage.load(Ordering::Acquire)
+    }
+
+    /// Drops a reference of a page. If it was the last, the page is free, and who dropped it takes its user away.
+    fn put(&self, map: &MemoryMap, pfn: Pfn) -> Put {
+        let frame = map.frame(pfn);
+        if frame.put() == Put::Held {
+            return Put::Held;
+        }
+        match &self.kind {
+            MemoryType::Private(ops) => ops.page_free(frame.data()),
+            MemoryType::FsDax(idle) => idle.wake_all(),
+            MemoryType::Generic => {}
+        }
+        self.free.lock().give(map, self.ranges[0].start(), pfn);
+        Put::Last
     }
 }
 
@@ -290,6 +309,13 @@ impl MemoryMap {
     /// The device that has a frame, held so that it cannot go away. Without a lock, and exact at both ends (MAP-5).
     #[must_use]
     pub fn get_dev_pagemap(&self, pfn: Pfn) -> Option<PgmapGuard<'_>> {
+        let guard = self.entry_of(pfn)?.try_get()?;
+        // The entry may have a new device since we looked at the section, and a section's ends may be nobody's.
+        guard.covers(pfn).then_some(guard)
+    }
+
+    /// The entry of the device that had a frame's section a moment ago.
+    fn entry_of(&self, pfn: Pfn) -> Option<&Entry> {
         if pfn.get() >= self.max_frames {
             return None;
         }
@@ -298,10 +324,7 @@ impl MemoryMap {
         let number = self.sections[section]
             .load(Ordering::Acquire)
             .checked_sub(1)?;
-        let entry = &self.entries[usize::from(number)];
-        let guard = entry.try_get()?;
-        // The entry may have a new device since we looked at the section, and a section's ends may be nobody's.
-        guard.covers(pfn).then_some(guard)
+        Some(&self.entries[usize::from(number)])
     }
 }
 
@@ -362,6 +385,12 @@ impl DevPagemap {
     pub fn contains(&self, pfn: Pfn) -> bool {
         self.pgmap.ranges.iter().any(|range| range.contains(pfn))
             && self.pgmap.stage() != Pgmap::REMOVED
+    }
+
+    /// Whether another handle is to the same mapping.
+    #[must_use]
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.pgmap, &other.pgmap)
     }
 
     /// The device's frames.
@@ -432,19 +461,9 @@ impl DevPagemap {
     /// Drops a reference of a page. The last one gives the page back as its kind of memory demands (REF-3).
     pub fn put_page(&self, pfn: Pfn) {
         debug_assert!(self.contains(pfn), "{pfn:?} is not this device's");
-        if self.map.frame(pfn).put() == Put::Held {
-            return;
+        if self.pgmap.put(&self.map, pfn) == Put::Last {
+            self.users().put();
         }
-        match &self.pgmap.kind {
-            MemoryType::Private(ops) => ops.page_free(self.data(pfn)),
-            MemoryType::FsDax(idle) => idle.wake_all(),
-            MemoryType::Generic => {}
-        }
-        self.pgmap
-            .free
-            .lock()
-            .give(&self.map, self.first_range().start(), pfn);
-        self.users().put();
     }
 
     /// Ends the mapping's life: lookups and allocations fail from here on. Who has pages of it keeps them.
@@ -536,6 +555,12 @@ pub struct Drained {
 }
 
 impl Drained {
+    /// The mapping.
+    #[must_use]
+    pub const fn device(&self) -> &DevPagemap {
+        &self.device
+    }
+
     /// Takes the frames away from the device.
     pub fn remove(self) {
         let DevPagemap { map, pgmap } = self.device;

@@ -143,16 +143,32 @@ impl Machine {
     ///
     /// If somebody still uses it after a drain without a deadline.
     pub fn unplug(&self, worker: &mut Worker, nth: usize) -> Result<(), NoRoom> {
-        let killed = self.space.devices()[nth].clone().kill();
+        let killed = self.space.devices().all()[nth].clone().kill();
         if let Err(no_room) = self.space.evacuate(worker, killed.device()) {
             // The address space has a handle to the same mapping.
             drop(killed.resurrect());
             return Err(no_room);
         }
         match killed.drain(None) {
-            Ok(drained) => drained.remove(),
+            Ok(drained) => {
+                self.space.devices().forget(drained.device());
+                drained.remove();
+            }
             Err(held) => panic!("a drain without a deadline ended with {} users", held.users),
         }
+        Ok(())
+    }
+
+    /// Adds one of the machine's devices again, after it was taken away: it may get the frame numbers that it had.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::NoRoom`] if it is there already.
+    pub fn plug(&self, nth: usize) -> Result<(), MapError> {
+        let ops = Arc::clone(&self.devices[nth]);
+        let map = self.space.map_of_frames();
+        let device = map.memremap_private(ops, SUBSECTION_FRAMES)?;
+        self.space.devices().add(device);
         Ok(())
     }
 
@@ -173,9 +189,11 @@ impl Machine {
         while space.store(usize::MAX) > 0 {}
         assert_eq!(space.ram().in_use(), 0, "frames have leaked");
         assert_eq!(self.mmu.pages_in_use(), 0, "pages of memory have leaked");
-        for (device, pgmap) in self.devices.iter().zip(space.devices()) {
+        for device in &self.devices {
             assert_eq!(device.pages(), 0, "pages of a device have leaked");
-            assert_eq!(pgmap.users_now(), 0, "users of a device have leaked");
+        }
+        for device in space.devices().all() {
+            assert_eq!(device.users_now(), 0, "users of a device have leaked");
         }
     }
 }

@@ -298,6 +298,51 @@ fn faults_and_unplug_lose_nothing_and_leave_nothing() {
     explore(faults_against_unplug);
 }
 
+/// A device is taken away and comes back, with the frame numbers that it had, while pages go there, come back and are dropped:
+/// who looks up the device of a page finds the one that has it (MAP-5, MAP-6).
+fn faults_against_replug() {
+    let machine = machine(2, SOUND);
+    let reclaimer = reclaimer(&machine);
+    let program = {
+        let machine = Arc::clone(&machine);
+        thread::spawn(move || {
+            let mut cpu = machine.cpu();
+            for round in 1..3 {
+                for page in 0..3 {
+                    assert_eq!(cpu.store(machine.word(page, 0), round), Ok(()));
+                }
+                assert_eq!(machine.space.discard(machine.word(2, 0), 1), Ok(()));
+                for (page, expected) in [(0, round), (1, round), (2, 0)] {
+                    let word = cpu.load(machine.word(page, 0));
+                    assert_eq!(word, Ok(expected), "the last word stored");
+                }
+            }
+        })
+    };
+    let mut cpu = machine.cpu();
+    for _ in 0..2 {
+        while machine.unplug(&mut cpu.worker, 0).is_err() {
+            thread::yield_now();
+        }
+        assert_eq!(machine.devices[0].pages(), 0, "a removed device is empty");
+        machine.plug(0).unwrap();
+        // The list has it last now: the other one goes next.
+        while machine.unplug(&mut cpu.worker, 0).is_err() {
+            thread::yield_now();
+        }
+        machine.plug(1).unwrap();
+    }
+    program.join().unwrap();
+    reclaimer.join().unwrap();
+    drop(cpu);
+    machine.assert_empty();
+}
+
+#[test]
+fn faults_and_devices_that_come_back_lose_nothing() {
+    explore(faults_against_replug);
+}
+
 /// A store that began before the device was killed does not end there after it was evacuated: nobody would bring the page
 /// back, and the drain would wait for ever (MAP-6).
 fn stores_against_unplug() {

@@ -120,7 +120,7 @@ fn every_program_finds_its_own_words() {
     let mut pager = machine.cpu();
     while programs.iter().any(|program| !program.is_finished()) {
         pager.reclaim(8);
-        let killed = machine.space.devices()[0].clone().kill();
+        let killed = machine.space.devices().all()[0].clone().kill();
         let evacuated = machine.space.evacuate(&mut pager.worker, killed.device());
         if evacuated.is_ok() {
             let drained = killed.drain(Some(core::time::Duration::from_secs(10)));

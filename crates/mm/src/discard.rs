@@ -126,7 +126,7 @@ impl AddressSpace {
                 Some(frame)
             }
             Pte::Device { page, .. } => {
-                self.put_device_page(page);
+                self.map.put_dev_page(page);
                 None
             }
         }

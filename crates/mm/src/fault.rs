@@ -9,7 +9,7 @@ use core::slice;
 
 use pgmap_core::addr::{Pfn, VirtAddr};
 use pgmap_core::driver::{DeviceData, DeviceError, Load};
-use pgmap_core::memremap::DevPagemap;
+use pgmap_core::memremap::PagePgmap;
 
 use crate::mmu::{Progress, Protect, Slot, Stop};
 use crate::page_table::{Cursor, PageIndex};
@@ -256,13 +256,13 @@ impl AddressSpace {
         else {
             return Outcome::Resolved;
         };
-        let Some(device) = self.device_of(device_page) else {
+        let Some(device) = self.device_of(&cursor, page) else {
             return Outcome::BadAddress;
         };
         let same = |pte| matches!(pte, Pte::Device { page, .. } if device.contains(page));
         let run = cursor.run(page.0, &plan.run(), same);
         let run = around(page.0, &run, worker.frames.prepare(&self.ram, run.len()));
-        let run = match Self::load(&cursor, worker, device, page, &run) {
+        let run = match self.load(&cursor, worker, &device, page, &run) {
             Ok(good) => good,
             Err(error) => return self.lose(cursor, page, device_page, error),
         };
@@ -288,16 +288,10 @@ impl AddressSpace {
             return;
         }
         let mut cursor = self.table.lock(page.block());
-        let Pte::Device {
-            page: device_page, ..
-        } = cursor.get(page)
-        else {
+        let Some(device) = self.device_of(&cursor, page) else {
             return;
         };
-        let Some(device) = self.device_of(device_page) else {
-            return;
-        };
-        let Ok(run) = Self::load(&cursor, worker, device, page, &(page.0..page.0 + 1)) else {
+        let Ok(run) = self.load(&cursor, worker, &device, page, &(page.0..page.0 + 1)) else {
             // Who touches it will hear of the error.
             return;
         };
@@ -309,9 +303,10 @@ impl AddressSpace {
     /// Loads a run of one device's pages into the worker's buffers, the first into the first. Answers the pages
     /// around `page` that could be loaded, moved to the front of the buffers.
     fn load(
+        &self,
         cursor: &Cursor<'_>,
         worker: &mut Worker,
-        device: &DevPagemap,
+        device: &PagePgmap<'_>,
         page: PageIndex,
         run: &Range<u32>,
     ) -> Result<Range<u32>, DeviceError> {
@@ -322,7 +317,7 @@ impl AddressSpace {
             .map(|page| Load::new(DeviceData::default(), page));
         for (load, page) in loads.iter_mut().zip(run.clone()) {
             if let Pte::Device { page, .. } = cursor.get(PageIndex(page)) {
-                load.data = device.data(page);
+                load.data = self.map.frame(page).data();
             }
         }
         device
@@ -382,7 +377,7 @@ impl AddressSpace {
             self.enter(cursor, page, frame, copy);
             match copy {
                 Copy::Kept => self.keep_copy(frame, device_page),
-                Copy::None => self.put_device_page(device_page),
+                Copy::None => self.map.put_dev_page(device_page),
             }
         }
         Stats::add(&self.stats.pages_brought_back, progress.done as u64);
@@ -402,7 +397,7 @@ impl AddressSpace {
         let progress = self.mmu.poison(at, 1);
         if progress.done == 1 {
             cursor.set(page, Pte::Poisoned);
-            self.put_device_page(device_page);
+            self.map.put_dev_page(device_page);
             Stats::add(&self.stats.poisoned, 1);
         }
         self.settle(progress.stop, at)

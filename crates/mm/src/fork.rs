@@ -111,11 +111,12 @@ impl AddressSpace {
                 page: device_page, ..
             } => {
                 let loaded = self
-                    .device_of(device_page)
+                    .device_of(cursor, page)
                     .ok_or(DeviceError::Gone)
                     .and_then(|device| {
                         let ops = device.ops().ok_or(DeviceError::Gone)?;
-                        let mut load = Load::new(device.data(device_page), &mut worker.pages[0]);
+                        let mut load =
+                            Load::new(self.map.frame(device_page).data(), &mut worker.pages[0]);
                         ops.migrate_to_ram(slice::from_mut(&mut load));
                         load.outcome
                     });

@@ -8,6 +8,7 @@
 
 extern crate alloc;
 
+pub mod devices;
 pub mod discard;
 pub mod fault;
 pub mod fork;

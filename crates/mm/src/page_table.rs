@@ -33,7 +33,7 @@ impl PageIndex {
 }
 
 /// A block of pages, counted from the base of the address space.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Default, Clone, Copy, PartialEq, Eq, Debug)]
 pub struct BlockIndex(pub u32);
 
 impl BlockIndex {

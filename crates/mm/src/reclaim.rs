@@ -290,11 +290,12 @@ impl AddressSpace {
                 left += 1;
             }
         }
-        for device in &self.devices {
-            if left == 0 {
-                break;
-            }
-            left = self.store_on(device, &mut leaving, left, &mut done);
+        let mut nth = 0;
+        while left > 0
+            && let Some(device) = self.devices.get(nth)
+        {
+            left = self.store_on(&device, &mut leaving, left, &mut done);
+            nth += 1;
         }
         for item in leaving[..left].iter().flatten() {
             self.staging.fill(item.slot, item.page);
@@ -420,7 +421,7 @@ impl AddressSpace {
             | Pte::Device { .. }
             | Pte::Poisoned => {
                 drop(cursor);
-                self.put_device_page(device_page);
+                self.map.put_dev_page(device_page);
                 done.push(item.slot, None);
             }
         }

@@ -13,6 +13,7 @@ use pgmap_core::ram::Ram;
 use pgmap_sync::Mutex;
 use pgmap_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::devices::Devices;
 use crate::mmu::Mmu;
 use crate::page_table::{PageIndex, PageTable};
 use crate::policy::Queues;
@@ -59,7 +60,7 @@ pub struct Parts {
 pub struct AddressSpace {
     pub(crate) map: Arc<MemoryMap>,
     pub(crate) ram: Ram,
-    pub(crate) devices: Vec<DevPagemap>,
+    pub(crate) devices: Devices,
     pub(crate) mmu: Arc<dyn Mmu>,
     pub(crate) table: PageTable,
     pub(crate) queues: Queues,
@@ -91,7 +92,7 @@ impl AddressSpace {
         Ok(Self {
             map: parts.map,
             ram: parts.ram,
-            devices: parts.devices,
+            devices: Devices::new(parts.devices),
             mmu: parts.mmu,
             table,
             queues,
@@ -115,9 +116,15 @@ impl AddressSpace {
         &self.ram
     }
 
+    /// All frames, those of devices included.
+    #[must_use]
+    pub const fn map_of_frames(&self) -> &Arc<MemoryMap> {
+        &self.map
+    }
+
     /// The devices, in the order in which they are tried.
     #[must_use]
-    pub fn devices(&self) -> &[DevPagemap] {
+    pub const fn devices(&self) -> &Devices {
         &self.devices
     }
 
@@ -212,22 +219,10 @@ impl AddressSpace {
         self.areas.lock().live.find(self.page_at(at)?.0)
     }
 
-    /// The device that a device page is on.
-    pub(crate) fn device_of(&self, page: Pfn) -> Option<&DevPagemap> {
-        self.devices.iter().find(|device| device.contains(page))
-    }
-
-    /// Gives up a page of a device (REF-3).
-    pub(crate) fn put_device_page(&self, page: Pfn) {
-        if let Some(device) = self.device_of(page) {
-            device.put_page(page);
-        }
-    }
-
     /// Forgets the device's copy of the bytes in a RAM frame, if it keeps one.
     pub(crate) fn drop_copy(&self, frame: Pfn, copy: Copy) {
         if copy == Copy::Kept {
-            self.put_device_page(self.kept_copy(frame));
+            self.map.put_dev_page(self.kept_copy(frame));
         }
     }
 

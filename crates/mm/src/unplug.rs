@@ -17,6 +17,27 @@ pub struct NoRoom {
     pub left_pages: u64,
 }
 
+/// Blocks that one step looks at.
+const STEP_BLOCKS: u32 = 4;
+
+/// How far the evacuation of a device has come: the blocks before this one have nothing there.
+///
+/// Nothing comes to a device that has been killed, so one pass is enough.
+#[derive(Debug, Default)]
+pub struct Evacuation {
+    next: BlockIndex,
+}
+
+/// What a step of an evacuation leads to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use]
+pub enum Step {
+    /// There is more to do.
+    More,
+    /// No entry names a page of the device any more.
+    Done,
+}
+
 impl AddressSpace {
     /// Brings back every page that is on a device that has been killed, and forgets the copies that it keeps.
     ///
@@ -24,12 +45,32 @@ impl AddressSpace {
     ///
     /// [`NoRoom`] if there is no other place for them.
     pub fn evacuate(&self, worker: &mut Worker, device: &DevPagemap) -> Result<(), NoRoom> {
-        let mut next = BlockIndex(0);
-        while let Some(block) = self.table.next_used(next) {
-            next = BlockIndex(block.0 + 1);
-            self.evacuate_block(worker, device, block)?;
-        }
+        let mut evacuation = Evacuation::default();
+        while self.evacuate_some(worker, device, &mut evacuation)? == Step::More {}
         Ok(())
+    }
+
+    /// A step of [`evacuate`](Self::evacuate): a few hundred pages at most.
+    ///
+    /// # Errors
+    ///
+    /// [`NoRoom`] if there is no other place for the next page now. The step can be tried again.
+    pub fn evacuate_some(
+        &self,
+        worker: &mut Worker,
+        device: &DevPagemap,
+        evacuation: &mut Evacuation,
+    ) -> Result<Step, NoRoom> {
+        for _ in 0..STEP_BLOCKS {
+            let Some(block) = self.table.next_used(evacuation.next) else {
+                return Ok(Step::Done);
+            };
+            // First: should the step fail, it begins with the same block.
+            evacuation.next = block;
+            self.evacuate_block(worker, device, block)?;
+            evacuation.next = BlockIndex(block.0 + 1);
+        }
+        Ok(Step::More)
     }
 
     fn evacuate_block(
@@ -38,9 +79,14 @@ impl AddressSpace {
         device: &DevPagemap,
         block: BlockIndex,
     ) -> Result<(), NoRoom> {
+        let mut before = None;
         while let Some(page) = self.forget_copies(block, device) {
-            let outcome = self.fault(worker, self.table.address(page), Access::Write);
-            if outcome != Outcome::Resolved {
+            // The machine may refuse a page, and wake who waits for it: then it stays where it is for now.
+            let refused = before == Some(page);
+            before = Some(page);
+            if refused
+                || self.fault(worker, self.table.address(page), Access::Write) != Outcome::Resolved
+            {
                 return Err(NoRoom {
                     left_pages: device.users_now(),
                 });

@@ -11,10 +11,10 @@ use core::ptr;
 use pgmap_core::addr::PAGE_SIZE;
 use pgmap_core::ram::Ram;
 use pgmap_drivers::quota::Quota;
-use pgmap_sync::atomic::{AtomicBool, Ordering};
+use pgmap_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::memory::MIN_RAM_BYTES;
-use crate::shared::{PROCESSES, Process};
+use crate::shared::{PROCESSES, Process, Region};
 
 /// The least that a process can work with, in frames; it has that even if the budget has not.
 const LEAST: u64 = MIN_RAM_BYTES / PAGE_SIZE as u64;
@@ -24,8 +24,9 @@ const STEP: u64 = 16;
 /// One process's part of the budget.
 #[derive(Debug)]
 pub(crate) struct Grant {
-    /// The whole budget, and this process's part of it.
-    quota: Quota,
+    /// Bytes of the whole budget, which may change; those that processes have; and this process's.
+    budget: &'static AtomicU64,
+    used: &'static AtomicU64,
     processes: &'static [Process; PROCESSES],
     mine: &'static Process,
     /// Frames were short since the last look.
@@ -34,21 +35,17 @@ pub(crate) struct Grant {
 
 impl Grant {
     /// The part of the process `mine`; its first frames are set as the limit of `ram`.
-    pub(crate) fn new(
-        quota: Quota,
-        processes: &'static [Process; PROCESSES],
-        mine: &'static Process,
-        ram: &Ram,
-    ) -> Self {
+    pub(crate) fn new(region: Region, mine: &'static Process, ram: &Ram) -> Self {
         let grant = Self {
-            quota,
-            processes,
+            budget: region.ram_bytes(),
+            used: region.granted(),
+            processes: region.processes(),
             mine,
             pressed: AtomicBool::new(false),
         };
         grant.take(grant.chunk());
         grant
-            .quota
+            .quota()
             .charge(bytes(LEAST.saturating_sub(grant.held())));
         ram.set_limit(grant.held());
         grant
@@ -71,7 +68,7 @@ impl Grant {
         let pressed = self.pressed.swap(false, Ordering::Relaxed);
         self.mine.hungry.store(pressed, Ordering::Relaxed);
         // `grow` may have raised the limit by what this gave back just then.
-        let mut limit = ram.limit().min(self.held());
+        let mut limit = ram.limit().min(self.held()).min(self.share());
         if !pressed {
             let used = ram.in_use();
             limit = limit.min(used + (used / 4).max(LEAST));
@@ -84,12 +81,33 @@ impl Grant {
         ram.set_limit(limit.max(LEAST));
         // What is still in use above the limit is given back at a later look.
         let keep = ram.limit().max(ram.in_use());
-        self.quota.give(bytes(self.held().saturating_sub(keep)));
+        self.quota().give(bytes(self.held().saturating_sub(keep)));
+    }
+
+    /// The budget as it is now.
+    fn quota(&self) -> Quota {
+        Quota {
+            limit: self.budget.load(Ordering::Relaxed),
+            used: self.used,
+            mine: &self.mine.granted,
+        }
+    }
+
+    /// What of its frames a process may keep: all, unless the budget was lowered below what processes have.
+    fn share(&self) -> u64 {
+        let (held, quota) = (self.held(), self.quota());
+        let used = frames(quota.used.load(Ordering::Relaxed)).max(1);
+        let limit = frames(quota.limit);
+        if used <= limit {
+            return held;
+        }
+        let share = u128::from(held) * u128::from(limit) / u128::from(used);
+        u64::try_from(share).unwrap_or(held)
     }
 
     /// What each process that lacks frames could have.
     fn fair(&self) -> u64 {
-        frames(self.quota.limit) / (self.hungry_others() + 1)
+        frames(self.quota().limit) / (self.hungry_others() + 1)
     }
 
     fn hungry_others(&self) -> u64 {
@@ -101,23 +119,23 @@ impl Grant {
 
     /// Frames that are taken at a time.
     fn chunk(&self) -> u64 {
-        (frames(self.quota.limit) / 16).max(LEAST)
+        (frames(self.quota().limit) / 16).max(LEAST)
     }
 
     /// Frames that this process has.
     fn held(&self) -> u64 {
-        frames(self.quota.mine.load(Ordering::Relaxed))
+        frames(self.mine.granted.load(Ordering::Relaxed))
     }
 
     /// Frames that nobody has.
     fn free(&self) -> u64 {
-        let used = self.quota.used.load(Ordering::Relaxed);
-        frames(self.quota.limit.saturating_sub(used))
+        let used = self.used.load(Ordering::Relaxed);
+        frames(self.quota().limit.saturating_sub(used))
     }
 
     /// Takes up to `most` of the frames that nobody has; none if somebody else takes them just now.
     fn take(&self, most: u64) {
-        let _ = self.quota.take(bytes(most.min(self.free())));
+        let _ = self.quota().take(bytes(most.min(self.free())));
     }
 }
 
@@ -132,7 +150,6 @@ const fn frames(bytes: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::shared::Region;
     use pgmap_core::addr::Pfn;
     use pgmap_core::memremap::MemoryMap;
     use pgmap_host::platform::HostPlatform;
@@ -153,12 +170,7 @@ mod tests {
             let map = MemoryMap::new(&HostPlatform, BUDGET).unwrap();
             let ram = Arc::clone(&map).add_ram(BUDGET).unwrap();
             let (_, process) = region.claim(pid).unwrap();
-            let quota = Quota {
-                limit: bytes(BUDGET),
-                used: region.granted(),
-                mine: &process.granted,
-            };
-            let grant = Grant::new(quota, region.processes(), process, &ram);
+            let grant = Grant::new(region, process, &ram);
             let used = Vec::new();
             Self {
                 ram,
@@ -205,7 +217,7 @@ mod tests {
     }
 
     fn region() -> Region {
-        Region::create("", 0).unwrap().0
+        Region::create(bytes(BUDGET), 0).unwrap().0
     }
 
     /// One that is alone has all of it, and gives back what it does not use.
@@ -258,9 +270,30 @@ mod tests {
         let mut models = [1, 2].map(|pid| Model::start(region, pid));
         models[0].wanted = usize::MAX;
         run(region, &mut models);
-        region.reap(|pid| pid == 1);
+        region.reap(|pid| pid == 1, |_| {});
         models[1].wanted = usize::MAX;
         run(region, &mut models[1..]);
         assert_eq!(used(&models[1..]), [BUDGET]);
+    }
+
+    /// HOT-5: when the budget is lowered, everybody gives back in proportion; when it is raised again, they have it again.
+    #[test]
+    fn a_lower_budget_is_kept_by_all_and_a_higher_one_is_used() {
+        let region = region();
+        let mut models = [1, 2].map(|pid| Model::start(region, pid));
+        for model in &mut models {
+            model.wanted = usize::MAX;
+        }
+        run(region, &mut models);
+        let store = |budget| region.ram_bytes().store(bytes(budget), Ordering::Relaxed);
+        store(BUDGET / 4);
+        run(region, &mut models);
+        let kept = used(&models);
+        assert!(kept.iter().sum::<u64>() <= BUDGET / 4, "{kept:?}");
+        assert!(kept.iter().all(|used| *used > BUDGET / 16), "{kept:?}");
+        store(BUDGET);
+        run(region, &mut models);
+        let kept = used(&models);
+        assert!(kept.iter().all(|used| *used > BUDGET / 3), "{kept:?}");
     }
 }

@@ -81,10 +81,10 @@ impl Device {
                 direct,
                 ..
             } => {
-                let (opened, table) = config.opened.as_ref().ok_or("the file is not open")?;
+                let (opened, _) = config.opened.as_ref().ok_or("the file is not open")?;
                 let frames = size_bytes / PAGE_SIZE as u64;
-                let len = usize::try_from(frames).map_err(|_| "the file is too large")?;
-                let words = part.region.table(*table, len);
+                let table = config.table().ok_or("the file is too large")?;
+                let words = part.region.table(table.start, table.len());
                 let owner = u8::try_from(part.number).ok().and_then(Owner::new);
                 let owner = owner.ok_or("there are too many processes")?;
                 let fd = reopen(opened, *direct).map_err(|error| error.to_string())?;
@@ -98,7 +98,7 @@ impl Device {
             DeviceSpec::Faulty { plan, device } => {
                 let config = DeviceConfig {
                     spec: (**device).clone(),
-                    opened: config.opened.clone(),
+                    ..config.clone()
                 };
                 let Self { ops, frames } = Self::shared(&config, part)?;
                 Ok(Self {

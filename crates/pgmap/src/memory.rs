@@ -2,6 +2,7 @@
 
 use core::ops::Range;
 use core::slice;
+use core::time::Duration;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -54,6 +55,7 @@ pub enum BuildError {
 #[derive(Debug)]
 pub struct MemoryBuilder {
     ram_bytes: u64,
+    most_ram_bytes: u64,
     devices: Vec<Device>,
     stats: Option<&'static Stats>,
     pub(crate) surroundings: Surroundings,
@@ -64,6 +66,14 @@ impl MemoryBuilder {
     #[must_use]
     pub const fn ram(mut self, bytes: u64) -> Self {
         self.ram_bytes = bytes;
+        self
+    }
+
+    /// What the budget may be raised to while the memory is in use; without it, nothing more than it is. Addresses are all
+    /// that it costs.
+    #[must_use]
+    pub(crate) const fn ram_at_most(mut self, bytes: u64) -> Self {
+        self.most_ram_bytes = bytes;
         self
     }
 
@@ -97,17 +107,18 @@ impl MemoryBuilder {
         let slots = u32::try_from(ram_frames / 8 + SPARE_SLOTS).unwrap_or(u32::MAX / 2);
         let mmu = Arc::new(HostMmu::new(ADDRESSES, slots)?);
         let map = MemoryMap::new(&PLATFORM, MAX_PFN)?;
-        let ram = match mmu.children() {
-            // What comes on line later may be used as well.
-            Children::Served => map.add_ram(ram_frames)?,
-            Children::Announced => {
-                // For a moment all pages may have to be in RAM.
-                let most = (ram_frames + device_frames).min(machine_frames());
-                let ram = map.add_ram(most.max(ram_frames))?;
-                ram.set_limit(ram_frames);
-                ram
-            }
-        };
+        let most_ram_frames = ram_frames.max(self.most_ram_bytes / PAGE_SIZE as u64);
+        let ram = map.add_ram(match mmu.children() {
+            Children::Served => most_ram_frames,
+            // For a moment all pages may have to be in RAM.
+            Children::Announced => (ram_frames + device_frames)
+                .min(machine_frames())
+                .max(most_ram_frames),
+        })?;
+        // Without a limit, what comes on line later may be used as well.
+        if ram.capacity() > ram_frames {
+            ram.set_limit(ram_frames);
+        }
         let mut devices = Vec::with_capacity(self.devices.len());
         for device in self.devices {
             devices.push(map.memremap_private(device.ops, device.frames)?);
@@ -126,10 +137,9 @@ impl MemoryBuilder {
             stats: self.stats.unwrap_or_else(|| Box::leak(Box::default())),
         })?);
         let most = (ram_frames + device_frames).saturating_mul(PAGE_SIZE as u64);
-        let most_bytes = usize::try_from(most).unwrap_or(usize::MAX);
         let pager = Pager::new(Arc::clone(&inner), Arc::clone(&mmu));
         let threads = pager.start(self.surroundings)?;
-        let space = Arc::new(AddressSpace::new(inner, mmu, most_bytes));
+        let space = Arc::new(AddressSpace::new(inner, mmu, most));
         Ok(Memory {
             space,
             pager,
@@ -139,7 +149,7 @@ impl MemoryBuilder {
 }
 
 /// Frames of RAM that the whole machine has.
-fn machine_frames() -> u64 {
+pub(crate) fn machine_frames() -> u64 {
     let info = rustix::system::sysinfo();
     #[allow(
         clippy::useless_conversion,
@@ -166,10 +176,13 @@ impl Memory {
         let surroundings = Surroundings {
             out_of_memory: kill_as_out_of_memory,
             short_of_frames: || {},
+            hold_out: || false,
             tick: || {},
+            follow: || Duration::MAX,
         };
         MemoryBuilder {
             ram_bytes: 0,
+            most_ram_bytes: 0,
             devices: Vec::new(),
             stats: None,
             surroundings,

@@ -39,6 +39,8 @@ const RETRY: Duration = Duration::from_millis(2);
 const DEACTIVATE: usize = 64;
 /// How long a fault may wait for memory before the machine counts as full.
 const PATIENCE: Duration = Duration::from_secs(3);
+/// When a fault that waits for memory says so.
+const STARVING: Duration = Duration::from_secs(1);
 /// How long the reclaimer stays awake after its last work, on two CPUs: longer than the program needs to use up what was
 /// freed.
 const LINGER: Duration = Duration::from_millis(5);
@@ -97,8 +99,13 @@ pub(crate) struct Surroundings {
     pub(crate) out_of_memory: OnFull,
     /// Called by the fault thread when frames are short: more may be had by now.
     pub(crate) short_of_frames: fn(),
+    /// Called by the fault thread when a fault has found no memory for [`STARVING`]: whether there may be some later, however
+    /// long that takes.
+    pub(crate) hold_out: fn() -> bool,
     /// Called by the reclaimer every [`TICK`].
     pub(crate) tick: fn(),
+    /// Called by the reclaimer between its other work. Answers how soon it wants to be called again.
+    pub(crate) follow: fn() -> Duration,
 }
 
 impl Pager {
@@ -200,6 +207,10 @@ impl Pager {
                 ticked = Instant::now();
                 (surroundings.tick)();
             }
+            let again = (surroundings.follow)();
+            if again.is_zero() {
+                continue;
+            }
             let Some(nap) = nap else {
                 worked = Instant::now();
                 continue;
@@ -207,7 +218,7 @@ impl Pager {
             if placement.is_one_of_two() {
                 self.linger(worked);
             }
-            thread::park_timeout(nap);
+            thread::park_timeout(nap.min(again));
             // Relaxed: see `keep_ahead`.
             self.asleep.store(false, Ordering::Relaxed);
         }
@@ -287,6 +298,7 @@ impl Pager {
     ) {
         let start = Instant::now();
         let stats = self.space.stats();
+        let mut waiting = start;
         loop {
             match self.space.fault(worker, at, access) {
                 Outcome::Resolved => break,
@@ -295,9 +307,10 @@ impl Pager {
                     self.space.poison_stray(at);
                     break;
                 }
-                Outcome::NoMemory if start.elapsed() < PATIENCE => {
+                Outcome::NoMemory if waiting.elapsed() < PATIENCE => {
                     self.keep_ahead(surroundings);
                     thread::sleep(Duration::from_millis(1));
+                    waiting = wait_longer(waiting, surroundings);
                 }
                 Outcome::NoMemory => {
                     Stats::add(&stats.out_of_memory, 1);
@@ -328,6 +341,14 @@ impl Pager {
         // Dropping the child's descriptor ends its registration: what is still missing there reads as zeros, as it
         // should.
     }
+}
+
+/// Since when a fault counts as waiting that has waited since `since`: what is being taken away may be given back.
+fn wait_longer(since: Instant, surroundings: Surroundings) -> Instant {
+    if since.elapsed() >= STARVING && (surroundings.hold_out)() {
+        return Instant::now();
+    }
+    since
 }
 
 /// Gives a child a page, or, if the machine has no memory for it for too long, SIGBUS instead of zeros (FLT-3).

@@ -1,104 +1,39 @@
 //! One managed process of a `pgmap run`: what the preloaded library calls, before `main` and at the end.
 //!
-//! The supervisor names its shared memory in [`RUN_VARIABLE`]; the process finds the configuration there, takes a place among
-//! the processes, and builds its own [`Memory`] in its part of the budget.
+//! The supervisor ([`Control`]) names its shared memory in [`RUN_VARIABLE`]; the process finds the devices there, takes a place
+//! among the processes, and builds its own [`Memory`] in its part of the budget. While its program runs, it follows what the
+//! supervisor changes.
 
-use core::fmt::Write as _;
-use core::str::FromStr;
+use core::time::Duration;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::OnceLock;
 
 use pgmap_core::addr::PAGE_SIZE;
-use pgmap_drivers::quota::Quota;
+use pgmap_core::driver::PrivateOps;
 use pgmap_drivers::slots::{Owner, release_owner};
-use pgmap_drivers::spec::DeviceSpec;
+use pgmap_sync::Mutex;
 use pgmap_sync::atomic::Ordering;
 
+pub use config::{DeviceConfig, Unreadable};
+pub use control::{
+    Change, Control, ControlError, DeviceState, DeviceView, Failed, Held, LEAST_RAM_BYTES,
+    ProcessView, RamView, Refused,
+};
+
 use crate::budget::Grant;
-use crate::device::{Device, Part};
-use crate::memory::Memory;
+use crate::memory::{Memory, machine_frames};
 use crate::pager::{Surroundings, kill_as_out_of_memory};
-use crate::shared::{DEVICES, Process, Region};
+use crate::shared::{Process, Region};
 use crate::space::AddressSpace;
+use plugged::Plugged;
+
+mod config;
+mod control;
+mod plugged;
 
 /// The environment variable that names the shared memory's file.
 pub const RUN_VARIABLE: &str = "PGMAP_RUN";
-
-/// What a supervisor wants of its processes; travels as text.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Config {
-    /// Bytes of RAM for all processes together.
-    pub ram_bytes: u64,
-    /// Which process numbers the run is counted in: see [`pid_namespace`].
-    pub pid_namespace: u64,
-    /// The devices, in the order in which they are tried.
-    pub devices: Vec<DeviceConfig>,
-}
-
-/// One device of a run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DeviceConfig {
-    /// What the user wrote.
-    pub spec: DeviceSpec,
-    /// For a file: where the processes find the supervisor's open file, and its table's first word.
-    pub opened: Option<(PathBuf, usize)>,
-}
-
-impl DeviceConfig {
-    /// Where in the shared tables the slots of a file are, and how many: in words.
-    #[must_use]
-    pub fn table(&self) -> Option<(usize, usize)> {
-        let (_, start) = self.opened.as_ref()?;
-        let pages = self.spec.capacity_bytes() / PAGE_SIZE as u64;
-        Some((*start, usize::try_from(pages).ok()?))
-    }
-}
-
-impl Config {
-    /// The text that [`parse`](Self::parse) understands.
-    #[must_use]
-    pub fn to_text(&self) -> String {
-        let mut text = format!("ram {}\npids {}\n", self.ram_bytes, self.pid_namespace);
-        for device in &self.devices {
-            // Writing to a string cannot fail.
-            let _ = match &device.opened {
-                Some((path, table)) => {
-                    writeln!(text, "opened {table} {} {}", path.display(), device.spec)
-                }
-                None => writeln!(text, "device {}", device.spec),
-            };
-        }
-        text
-    }
-
-    /// The configuration in a text that [`to_text`](Self::to_text) made.
-    #[must_use]
-    pub fn parse(text: &str) -> Option<Self> {
-        let mut config = Self::default();
-        for line in text.lines() {
-            match line.split_once(' ')? {
-                ("ram", bytes) => config.ram_bytes = bytes.parse().ok()?,
-                ("pids", namespace) => config.pid_namespace = namespace.parse().ok()?,
-                ("device", spec) => {
-                    let spec = DeviceSpec::from_str(spec).ok()?;
-                    config.devices.push(DeviceConfig { spec, opened: None });
-                }
-                ("opened", rest) => {
-                    let (table, rest) = rest.split_once(' ')?;
-                    let (path, spec) = rest.split_once(' ')?;
-                    let opened = Some((PathBuf::from(path), table.parse().ok()?));
-                    config.devices.push(DeviceConfig {
-                        spec: DeviceSpec::from_str(spec).ok()?,
-                        opened,
-                    });
-                }
-                _ => return None,
-            }
-        }
-        Some(config)
-    }
-}
 
 /// This process's part of a run.
 #[derive(Debug)]
@@ -108,6 +43,7 @@ struct Run {
     pid: u32,
     grant: Grant,
     memory: Memory,
+    plugged: Mutex<Plugged>,
 }
 
 static RUN: OnceLock<Run> = OnceLock::new();
@@ -132,34 +68,33 @@ pub fn start() -> Result<Option<&'static AddressSpace>, String> {
     let Ok(region) = Region::open(Path::new(&path)) else {
         return Ok(None);
     };
-    let config = Config::parse(region.config()).ok_or("the configuration cannot be read")?;
     // The supervisor could not tell whether we are alive by a number that means another process to it.
-    if config.pid_namespace != pid_namespace() {
+    if region.pid_namespace() != pid_namespace() {
         return Ok(None);
     }
     let pid = std::process::id();
     // After an exec the process finds its own old place.
-    leave(&region, &config, |other| other == pid);
+    leave(&region, |other| other == pid);
     let Some((number, process)) = region.claim(pid) else {
         return Ok(None);
     };
     pgmap_host::platform::use_membarrier();
-    let built = build(&config, region, number, process);
-    let memory = built.inspect_err(|_| leave(&region, &config, |other| other == pid))?;
-    let quota = Quota {
-        limit: config.ram_bytes,
-        used: region.granted(),
-        mine: &process.granted,
-    };
-    let ram = memory.space().inner().ram();
-    let grant = Grant::new(quota, region.processes(), process, ram);
+    let mut plugged = Plugged::new(region, number, process);
+    let built = build(region).and_then(|memory| {
+        plugged.take_all(memory.space().inner())?;
+        Ok(memory)
+    });
+    let memory = built.inspect_err(|_| leave(&region, |other| other == pid))?;
+    let grant = Grant::new(region, process, memory.space().inner().ram());
     let run = RUN.get_or_init(|| Run {
         region,
         process,
         pid,
         grant,
         memory,
+        plugged: Mutex::new(plugged),
     });
+    run.note_capacity(&run.plugged.lock());
     Ok(Some(run.memory.space()))
 }
 
@@ -173,42 +108,34 @@ pub fn stop() {
 }
 
 /// Gives back what the processes that `dead` names held: their places, their share of the devices.
-pub fn leave(region: &Region, config: &Config, dead: impl Fn(u32) -> bool) {
-    for number in region.reap(dead) {
-        let Some(owner) = u8::try_from(number).ok().and_then(Owner::new) else {
-            continue;
-        };
-        for (table, pages) in config.devices.iter().filter_map(DeviceConfig::table) {
-            release_owner(region.table(table, pages), owner);
+pub fn leave(region: &Region, dead: impl Fn(u32) -> bool) {
+    region.reap(dead, |number| {
+        // Under whatever is wanted of a device now, a process that died on the way may have places in its table.
+        let slots = region.devices().iter();
+        let configs = slots.filter_map(|slot| slot.description().parse().ok());
+        let owner = u8::try_from(number).ok().and_then(Owner::new);
+        for table in configs.filter_map(|config: DeviceConfig| config.table()) {
+            let words = region.table(table.start, table.len());
+            if let Some(owner) = owner {
+                release_owner(words, owner);
+            }
         }
-    }
+    });
 }
 
-fn build(
-    config: &Config,
-    region: Region,
-    number: usize,
-    process: &'static Process,
-) -> Result<Memory, String> {
-    if config.devices.len() > DEVICES {
-        return Err(format!("a run can have {DEVICES} devices at most"));
-    }
+fn build(region: Region) -> Result<Memory, String> {
+    // Relaxed: a number that may change at any time.
+    let ram_bytes = region.ram_bytes().load(Ordering::Relaxed);
     let mut builder = Memory::builder()
-        .ram(config.ram_bytes)
+        .ram(ram_bytes)
+        .ram_at_most(machine_frames() * PAGE_SIZE as u64)
         .stats(region.stats());
-    for (device, shared) in config.devices.iter().enumerate() {
-        let part = Part {
-            taken: &region.devices()[device].taken,
-            mine: &process.devices[device].taken,
-            region,
-            number,
-        };
-        builder = builder.device(Device::shared(shared, &part)?);
-    }
     builder.surroundings = Surroundings {
         out_of_memory: kill_as_out_of_memory,
         short_of_frames,
+        hold_out,
         tick,
+        follow,
     };
     builder.build().map_err(|error| error.to_string())
 }
@@ -222,10 +149,47 @@ fn tick() {
     }
 }
 
+/// Called by the reclaimer between its other work: a part of what the supervisor wants of the devices. Answers when to call
+/// again.
+fn follow() -> Duration {
+    let Some(run) = RUN.get() else {
+        return Duration::MAX;
+    };
+    let space = run.memory.space().inner();
+    let mut plugged = run.plugged.lock();
+    let again = plugged.follow(space);
+    run.note_capacity(&plugged);
+    if !again.is_zero() && again < Duration::from_millis(100) {
+        // What comes back needs frames that nobody has.
+        run.grant.grow(space.ram());
+    }
+    again
+}
+
 /// Called by the fault thread when frames are short.
 fn short_of_frames() {
     if let Some(run) = RUN.get() {
         run.grant.grow(run.memory.space().inner().ram());
+    }
+}
+
+/// Called by the fault thread when a fault has waited for memory for long. Whether there may be some in a while, because
+/// something is being taken away that the supervisor gives back when it hears of this.
+fn hold_out() -> bool {
+    RUN.get().is_some_and(|run| {
+        // Relaxed: a hint to the supervisor.
+        run.process.starved.store(true, Ordering::Relaxed);
+        run.region.is_shrinking()
+    })
+}
+
+impl Run {
+    /// The most that a mapping can have changes with the budget and the devices.
+    fn note_capacity(&self, plugged: &Plugged) {
+        // Relaxed: as in `build`.
+        let ram_bytes = self.region.ram_bytes().load(Ordering::Relaxed);
+        let device_bytes = plugged.capacity_frames() * PAGE_SIZE as u64;
+        self.memory.space().set_most(ram_bytes + device_bytes);
     }
 }
 
@@ -236,12 +200,12 @@ fn publish(run: &Run) {
     run.process
         .resident
         .store(bytes(space.ram().in_use()), Ordering::Relaxed);
-    for (device, shown) in space.devices().iter().zip(&run.process.devices) {
-        if let Some(ops) = device.ops() {
-            let usage = ops.usage();
-            shown.pages.store(usage.pages, Ordering::Relaxed);
-            shown.bytes.store(usage.bytes, Ordering::Relaxed);
-        }
+    let plugged = run.plugged.lock();
+    for (nth, shown) in run.process.devices.iter().enumerate() {
+        let ops = plugged.device(nth).and_then(|device| device.ops());
+        let usage = ops.map(PrivateOps::usage).unwrap_or_default();
+        shown.pages.store(usage.pages, Ordering::Relaxed);
+        shown.bytes.store(usage.bytes, Ordering::Relaxed);
     }
     run.region.note_peaks(bytes(space.ram().peak()));
 }

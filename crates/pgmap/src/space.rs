@@ -19,6 +19,7 @@ use pgmap_mm::gup::{Pin, PinAccess, PinError, pin_user_pages};
 use pgmap_mm::space::Worker;
 use pgmap_mm::vma::Vmas;
 use pgmap_sync::Mutex;
+use pgmap_sync::atomic::{AtomicU64, Ordering};
 use rustix::io::Errno;
 use rustix::mm::MprotectFlags;
 
@@ -59,14 +60,14 @@ pub struct AddressSpace {
     /// Forks that are announced and not done.
     announced: Mutex<u32>,
     /// The most bytes that one mapping may have.
-    most_bytes: usize,
+    most_bytes: AtomicU64,
 }
 
 impl AddressSpace {
     pub(crate) fn new(
         inner: Arc<pgmap_mm::space::AddressSpace>,
         mmu: Arc<HostMmu>,
-        most_bytes: usize,
+        most_bytes: u64,
     ) -> Self {
         let pages = u32::try_from(mmu.range().len() / PAGE_SIZE).unwrap_or(u32::MAX);
         Self {
@@ -75,8 +76,18 @@ impl AddressSpace {
             given_away: Mutex::new(Vmas::new(pages)),
             spare_worker: Mutex::new(None),
             announced: Mutex::new(0),
-            most_bytes,
+            most_bytes: AtomicU64::new(most_bytes),
         }
+    }
+
+    /// Changes how many bytes one mapping may have: RAM and devices could never hold more.
+    pub(crate) fn set_most(&self, bytes: u64) {
+        // Relaxed, here and below: a number that stands alone.
+        self.most_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    fn most_bytes(&self) -> usize {
+        usize::try_from(self.most_bytes.load(Ordering::Relaxed)).unwrap_or(usize::MAX)
     }
 
     pub(crate) const fn inner(&self) -> &Arc<pgmap_mm::space::AddressSpace> {
@@ -95,7 +106,7 @@ impl AddressSpace {
     ///
     /// [`MapError::OutOfMemory`] for more than could ever be held, as a full machine would answer.
     pub fn map(&self, bytes: usize, align: usize) -> Result<usize, MapError> {
-        if bytes == 0 || bytes > self.most_bytes {
+        if bytes == 0 || bytes > self.most_bytes() {
             return Err(MapError::OutOfMemory { bytes });
         }
         self.reserve(bytes, align)
@@ -297,7 +308,7 @@ impl AddressSpace {
             return Ok(at);
         }
         let error = MapError::OutOfMemory { bytes: new };
-        if new_bytes > self.most_bytes {
+        if new_bytes > self.most_bytes() {
             return Err(error);
         }
         let more = u32::try_from((new_bytes - old_bytes) / PAGE_SIZE).map_err(|_| error)?;

@@ -8,8 +8,8 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// The command under test. The preloaded library lies beside it: `cargo xtask test` builds both.
-pub(crate) fn pgmap() -> Command {
+/// The library that is preloaded. It lies beside the command: `cargo xtask test` builds both.
+pub(crate) fn library() -> PathBuf {
     let command = PathBuf::from(env!("CARGO_BIN_EXE_pgmap"));
     let library = command.with_file_name("libpgmap_preload.so");
     assert!(
@@ -17,7 +17,13 @@ pub(crate) fn pgmap() -> Command {
         "{} is missing: run the tests with `cargo xtask test`",
         library.display()
     );
-    Command::new(command)
+    library
+}
+
+/// The command under test.
+pub(crate) fn pgmap() -> Command {
+    library();
+    Command::new(env!("CARGO_BIN_EXE_pgmap"))
 }
 
 /// `pgmap run` with a budget and devices, `--quiet`, and the program that follows.

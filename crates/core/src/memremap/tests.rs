@@ -54,6 +54,32 @@ fn lookup_is_exact_and_ends_with_kill() {
     assert!(!found(1024));
 }
 
+/// MAP-6, REF-2: a page in use finds its device while that is dying, and its last put is what the drain waits for.
+#[test]
+fn a_page_in_use_finds_its_dying_device() {
+    let map = map(8192);
+    let ops = Arc::new(Counting::default());
+    let device = map.memremap_private(Arc::clone(&ops) as _, 100).unwrap();
+    let page = device.alloc().unwrap();
+    device.set_data(page, DeviceData(5));
+    let killed = device.kill();
+    assert!(map.get_dev_pagemap(page).is_none());
+    {
+        // SAFETY: the page is ours until it is put below.
+        let found = unsafe { map.page_pgmap(page) }.unwrap();
+        assert!(found.contains(page) && found.ops().unwrap().name() == "counting");
+        let next = page.checked_add(100).unwrap();
+        assert!(!found.contains(next), "exact at the end");
+    }
+    let held = killed.drain(Some(Duration::ZERO)).unwrap_err();
+    assert_eq!(held.users, 1);
+    map.put_dev_page(page);
+    assert_eq!(*ops.freed.lock(), [5]);
+    held.killed.drain(None).unwrap().remove();
+    // SAFETY: no device has the page, so nothing is answered that could be used.
+    assert!(unsafe { map.page_pgmap(page) }.is_none());
+}
+
 /// REF-2, MAP-6: pages in use keep a mapping from being removed, and nothing of them is lost meanwhile.
 #[test]
 fn a_mapping_with_pages_in_use_is_not_removed() {

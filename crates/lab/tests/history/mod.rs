@@ -382,7 +382,7 @@ impl History {
 
     /// Takes a device away, and gives it back.
     fn unplug(&mut self, nth: usize) {
-        let Some(device) = self.machine.space.devices().get(nth).cloned() else {
+        let Some(device) = self.machine.space.devices().get(nth) else {
             return;
         };
         let killed = device.kill();
