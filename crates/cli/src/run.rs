@@ -5,6 +5,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, ExitStatus};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, anyhow, bail};
@@ -12,6 +13,9 @@ use pgmap::Algorithm;
 use pgmap::run::{Control, RUN_VARIABLE};
 use pgmap::shared::DEVICES;
 use pgmap::spec::DeviceSpec;
+use pgmap_server::control::protocol::Kind;
+use pgmap_server::control::{Listener, place};
+use pgmap_server::running::Running;
 
 use crate::args::RunArgs;
 use crate::doctor;
@@ -48,7 +52,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     };
     doctor::refuse_if_hopeless()?;
     let library = library().map_err(|error| anyhow!("{error}: {LIBRARY_MEND}"))?;
-    let control = control(args)?;
+    let control = Arc::new(control(args)?);
     // Last: what is refused above leaves an older report as it is.
     let report = args.report.as_deref().map(Report::create).transpose()?;
     let supervisor = Supervisor::new();
@@ -70,7 +74,9 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
             return Ok(ExitCode::from(program::NOT_EXECUTABLE));
         }
     };
+    let listener = listen(&control, &program, &arguments);
     let status = stand_by(args, supervisor, child, &control, started)?;
+    drop(listener);
     let summary = Summary::new(&control, started.elapsed(), status);
     if !args.quiet {
         tell(&summary);
@@ -80,6 +86,19 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
         tell(format_args!("pgmap: {error:#}\n"));
     }
     Ok(supervisor::leave_as(status))
+}
+
+/// Answers those who ask about this run. One that nobody can ask goes on all the same.
+fn listen(control: &Arc<Control>, program: &Path, arguments: &[OsString]) -> Option<Listener> {
+    let directory = place::directory();
+    place::prepare(&directory).ok()?;
+    let words = [program.as_os_str()]
+        .into_iter()
+        .chain(arguments.iter().map(OsString::as_os_str));
+    let words: Vec<_> = words.map(OsStr::to_string_lossy).collect();
+    let running = Running::new(Arc::clone(control), words.join(" "), machine_bytes());
+    let path = place::own(&directory, Kind::Run);
+    Listener::start(&path, Arc::new(running)).ok()
 }
 
 fn stand_by(
@@ -134,15 +153,20 @@ fn control(args: &RunArgs) -> anyhow::Result<Control> {
     Ok(Control::new(args.ram, devices)?)
 }
 
-/// A compressed pool of half the machine's memory, in whole MiB.
-fn default_device() -> DeviceSpec {
+/// RAM of the whole machine, in bytes.
+fn machine_bytes() -> u64 {
     let info = rustix::system::sysinfo();
     #[allow(
         clippy::useless_conversion,
         reason = "its width differs between machines"
     )]
-    let total = u64::from(info.totalram) * u64::from(info.mem_unit);
-    let capacity_bytes = (total / 2)
+    let bytes = u64::from(info.totalram) * u64::from(info.mem_unit);
+    bytes
+}
+
+/// A compressed pool of half the machine's memory, in whole MiB.
+fn default_device() -> DeviceSpec {
+    let capacity_bytes = (machine_bytes() / 2)
         .next_multiple_of(1 << 20)
         .clamp(LEAST_POOL_BYTES, MOST_POOL_BYTES);
     DeviceSpec::Compressed {

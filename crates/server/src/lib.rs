@@ -6,4 +6,5 @@
 
 pub mod control;
 pub mod nbd;
+pub mod running;
 pub mod service;

@@ -166,14 +166,14 @@ fn as_json(args: &ListArgs, listing: &Listing, json: &mut Vec<Value>) -> anyhow:
 
 fn iomem(whom: &Whom) -> anyhow::Result<()> {
     for mut client in find::all(whom)? {
-        let manager = client.manager().clone();
-        if let Answer::Text(text) = client.ask(&Request::Iomem)? {
-            let title = match manager.kind {
-                Kind::Serve => format!("serve, process {}\n", manager.pid),
-                Kind::Run => format!("run, process {}: {}\n", manager.pid, manager.command),
-            };
-            output::print(title.as_bytes())?;
-            output::print(text.as_bytes())?;
+        match client.ask(&Request::Iomem) {
+            Ok(Answer::Text(text)) => {
+                let title = show::manager(client.manager());
+                output::print(format!("{title}\n{text}").as_bytes())?;
+            }
+            // Runs have none; one that was chosen says so.
+            Err(error) if whom.socket.is_some() => return Err(error.into()),
+            _ => {}
         }
     }
     Ok(())

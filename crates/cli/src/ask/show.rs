@@ -3,7 +3,7 @@
 use core::fmt::Write as _;
 
 use pgmap_server::control::protocol::{
-    Block, Device, Holder, Listing, ManagerInfo, Memory, Namespace, Region,
+    Block, Device, Holder, Kind, Listing, ManagerInfo, Memory, Namespace, Region,
 };
 
 /// Bytes in the largest unit that leaves them above one, with one digit after the point.
@@ -40,10 +40,7 @@ pub(crate) fn short(bytes: u64) -> String {
 
 /// One manager's listing, a line for each thing that it has.
 pub(super) fn listing(manager: &ManagerInfo, listing: &Listing) -> String {
-    let mut text = match manager.command.as_str() {
-        "" => format!("serve, process {}\n", manager.pid),
-        command => format!("run, process {}: {command}\n", manager.pid),
-    };
+    let mut text = format!("{}\n", self::manager(manager));
     for region in &listing.regions {
         let _ = writeln!(text, "  {}", self::region(region));
         for namespace in &region.namespaces {
@@ -57,6 +54,24 @@ pub(super) fn listing(manager: &ManagerInfo, listing: &Listing) -> String {
         let _ = writeln!(text, "  {}", self::device(device));
     }
     text
+}
+
+/// A manager in one line.
+pub(super) fn manager(manager: &ManagerInfo) -> String {
+    /// What is shown of a command.
+    const MOST_CHARS: usize = 60;
+    let pid = manager.pid;
+    match manager.kind {
+        Kind::Serve => format!("serve, process {pid}"),
+        Kind::Run => {
+            let line = manager.command.lines().next().unwrap_or_default();
+            let mut shown: String = line.chars().take(MOST_CHARS).collect();
+            if shown.len() < manager.command.len() {
+                shown += " ...";
+            }
+            format!("run, process {pid}: {}", shown.escape_default())
+        }
+    }
 }
 
 fn region(region: &Region) -> String {
@@ -126,9 +141,15 @@ pub(crate) fn holders(holders: &[Holder]) -> String {
             let _ = write!(text, ", process {pid}");
         }
         if holder.length > 0 {
-            let _ = write!(text, ": {} at {:#x}", bytes(holder.length), holder.offset);
+            let _ = write!(text, ": {}", bytes(holder.length));
         }
-        let _ = writeln!(text, ", for {}", age(holder.age_ms));
+        if let Some(offset) = holder.offset {
+            let _ = write!(text, " at {offset:#x}");
+        }
+        if let Some(ms) = holder.age_ms {
+            let _ = write!(text, ", for {}", age(ms));
+        }
+        text += "\n";
     }
     text
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::Instant;
 
-use pgmap_server::control::protocol::{Answer, Counters, Kind, Request};
+use pgmap_server::control::protocol::{Answer, Counters, Request};
 
 use super::args::TopArgs;
 use super::{find, show};
@@ -37,15 +37,11 @@ fn look(args: &TopArgs, before: &Seen, elapsed: f64) -> anyhow::Result<(Seen, St
     let (mut seen, mut text) = (Seen::new(), String::new());
     for mut client in find::all(&args.whom)? {
         let manager = client.manager().clone();
-        let verb = match manager.kind {
-            Kind::Serve => "serve",
-            Kind::Run => "run",
-        };
         // It may end between two looks.
         let Ok(Answer::Counters(all)) = client.ask(&Request::Counters) else {
             continue;
         };
-        let _ = writeln!(text, "{verb}-{} {}", manager.pid, manager.command);
+        let _ = writeln!(text, "{}", show::manager(&manager));
         for counters in all {
             let _ = writeln!(text, "  {}", line(&counters, manager.pid, before, elapsed));
             for (name, count) in counters.counters {

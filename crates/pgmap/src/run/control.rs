@@ -181,6 +181,20 @@ impl Control {
         Ok(state.begin(UnderWay::Lower { until }))
     }
 
+    /// Ends the patience of a change: if it is not made at the next look, it is taken back.
+    pub fn give_up(&self, change: Change) {
+        let mut state = self.state();
+        let under_way = state.under_way.as_mut();
+        if let Some((_, under_way)) = under_way.filter(|(other, _)| *other == change) {
+            match under_way {
+                UnderWay::Add { until, .. }
+                | UnderWay::Leave { until, .. }
+                | UnderWay::Remove { until, .. }
+                | UnderWay::Lower { until } => *until = Instant::now(),
+            }
+        }
+    }
+
     /// What became of a change; `None` while it is under way. An outcome is told once.
     pub fn outcome(&self, change: Change) -> Option<Result<(), Failed>> {
         self.look();

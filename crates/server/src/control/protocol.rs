@@ -395,11 +395,11 @@ pub struct Holder {
     pub label: String,
     /// Its process, if it is known.
     pub pid: Option<u32>,
-    /// How long, in milliseconds.
-    pub age_ms: u64,
-    /// Where the range starts.
-    pub offset: u64,
-    /// How many bytes.
+    /// How long, in milliseconds, if it is known.
+    pub age_ms: Option<u64>,
+    /// Where the range starts, if it is one.
+    pub offset: Option<u64>,
+    /// How many bytes; 0 if it holds none.
     pub length: u64,
 }
 

@@ -124,8 +124,8 @@ fn all(holders: &Holders) -> Vec<Holder> {
             kind: "request".into(),
             label: format!("{} under way", holders.in_flight),
             pid: None,
-            age_ms: 0,
-            offset: 0,
+            age_ms: None,
+            offset: None,
             length: 0,
         });
     }
@@ -142,8 +142,8 @@ pub(super) fn holder(hold: &Hold, now_ns: u64) -> Holder {
         },
         label: hold.holder.label.to_string(),
         pid: (hold.pid != 0).then_some(hold.pid),
-        age_ms: u64::try_from(hold.age(now_ns).as_millis()).unwrap_or(u64::MAX),
-        offset: range.start as u64,
+        age_ms: u64::try_from(hold.age(now_ns).as_millis()).ok(),
+        offset: Some(range.start as u64),
         length: range.len() as u64,
     }
 }
