@@ -250,17 +250,18 @@ fn a_process_that_is_killed_holds_nothing_up() {
         return;
     }
     let run = Run::new(16 << 20, &["compressed:1G"]);
-    let program = run.verify("threads", &["16", "3"]);
+    let program = run.verify("threads", &["16", "6"]);
     let mut device = "compressed0".to_owned();
     for wait in [0, 1, 3, 10, 30] {
         let mut victim = run.verify("threads", &["16", "9"]);
-        run.until("both use the device", || {
+        run.until("the processes use the device", || {
             let holders = &run.control.devices()[0].holders;
             let has_many = |pid| {
                 let mut of = holders.iter().filter(|held| held.pid == pid);
                 of.any(|held| held.pages > Some(500))
             };
-            has_many(victim.id()) && has_many(program.id())
+            // On a slow day the program has ended by then.
+            has_many(victim.id()) && (has_many(program.id()) || !is_running(&program))
         });
         let next = run.add(&run.file(&format!("cold{wait}"), "512M"));
         let change = run.control.unplug(&device, PATIENCE).unwrap();

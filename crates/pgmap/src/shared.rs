@@ -98,8 +98,8 @@ struct Layout {
 ///
 /// # Invariants
 ///
-/// `layout` is a mapping of [`MAPPED_BYTES`] bytes that is never unmapped. The file behind it has a whole `Layout`, and the
-/// tables that were [grown](Self::grow) for.
+/// `layout` is a mapping of `MAPPED_BYTES` bytes that is never unmapped. The file behind it has a whole `Layout`, and the
+/// tables that it was grown for.
 #[derive(Clone, Copy, Debug)]
 pub struct Region {
     layout: NonNull<Layout>,
@@ -304,7 +304,7 @@ impl Region {
     }
 
     /// Gives back the places of the processes that `dead` names, and what they held. Of each place `release` is told before
-    /// somebody else can have it. A number with [`BURYING`] is to be named only if whoever was at it has died: it was that
+    /// somebody else can have it. A number with `1 << 31` added is to be named only if whoever was at it has died: it was that
     /// process itself, after an exec, or a caller like this one.
     pub fn reap(&self, dead: impl Fn(u32) -> bool, release: impl Fn(usize)) {
         let layout = self.layout();
