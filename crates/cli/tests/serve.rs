@@ -271,7 +271,10 @@ fn mistakes_are_one_line() {
         assert_eq!(said.lines().count(), 1, "{said}");
         assert!(said.contains(part), "{arguments:?}: {said}");
     }
-    assert_eq!(fs::read(place.path("precious")).unwrap(), pattern(8 * MIB, 3));
+    assert_eq!(
+        fs::read(place.path("precious")).unwrap(),
+        pattern(8 * MIB, 3)
+    );
     assert!(!place.path("x.img").exists());
 }
 
