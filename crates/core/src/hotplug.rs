@@ -1,6 +1,6 @@
 //! Memory hotplug: RAM is added, goes on line and off line, and is removed, while it is used.
 //!
-//! Every change of what there is happens inside [`MemoryMap::mem_hotplug_begin`], for a moment only (HOT-3): a block that
+//! Every change of what there is happens inside `mem_hotplug_begin`, for a moment only (HOT-3): a block that
 //! goes on or off line says so by its state, and neither those who are asked, nor the pages that move meanwhile, are waited
 //! for inside. Frames need no initialisation, inside or outside: zeros are free frames (MAP-7).
 

@@ -1,6 +1,6 @@
 //! The resource tree: which ranges of the physical address space are what, and whose.
 //!
-//! Matched by flags and descriptor, never by name (HOT-1): names are for people. [`Resources`] adds which device mapping has
+//! Matched by flags and descriptor, never by name (HOT-1): names are for people. `Resources` adds which device mapping has
 //! which of the ranges, for `memremap`.
 
 use alloc::string::String;

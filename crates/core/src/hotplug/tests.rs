@@ -336,9 +336,9 @@ fn readers_hold_changes_off() {
         what();
         changed.fetch_add(1, Ordering::SeqCst);
     };
-    let add = || drop(ram.add(1).unwrap());
-    let online = || drop(ram.online(off, ZoneChoice::Auto).unwrap());
-    let remove = || drop(map.remove_resource(range(40 * BLOCK, 1)));
+    let add = || assert!(ram.add(1).is_ok());
+    let online = || assert!(ram.online(off, ZoneChoice::Auto).is_ok());
+    let remove = || assert!(map.remove_resource(range(40 * BLOCK, 1)).is_err());
     std::thread::scope(|scope| {
         let reading = map.get_online_mems();
         for what in [&add as &(dyn Fn() + Sync), &online, &remove] {
