@@ -8,6 +8,8 @@
 extern crate alloc;
 
 pub mod addr;
+pub mod altmap;
+pub mod devres;
 pub mod driver;
 pub mod holders;
 pub mod memremap;

@@ -4,8 +4,10 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
+use core::time::Duration;
+
 use super::*;
-use crate::driver::{Latency, Load, Store, Usage};
+use crate::driver::{DeviceData, Latency, Load, Store, Usage};
 use crate::platform::HeapPlatform;
 
 /// A device that counts how often its pages are freed.
@@ -249,7 +251,7 @@ proptest! {
                 high <= start || end <= low
             });
             let mapped = map.memremap_pages(&[new], MemoryType::Generic);
-            prop_assert_eq!(mapped.is_ok(), free && model.len() < MAX_PGMAPS);
+            prop_assert_eq!(mapped.is_ok(), free && model.len() < usize::from(MAX_PGMAPS));
             if let Ok(device) = mapped {
                 model.insert(new.start().get(), (new, device));
             }
