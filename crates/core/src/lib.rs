@@ -17,4 +17,6 @@ pub mod page;
 pub mod platform;
 pub mod ram;
 mod resource;
+#[cfg(shuttle)]
+pub mod seeded_bug;
 pub mod vmemmap;

@@ -9,6 +9,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use pgmap_sync::Mutex;
+use pgmap_sync::atomic::{AtomicBool, Ordering};
 
 use crate::addr::{Pfn, PfnRange};
 use crate::altmap::Altmap;
@@ -156,10 +157,16 @@ impl MemoryMap {
         let (entry, ranges) = self.reserve(&request)?;
         let progress = request.progress;
         let pgmap = Arc::new(Pgmap::new(entry, ranges, request));
+        let stuck = AtomicBool::new(false);
         let mut undo = Devres::new();
-        undo.push(|| self.resources.lock().remove(pgmap.entry));
+        // Relaxed, here and where it is set: this thread's own. Frames whose metadata stays on the device stay reserved.
+        undo.push(|| {
+            if !stuck.load(Ordering::Relaxed) {
+                self.resources.lock().remove(pgmap.entry);
+            }
+        });
         // SAFETY: the ranges were reserved just now, so that they are nobody else's, and they cannot be found yet.
-        unsafe { self.populate(&pgmap, progress, &mut undo)? };
+        unsafe { self.populate(&pgmap, progress, &stuck, &mut undo)? };
         undo.keep();
         let resources = self.resources.lock();
         // SAFETY: we hold the lock of `resources`. The entry is reserved for us, so its count is dead and at zero.

@@ -1,13 +1,14 @@
 //! What the frames' own metadata costs on the machine, and how it lives on a device.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-use std::fmt;
+use core::fmt;
+use core::ptr::{self, NonNull};
+use core::time::Duration;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use pgmap_core::addr::{PAGE_SIZE, Pfn, PfnRange};
 use pgmap_core::altmap::Altmap;
@@ -62,22 +63,21 @@ impl Watched {
         Box::leak(Box::default())
     }
 
-    /// Bytes of all tables that are in RAM, by the kernel's account. Gaps are as large as the tables, so they are skipped by
-    /// the largest step that the account's file allows.
+    /// Bytes of all tables that are in RAM.
     fn resident_bytes(&self) -> usize {
-        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        const STEP: usize = 1 << 30;
         let reserved = self.reserved.lock().unwrap();
-        let (mut inside, mut resident) = (false, 0);
-        for line in smaps.lines() {
-            let first = line.split(' ').next().unwrap();
-            if let Some((start, end)) = first.split_once('-') {
-                let start = usize::from_str_radix(start, 16).unwrap();
-                let end = usize::from_str_radix(end, 16).unwrap();
-                let touches = |place: &(usize, usize)| start < place.0 + place.1 && place.0 < end;
-                inside = reserved.iter().any(touches);
-            } else if inside && let Some(kib) = line.strip_prefix("Rss:") {
-                let kib = kib.trim().trim_end_matches(" kB");
-                resident += kib.parse::<usize>().unwrap() * 1024;
+        let mut pages = vec![0; STEP / PAGE_SIZE];
+        let mut resident = 0;
+        for (start, bytes) in reserved.iter().copied() {
+            for offset in (0..bytes).step_by(STEP) {
+                let step = STEP.min(bytes - offset).next_multiple_of(PAGE_SIZE);
+                let at = ptr::without_provenance_mut(start + offset);
+                // SAFETY: `pages` has a byte for each page of the step.
+                let asked = unsafe { libc::mincore(at, step, pages.as_mut_ptr()) };
+                assert_eq!(asked, 0);
+                let there = &pages[..step / PAGE_SIZE];
+                resident += there.iter().filter(|page| **page & 1 != 0).count() * PAGE_SIZE;
             }
         }
         resident
@@ -222,6 +222,18 @@ impl AltmapOps for Memfd {
     }
 }
 
+/// Pages of the one, cleared through the other.
+#[derive(Debug)]
+struct Mixed(Arc<Memfd>, Arc<Memfd>);
+impl AltmapOps for Mixed {
+    fn pages(&self, first: Pfn) -> DevicePages {
+        self.0.pages(first)
+    }
+    fn clear(&self, first: Pfn, count: u64) -> Result<(), DeviceError> {
+        self.1.clear(first, count)
+    }
+}
+
 const FIRST: u64 = 4096;
 const FRAMES: u64 = 2048;
 const RESERVE: u64 = 3;
@@ -306,16 +318,6 @@ fn an_area_that_cannot_be_used_leaves_nothing_behind() {
         first: FIRST,
         bad: Mutex::default(),
     });
-    #[derive(Debug)]
-    struct Mixed(Arc<Memfd>, Arc<Memfd>);
-    impl AltmapOps for Mixed {
-        fn pages(&self, first: Pfn) -> DevicePages {
-            self.0.pages(first)
-        }
-        fn clear(&self, first: Pfn, count: u64) -> Result<(), DeviceError> {
-            self.1.clear(first, count)
-        }
-    }
     let mixed = Arc::new(Mixed(readable, Arc::clone(&memfd)));
     let refused = map.memremap_request(Request {
         altmap: Altmap::new(mixed, range(FIRST, RESERVE + 16), RESERVE),

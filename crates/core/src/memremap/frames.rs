@@ -68,6 +68,10 @@ impl DevPagemap {
             }
             done += 1;
         }
+        #[cfg(shuttle)]
+        if crate::seeded_bug::has(crate::seeded_bug::SeededBug::GetKeepsNoReference) {
+            firsts = 0;
+        }
         // While the others are given back, these keep the mapping.
         if result.is_err() {
             self.drop_holds(self.heads(range).take(done), Frame::put);

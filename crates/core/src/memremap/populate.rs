@@ -5,6 +5,8 @@
 
 use core::ops::Range;
 
+use pgmap_sync::atomic::{AtomicBool, Ordering};
+
 use crate::addr::PfnRange;
 use crate::altmap::Altmap;
 use crate::devres::Devres;
@@ -15,7 +17,7 @@ use super::request::{MapError, PROGRESS_FRAMES, Progress};
 use super::{MemoryMap, aligned};
 
 impl MemoryMap {
-    /// Makes a new mapping's frames ready; `undo` learns how to take that back.
+    /// Makes a new mapping's frames ready; `undo` learns how to take that back, and says `stuck` if it cannot.
     ///
     /// # Safety
     ///
@@ -24,6 +26,7 @@ impl MemoryMap {
         &'a self,
         pgmap: &'a Pgmap,
         progress: &dyn Fn(Progress),
+        stuck: &'a AtomicBool,
         undo: &mut Devres<'a>,
     ) -> Result<(), MapError> {
         let Some(altmap) = &pgmap.altmap else {
@@ -40,9 +43,12 @@ impl MemoryMap {
                     .back(indices(*range), altmap.device().pages(first))
             }
             .map_err(MapError::AltmapNotUsed)?;
-            // SAFETY: backed just now, and nobody uses the frames until `undo` is forgotten. What cannot be taken back stays,
-            // cleared, in the place of pages of zeros.
-            undo.push(move || _ = unsafe { self.frames.unback(indices(*range)) });
+            let frames = &self.frames;
+            undo.push(move || {
+                // SAFETY: backed just now, and nobody uses the frames until `undo` is forgotten.
+                let back = unsafe { frames.unback(indices(*range)) };
+                stuck.fetch_or(back.is_err(), Ordering::Relaxed);
+            });
         }
         Ok(())
     }

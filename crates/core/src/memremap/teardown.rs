@@ -65,6 +65,12 @@ impl Killed {
     ///
     /// [`StillHeld`] when the patience ends.
     pub fn drain(self, patience: Option<Duration>) -> Result<Drained, StillHeld> {
+        #[cfg(shuttle)]
+        if crate::seeded_bug::has(crate::seeded_bug::SeededBug::DrainDoesNotWait) {
+            return Ok(Drained {
+                device: self.device,
+            });
+        }
         if self.device.users().wait_for_zero(patience) {
             // INVARIANT: dead and at zero, so it stays at zero.
             return Ok(Drained {

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
+mod frames;
+mod rollback;
+
 use core::time::Duration;
 
 use super::*;
