@@ -16,6 +16,8 @@ use crate::altmap::Altmap;
 use crate::devres::Devres;
 use crate::driver::PrivateOps;
 use crate::holders::Holders;
+use crate::iomem::Intersection;
+use crate::memtype::Memtypes;
 use crate::page::Frame;
 use crate::platform::{OutOfAddressSpace, Platform};
 use crate::ram::Ram;
@@ -52,6 +54,9 @@ pub struct MemoryMap {
     frames: ZeroedSlice<Frame>,
     lookup: Lookup,
     resources: Mutex<Resources>,
+    /// System RAM, for `memremap`.
+    ram: Mutex<Option<PfnRange>>,
+    memtypes: Memtypes,
     max_frames: u64,
     holders: Holders,
 }
@@ -73,6 +78,8 @@ impl MemoryMap {
             frames: ZeroedSlice::new(platform, len)?,
             lookup: Lookup::new(platform, max_frames)?,
             resources: Mutex::new(Resources::default()),
+            ram: Mutex::new(None),
+            memtypes: Memtypes::default(),
             max_frames,
             holders: Holders::default(),
         }))
@@ -94,6 +101,25 @@ impl MemoryMap {
         &self.holders
     }
 
+    pub(crate) const fn memtypes(&self) -> &Memtypes {
+        &self.memtypes
+    }
+
+    /// How a range lies to System RAM; `None` if it is not inside the map.
+    pub(crate) fn region_intersects_ram(&self, range: PfnRange) -> Option<Intersection> {
+        if range.end() > self.max_frames {
+            return None;
+        }
+        let ram = *self.ram.lock();
+        Some(match ram.filter(|ram| ram.intersects(range)) {
+            None => Intersection::Disjoint,
+            Some(ram) if range.end() <= ram.end() && ram.start() <= range.start() => {
+                Intersection::Whole
+            }
+            Some(_) => Intersection::Mixed,
+        })
+    }
+
     /// The machine's clock, for ages.
     #[must_use]
     pub fn now_ns(&self) -> u64 {
@@ -111,6 +137,7 @@ impl MemoryMap {
             return Err(MapError::NoRoom);
         }
         self.resources.lock().add_ram(range)?;
+        *self.ram.lock() = Some(range);
         Ok(Ram::new(Arc::clone(self), frames, Mutex::default()))
     }
 

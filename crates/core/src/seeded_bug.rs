@@ -6,7 +6,7 @@ use core::cell::Cell;
 /// What `core` does wrong.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum SeededBug {
-    /// A page in use holds no live reference on its mapping (REF-2, rfc-v3-put-many).
+    /// A page in use holds no live reference on its mapping, and gives none back (REF-2, rfc-v3-put-many).
     GetKeepsNoReference,
     /// A lookup believes its table, and does not ask the entry for its ranges (MAP-5, section-keyed-lookup).
     LookupIgnoresRanges,

@@ -13,9 +13,12 @@ use std::time::Instant;
 use pgmap_core::addr::{PAGE_SIZE, Pfn, PfnRange};
 use pgmap_core::altmap::Altmap;
 use pgmap_core::driver::{AltmapOps, DeviceError};
+use pgmap_core::iomem::Remapper;
 use pgmap_core::memremap::{DevPagemap, MapError, MemoryMap, MemoryType, Order, Request};
+use pgmap_core::memtype::CacheMode;
 use pgmap_core::platform::{BackError, DeviceFile, DevicePages, OutOfAddressSpace, Platform};
 use pgmap_host::platform::HostPlatform;
+use pgmap_host::remap::FileRemapper;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
 /// The host, and what it reserved: so that a test can ask how much of it is in RAM.
@@ -326,4 +329,21 @@ fn an_area_that_cannot_be_used_leaves_nothing_behind() {
     let not_permitted = MapError::AltmapNotUsed(BackError::Refused(13));
     assert_eq!(refused.unwrap_err(), not_permitted);
     remove(map.memremap_request(request(&memfd, &ranges)).unwrap());
+}
+
+/// REMAP-1, REMAP-2: a mapped range is the device's bytes, and its neighbours are left alone.
+#[test]
+fn a_mapped_range_is_the_file() {
+    let map = MemoryMap::new(Watched::new(), TIB_FRAMES).unwrap();
+    let memfd = Memfd::new(FIRST, 4);
+    let file = OwnedFd::from(memfd.file.try_clone().unwrap());
+    let remapper: Arc<dyn Remapper> = Arc::new(FileRemapper::new(file, Pfn::new(FIRST).unwrap()));
+    let asked = CacheMode::WriteThrough | CacheMode::WriteBack;
+    let mapped = map.memremap(range(FIRST + 1, 2), asked, &remapper).unwrap();
+    assert_eq!(mapped.mode(), CacheMode::WriteBack);
+    // SAFETY: the mapping is there, and nobody else writes to it.
+    unsafe { mapped.address().write(7) };
+    assert_eq!((memfd.bytes(1)[0], memfd.bytes(0)[0]), (7, 0xa5));
+    let elsewhere = map.memremap(range(0, 1), asked, &remapper);
+    assert!(elsewhere.is_err(), "before the file's first frame");
 }

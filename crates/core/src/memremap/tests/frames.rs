@@ -216,7 +216,7 @@ fn the_last_put_wakes_who_waits_for_idle() {
         device.pin_page(run.start()).unwrap();
         assert!(!device.wait_idle(run, Some(Duration::from_millis(1))));
         std::thread::scope(|scope| {
-            let waiter = scope.spawn(|| device.wait_idle(run, Some(Duration::from_secs(60))));
+            let waiter = scope.spawn(|| device.wait_idle(run, Some(Duration::from_mins(1))));
             device.put_pages(run);
             std::thread::sleep(Duration::from_millis(5));
             device.unpin_page(run.start());
@@ -331,20 +331,20 @@ proptest! {
                 0 => {
                     let can = pages.iter().all(|page| page.0 > 0 || page.1 == 0);
                     prop_assert_eq!(device.get_pages(run).is_ok(), can);
-                    if can { pages.iter_mut().for_each(|page| page.0 += 1); }
+                    if can { for page in pages.iter_mut() { page.0 += 1; } }
                 }
                 1 => {
                     let can = pages.iter().all(|page| page.0 > 0);
                     prop_assert_eq!(device.pin_pages(run).is_ok(), can);
-                    if can { pages.iter_mut().for_each(|page| page.1 += 1); }
+                    if can { for page in pages.iter_mut() { page.1 += 1; } }
                 }
                 2 if pages.iter().all(|page| page.0 > 0) => {
                     device.put_pages(run);
-                    pages.iter_mut().for_each(|page| page.0 -= 1);
+                    for page in pages.iter_mut() { page.0 -= 1; }
                 }
                 3 if pages.iter().all(|page| page.1 > 0) => {
                     device.unpin_pages(run);
-                    pages.iter_mut().for_each(|page| page.1 -= 1);
+                    for page in pages.iter_mut() { page.1 -= 1; }
                 }
                 _ => {}
             }

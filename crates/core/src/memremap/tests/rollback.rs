@@ -423,25 +423,26 @@ fn clearing_yields_at_bounded_intervals() {
     assert!(longest <= Some(PROGRESS_FRAMES / Altmap::FRAMES_PER_PAGE));
 }
 
+fn compound(ranges: &[PfnRange], order: Order) -> Request<'_> {
+    Request {
+        order,
+        ..Request::at("dax0.0", ranges, MemoryType::Generic)
+    }
+}
+
 /// Ranges that are not whole pages of the order, and allocated memory with large pages, are refused by name.
 #[test]
 fn crooked_compound_ranges_are_refused() {
     let map = map(1 << 20);
-    fn request(ranges: &[PfnRange], order: Order) -> Request<'_> {
-        Request {
-            order,
-            ..Request::at("dax0.0", ranges, MemoryType::Generic)
-        }
-    }
     for crooked in [range(511, 512), range(512, 513), range(100, 50)] {
         let refused = map
-            .memremap_request(request(&[crooked], Order::Pmd))
+            .memremap_request(compound(&[crooked], Order::Pmd))
             .map(drop);
         assert_eq!(refused, Err(MapError::Unaligned(crooked, Order::Pmd)));
     }
     let small = range(512, 512);
     let refused = map
-        .memremap_request(request(&[small], Order::Pud))
+        .memremap_request(compound(&[small], Order::Pud))
         .map(drop);
     assert_eq!(refused, Err(MapError::Unaligned(small, Order::Pud)));
     let kind = MemoryType::Private(Arc::new(Counting::default()));
