@@ -20,10 +20,9 @@ use pgmap_core::memremap::{DevPagemap, MemoryMap, MemoryType, SUBSECTION_FRAMES}
 use pgmap_core::platform::HeapPlatform;
 use pgmap_sync::PercpuRef;
 
-/// Complete exploration takes too long; three preemptions found every check and ordering taken away on trial.
+/// Complete exploration, which takes a few seconds.
 fn explore(model: impl Fn() + Send + Sync + 'static) {
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(3);
     builder.max_branches = 10_000;
     builder.check(model);
 }

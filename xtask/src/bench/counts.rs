@@ -181,12 +181,38 @@ fn lookups(map: &Arc<MemoryMap>, effort: Effort) -> anyhow::Result<Vec<Row>> {
             black_box(map.get_dev_pagemap(next(nth)).is_some());
         })
     };
+    let page = || {
+        per_call(|nth| {
+            let pfn = next(nth);
+            // A page that nobody else has: the first get and the last put.
+            if device.get_page(pfn).is_ok() {
+                device.put_page(pfn);
+            }
+        })
+    };
+    let whole = || {
+        let begin = Instant::now();
+        for _ in 0..64 {
+            if device.get_pages(range).is_ok() {
+                device.put_pages(range);
+            }
+        }
+        begin.elapsed().as_secs_f64() * 1e9 / (64.0 * FRAMES as f64)
+    };
     let frame = by_turns(effort, frame, floor);
     let guard = by_turns(effort, guard, floor);
+    let page = by_turns(effort, page, floor);
+    let whole = by_turns(effort, whole, floor);
     remove(device)?;
     Ok(vec![
         row("PFN to frame", frame, Want::Below(2.0)),
         row("PFN to pgmap guard, and drop", guard, Want::Below(8.0)),
+        row(
+            "first get and last put of a device's page",
+            page,
+            Want::Below(60.0),
+        ),
+        row("the same in a batch, per page", whole, Want::Below(40.0)),
     ])
 }
 
