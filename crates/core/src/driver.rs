@@ -1,12 +1,14 @@
-//! What a device-private memory type must be able to do (MAP-1).
+//! What a device must be able to do, for each type of memory that asks anything of it (MAP-1).
 //!
-//! `mm` calls these when it sends pages to a device and brings them back; drivers implement them.
+//! `mm` calls these when it sends pages to a device and brings them back, and the last put of a page when it gives the
+//! page back; drivers implement them.
 //! A driver never calls back into `mm`, never waits for a fault to be served, and never keeps a
 //! reference to the bytes that it was shown.
 
 use core::fmt;
 
-use crate::addr::Page;
+use crate::addr::{Page, Pfn};
+use crate::platform::DevicePages;
 
 /// What a driver keeps about one of its pages: a slot number, a handle, a checksum.
 ///
@@ -119,4 +121,53 @@ pub trait PrivateOps: Send + Sync + fmt::Debug {
 
     /// What the device holds now.
     fn usage(&self) -> Usage;
+}
+
+/// The operations of coherent device memory: the CPU can address it, and its pages can move to RAM and back.
+pub trait CoherentOps: Send + Sync + fmt::Debug {
+    /// The name that people know the device by.
+    fn name(&self) -> &str;
+
+    /// Copies a page of the device to RAM. It stays in use until its last put.
+    ///
+    /// # Errors
+    ///
+    /// [`DeviceError`]; then what is in `to` means nothing.
+    fn migrate_to_ram(&self, from: Pfn, to: &mut Page) -> Result<(), DeviceError>;
+
+    /// Copies a page of RAM to a page of the device that was allocated for it.
+    ///
+    /// # Errors
+    ///
+    /// [`DeviceError`]; then what is in `to` means nothing.
+    fn migrate_to_device(&self, from: &Page, to: Pfn) -> Result<(), DeviceError>;
+
+    /// A page is not used any more. Called once for each, before it can be allocated again.
+    fn page_free(&self, page: Pfn);
+}
+
+/// The operations of memory behind which there is a device that other devices reach directly (PCI peer to peer).
+pub trait P2pDmaOps: Send + Sync + fmt::Debug {
+    /// The name that people know the provider by.
+    fn provider(&self) -> &str;
+
+    /// What other devices add to an address of this memory to reach it, in bytes, wrapping.
+    fn bus_offset_bytes(&self) -> u64;
+
+    /// A page is not used any more. The provider, which gives pages out, may give it out again.
+    fn page_free(&self, page: Pfn);
+}
+
+/// A device's place for the frames' own metadata (MAP-8).
+pub trait AltmapOps: Send + Sync + fmt::Debug {
+    /// Where in the device's file this page of the device is, and those behind it. The file stays open as long as this
+    /// value lives.
+    fn pages(&self, first: Pfn) -> DevicePages;
+
+    /// Makes `count` pages zeros, whatever was there: stale bytes, bad blocks. Called for a bounded number of pages at a time.
+    ///
+    /// # Errors
+    ///
+    /// [`DeviceError`] if they cannot be made to hold zeros.
+    fn clear(&self, first: Pfn, count: u64) -> Result<(), DeviceError>;
 }

@@ -1,7 +1,8 @@
 //! Who holds what: the answer to "why is this page busy" (REF-7).
 //!
 //! Every pin registers here when it is made, once however many pages it has; the count on the frames stays
-//! the truth, this is its explanation.
+//! the truth, this is its explanation. Who pins what a program sees registers addresses; who holds a device's pages
+//! registers frames.
 
 use alloc::borrow::Cow;
 use alloc::collections::BTreeMap;
@@ -10,6 +11,8 @@ use core::ops::Range;
 use core::panic::Location;
 
 use pgmap_sync::Mutex;
+
+use crate::addr::PfnRange;
 
 /// Somebody who holds pages.
 #[derive(Clone, Debug)]
@@ -24,16 +27,61 @@ pub struct Holder {
     pub range: Range<usize>,
 }
 
-#[derive(Debug, Default)]
-struct Registry {
+/// Who somebody is that holds a device's pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Who {
+    /// Code of this process: where in the source the hold was taken.
+    Site(&'static Location<'static>),
+    /// Another process, by its number.
+    Process(u32),
+}
+
+/// Somebody who holds pages of a device.
+#[derive(Clone, Debug)]
+pub struct FrameHolder {
+    /// What they say they are.
+    pub label: Cow<'static, str>,
+    /// Who they are.
+    pub who: Who,
+    /// When the hold was taken, on the platform's clock, in nanoseconds.
+    pub since_ns: u64,
+    /// The held frames.
+    pub frames: PfnRange,
+}
+
+#[derive(Debug)]
+struct Registry<H> {
     next: u64,
-    holders: BTreeMap<u64, Holder>,
+    holders: BTreeMap<u64, H>,
+}
+
+impl<H> Default for Registry<H> {
+    fn default() -> Self {
+        Self {
+            next: 0,
+            holders: BTreeMap::new(),
+        }
+    }
+}
+
+impl<H: Clone> Registry<H> {
+    fn add(&mut self, holder: H) -> u64 {
+        self.next += 1;
+        self.holders.insert(self.next, holder);
+        self.next
+    }
+
+    fn of(&self, overlaps: impl Fn(&H) -> bool) -> Vec<H> {
+        let found = self.holders.values().filter(|holder| overlaps(holder));
+        found.cloned().collect()
+    }
 }
 
 /// All holders of a memory map.
 #[derive(Debug, Default)]
 pub struct Holders {
-    registry: Mutex<Registry>,
+    registry: Mutex<Registry<Holder>>,
+    frames: Mutex<Registry<FrameHolder>>,
 }
 
 /// A holder's place in the register.
@@ -41,14 +89,15 @@ pub struct Holders {
 #[must_use = "a holder stays registered until `remove`"]
 pub struct Ticket(u64);
 
+/// The place in the register of somebody who holds a device's pages.
+#[derive(Debug)]
+#[must_use = "a holder stays registered until `remove_frames`"]
+pub struct FrameTicket(u64);
+
 impl Holders {
     /// Registers a holder until [`remove`](Self::remove).
     pub fn add(&self, holder: Holder) -> Ticket {
-        let mut registry = self.registry.lock();
-        registry.next += 1;
-        let ticket = registry.next;
-        registry.holders.insert(ticket, holder);
-        Ticket(ticket)
+        Ticket(self.registry.lock().add(holder))
     }
 
     /// Forgets a holder.
@@ -59,14 +108,25 @@ impl Holders {
     /// Who holds any of these addresses, oldest first.
     #[must_use]
     pub fn of(&self, range: &Range<usize>) -> Vec<Holder> {
-        let overlaps =
-            |holder: &&Holder| holder.range.start < range.end && range.start < holder.range.end;
         self.registry
             .lock()
-            .holders
-            .values()
-            .filter(overlaps)
-            .cloned()
-            .collect()
+            .of(|holder| holder.range.start < range.end && range.start < holder.range.end)
+    }
+
+    /// Registers a holder of a device's pages until [`remove_frames`](Self::remove_frames).
+    pub fn add_frames(&self, holder: FrameHolder) -> FrameTicket {
+        FrameTicket(self.frames.lock().add(holder))
+    }
+
+    /// Forgets a holder of a device's pages.
+    pub fn remove_frames(&self, ticket: &FrameTicket) {
+        self.frames.lock().holders.remove(&ticket.0);
+    }
+
+    /// Who holds any of these frames of devices, oldest first.
+    #[must_use]
+    pub fn of_frames(&self, range: PfnRange) -> Vec<FrameHolder> {
+        let overlaps = |holder: &FrameHolder| holder.frames.intersects(range);
+        self.frames.lock().of(overlaps)
     }
 }

@@ -8,16 +8,22 @@
 extern crate alloc;
 
 pub mod addr;
+pub mod altmap;
+pub mod devres;
 pub mod driver;
 pub mod holders;
 pub mod hotplug;
+pub mod iomem;
 pub mod memory_block;
 pub mod memremap;
+pub mod memtype;
 pub mod page;
 pub mod platform;
 pub mod queue;
 pub mod ram;
 pub mod resource;
+#[cfg(shuttle)]
+pub mod seeded_bug;
 pub mod sparse;
 pub mod vmemmap;
 pub mod zone;

@@ -1,160 +1,65 @@
 //! `memremap_pages`: frames for a device's memory, and how they are taken away again.
 //!
-//! A [`MemoryMap`] knows every frame. [`MemoryMap::memremap_pages`] gives a range of frame numbers to a device;
+//! A [`MemoryMap`] knows every frame. [`MemoryMap::memremap_pages`] gives ranges of frame numbers to a device;
 //! [`MemoryMap::get_dev_pagemap`] finds the device of a frame without a lock; and the teardown is a chain of
 //! types, [`DevPagemap`] -> [`Killed`] -> [`Drained`], so that nothing is removed while somebody uses it (MAP-6).
 
+use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::cell::UnsafeCell;
-use core::fmt;
-use core::mem::ManuallyDrop;
-use core::time::Duration;
 
-use pgmap_sync::atomic::{AtomicU8, Ordering};
-use pgmap_sync::{Mutex, PercpuRef, RwSem, WaitQueue};
+use pgmap_sync::atomic::{AtomicBool, Ordering};
+use pgmap_sync::{Mutex, RwSem};
 
 use crate::addr::{Pfn, PfnRange};
-use crate::driver::{DeviceData, PrivateOps};
+use crate::altmap::Altmap;
+use crate::devres::Devres;
+use crate::driver::PrivateOps;
 use crate::holders::Holders;
-use crate::page::{Frame, Put};
+use crate::iomem::Intersection;
+use crate::memtype::Memtypes;
+use crate::page::Frame;
 use crate::platform::{OutOfAddressSpace, Platform};
-use crate::ram::{FreeList, Ram};
-use crate::resource::{Descriptor, Resources};
-pub use crate::sparse::SUBSECTION_FRAMES;
+use crate::ram::Ram;
+use crate::resource::Resources;
 use crate::vmemmap::ZeroedSlice;
 
-pub use page_pgmap::PagePgmap;
-
+mod frames;
+mod hold;
+mod kind;
+mod lookup;
 mod page_pgmap;
+mod pgmap;
+mod populate;
+mod request;
+mod teardown;
 
-/// Device mappings that there can be at once.
-const MAX_PGMAPS: usize = 32;
+pub use frames::PageError;
+pub use hold::{HeldPages, Hold};
+pub use kind::MemoryType;
+pub use lookup::PgmapGuard;
+pub use page_pgmap::PagePgmap;
+pub use pgmap::DevPagemap;
+pub use request::{MapError, Order, Owner, PROGRESS_FRAMES, Place, Progress, Request};
+pub use teardown::{Drained, Killed, StillHeld};
 
-/// What kind of memory a device has, and what it must be able to do (MAP-1).
-#[derive(Debug)]
-pub enum MemoryType {
-    /// The CPU cannot address it. Its pages are migrated to RAM when they are touched.
-    Private(Arc<dyn PrivateOps>),
-    /// A file system maps it directly; who waits for a page to be idle is woken by its last put.
-    FsDax(Arc<WaitQueue>),
-    /// A character device maps it directly.
-    Generic,
-}
+use lookup::{Lookup, MAX_PGMAPS};
+use pgmap::Pgmap;
 
-impl MemoryType {
-    /// What the resource tree says of it.
-    fn resource(&self) -> (Descriptor, &str) {
-        match self {
-            Self::Private(ops) => (Descriptor::DevicePrivate, ops.name()),
-            Self::FsDax(_) => (Descriptor::PersistentMemory, "fsdax"),
-            Self::Generic => (Descriptor::None, "devdax"),
-        }
-    }
-}
-
-/// Why frames could not be given to a device.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum MapError {
-    /// The range, or a part of it, is System RAM (MAP-2; the kernel's ENXIO).
-    #[error("the frames from {:?} on are System RAM", .0.start())]
-    IntersectsRam(PfnRange),
-    /// The range conflicts with another device's (MAP-2; the kernel's ENOMEM).
-    #[error("the frames from {:?} on belong to another device", .0.start())]
-    Conflict(PfnRange),
-    /// There are as many device mappings as there can be, or no frame numbers are left.
-    #[error("there is no room for another device mapping")]
-    NoRoom,
-    /// RAM was given out already.
-    #[error("this map has its RAM already")]
-    RamTwice,
-}
+pub use crate::sparse::SUBSECTION_FRAMES;
 
 /// All frames, and who has them.
 #[derive(Debug)]
 pub struct MemoryMap {
     platform: &'static dyn Platform,
     frames: ZeroedSlice<Frame>,
-    /// For each sub-section one more than the number of the entry of the device that has it; 0 for none.
-    sections: ZeroedSlice<AtomicU8>, // written under `resources`' lock, read by anybody
-    entries: Vec<Entry>,
+    lookup: Lookup,
     pub(crate) resources: Mutex<Resources>,
     /// Held by who adds or removes memory, and by readers that rely on what there is (HOT-3).
     pub(crate) hotplug: RwSem,
+    memtypes: Memtypes,
     pub(crate) max_frames: u64,
     holders: Holders,
-}
-
-/// A place for one device mapping.
-///
-/// # Invariants
-///
-/// `pgmap` changes only while `users` is dead and at zero, under the lock of `resources`.
-struct Entry {
-    users: PercpuRef,
-    pgmap: UnsafeCell<Option<Arc<Pgmap>>>,
-}
-
-// SAFETY: by the type invariant `pgmap` is only changed while nobody reads it.
-unsafe impl Sync for Entry {}
-// SAFETY: `PercpuRef` and `Arc<Pgmap>` may be sent.
-unsafe impl Send for Entry {}
-
-impl fmt::Debug for Entry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Entry")
-            .field("users", &self.users)
-            .finish_non_exhaustive()
-    }
-}
-
-impl Entry {
-    fn try_get(&self) -> Option<PgmapGuard<'_>> {
-        // Lazily: a guard that is made is also dropped.
-        let live = self.users.try_get_live();
-        live.then(|| PgmapGuard { entry: self })
-    }
-}
-
-/// One device's frames.
-#[derive(Debug)]
-struct Pgmap {
-    /// What was asked for, and what is reserved: the same, aligned to sub-sections.
-    ranges: Vec<PfnRange>,
-    entry: u8,
-    kind: MemoryType,
-    /// Free frames of the first range of a private mapping.
-    free: Mutex<FreeList>,
-    stage: AtomicU8, // A: LIVE -> KILLED by compare-exchange; from there on by who did that
-}
-
-impl Pgmap {
-    /// In use.
-    const LIVE: u8 = 0;
-    /// One handle is taking it away: it is that handle's [`Killed`] or [`Drained`].
-    const KILLED: u8 = 1;
-    /// Taken away, for ever. Its entry may be another mapping's by now, and so may its frame numbers.
-    const REMOVED: u8 = 2;
-
-    fn stage(&self) -> u8 {
-        // Acquire: pairs with the releases in `kill`, `resurrect` and `remove`.
-        self.stage.load(Ordering::Acquire)
-    }
-
-    /// Drops a reference of a page. If it was the last, the page is free, and who dropped it takes its user away.
-    fn put(&self, map: &MemoryMap, pfn: Pfn) -> Put {
-        let frame = map.frame(pfn);
-        if frame.put() == Put::Held {
-            return Put::Held;
-        }
-        match &self.kind {
-            MemoryType::Private(ops) => ops.page_free(frame.data()),
-            MemoryType::FsDax(idle) => idle.wake_all(),
-            MemoryType::Generic => {}
-        }
-        self.free.lock().give(map, self.ranges[0].start(), pfn);
-        Put::Last
-    }
 }
 
 impl MemoryMap {
@@ -169,18 +74,13 @@ impl MemoryMap {
     ) -> Result<Arc<Self>, OutOfAddressSpace> {
         let bytes = usize::MAX;
         let len = usize::try_from(max_frames).map_err(|_| OutOfAddressSpace { bytes })?;
-        let sections = len.div_ceil(usize::try_from(SUBSECTION_FRAMES).unwrap_or(512));
-        let entry = || Entry {
-            users: PercpuRef::new_dead(),
-            pgmap: UnsafeCell::new(None),
-        };
         Ok(Arc::new(Self {
             platform,
             frames: ZeroedSlice::new(platform, len)?,
-            sections: ZeroedSlice::new(platform, sections)?,
-            entries: (0..MAX_PGMAPS).map(|_| entry()).collect(),
+            lookup: Lookup::new(platform, max_frames)?,
             resources: Mutex::new(Resources::default()),
             hotplug: RwSem::new(),
+            memtypes: Memtypes::default(),
             max_frames,
             holders: Holders::default(),
         }))
@@ -202,13 +102,29 @@ impl MemoryMap {
         &self.holders
     }
 
+    pub(crate) const fn memtypes(&self) -> &Memtypes {
+        &self.memtypes
+    }
+
+    /// How a range lies to System RAM; `None` if it is not inside the map.
+    pub(crate) fn region_intersects_ram(&self, range: PfnRange) -> Option<Intersection> {
+        if range.end() > self.max_frames {
+            return None;
+        }
+        Some(match self.resources.lock().ram_frames(range) {
+            0 => Intersection::Disjoint,
+            all if all == range.count() => Intersection::Whole,
+            _ => Intersection::Mixed,
+        })
+    }
+
     /// The machine's clock, for ages.
     #[must_use]
     pub fn now_ns(&self) -> u64 {
         self.platform.now_ns()
     }
 
-    /// Makes the first `frames` frames System RAM, all of it on line.
+    /// Makes the first `frames` frames System RAM.
     ///
     /// # Errors
     ///
@@ -233,13 +149,12 @@ impl MemoryMap {
         ops: Arc<dyn PrivateOps>,
         frames: u64,
     ) -> Result<DevPagemap, MapError> {
-        let _hotplug = self.mem_hotplug_begin();
-        let mut resources = self.resources.lock();
-        let range = resources.find_room(frames).ok_or(MapError::NoRoom)?;
-        self.map_locked(&mut resources, alloc::vec![range], MemoryType::Private(ops))
+        let name = String::from(ops.name());
+        self.memremap_request(Request::anywhere(name, frames, MemoryType::Private(ops)))
     }
 
-    /// Gives the frames of one or more physical ranges to a device (MAP-1). All or nothing (MAP-3).
+    /// Gives the frames of one or more physical ranges to a device (MAP-1): base pages, with their metadata in RAM. All or
+    /// nothing (MAP-3).
     ///
     /// # Errors
     ///
@@ -251,80 +166,78 @@ impl MemoryMap {
         ranges: &[PfnRange],
         kind: MemoryType,
     ) -> Result<DevPagemap, MapError> {
-        let _hotplug = self.mem_hotplug_begin();
-        let mut resources = self.resources.lock();
-        self.map_locked(&mut resources, ranges.to_vec(), kind)
+        let name = kind.name();
+        self.memremap_request(Request::at(name, ranges, kind))
     }
 
-    fn map_locked(
+    /// As [`memremap_pages`](Self::memremap_pages), with all that can be asked for. All or nothing (MAP-3).
+    ///
+    /// # Errors
+    ///
+    /// See [`MapError`].
+    pub fn memremap_request(
         self: &Arc<Self>,
-        resources: &mut Resources,
-        ranges: Vec<PfnRange>,
-        kind: MemoryType,
+        request: Request<'_>,
     ) -> Result<DevPagemap, MapError> {
-        if ranges.is_empty()
-            || ranges
-                .iter()
-                .any(|range| aligned(*range).1 > self.max_frames)
-        {
-            return Err(MapError::NoRoom);
-        }
-        let mut numbers = 0..u8::try_from(MAX_PGMAPS).unwrap_or(u8::MAX);
-        let number = numbers.find(|number| !resources.is_used(*number));
-        let number = number.ok_or(MapError::NoRoom)?;
-        let entry = &self.entries[usize::from(number)];
-        resources.insert(number, &ranges)?;
-        let (descriptor, name) = kind.resource();
-        resources.describe(number, descriptor, name);
-        let free = Mutex::default();
-        let pgmap = Arc::new(Pgmap {
-            ranges,
-            entry: number,
-            kind,
-            free,
-            stage: AtomicU8::new(Pgmap::LIVE),
+        let (entry, ranges) = self.reserve(&request)?;
+        let progress = request.progress;
+        let pgmap = Arc::new(Pgmap::new(entry, ranges, request));
+        let stuck = AtomicBool::new(false);
+        let mut undo = Devres::new();
+        // Relaxed, here and where it is set: this thread's own. Frames whose metadata stays on the device stay reserved.
+        undo.push(|| {
+            if !stuck.load(Ordering::Relaxed) {
+                self.resources.lock().remove(pgmap.entry);
+            }
         });
-        // SAFETY: the entry is not used, so its count is dead and at zero and nobody reads `pgmap`; we hold the lock
-        // of `resources`, so nobody else changes it.
-        unsafe { *entry.pgmap.get() = Some(Arc::clone(&pgmap)) };
-        entry.users.resurrect();
-        self.publish(&pgmap, number + 1);
+        // SAFETY: the ranges were reserved just now, so that they are nobody else's, and they cannot be found yet.
+        unsafe { self.populate(&pgmap, progress, &stuck, &mut undo)? };
+        undo.keep();
+        let _hotplug = self.mem_hotplug_begin();
+        let resources = self.resources.lock();
+        // SAFETY: we hold the lock of `resources`. The entry is reserved for us, so its count is dead and at zero.
+        unsafe { self.lookup.publish(&pgmap) };
+        drop(resources);
         Ok(DevPagemap {
             map: Arc::clone(self),
             pgmap,
         })
     }
 
-    fn publish(&self, pgmap: &Pgmap, value: u8) {
-        for range in &pgmap.ranges {
-            let (start, end) = aligned(*range);
-            for section in start / SUBSECTION_FRAMES..end / SUBSECTION_FRAMES {
-                let section = usize::try_from(section).unwrap_or(usize::MAX);
-                // Release: pairs with the acquire in `get_dev_pagemap`, so that who finds the entry finds its pgmap.
-                self.sections[section].store(value, Ordering::Release);
+    /// Reserves what is asked for, if nothing stands in the way: the number of an entry, and the ranges.
+    fn reserve(&self, request: &Request<'_>) -> Result<(u8, Vec<PfnRange>), MapError> {
+        let _hotplug = self.mem_hotplug_begin();
+        let mut resources = self.resources.lock();
+        let ranges = match request.place {
+            Place::At(ranges) => ranges.to_vec(),
+            Place::Anywhere { frames } => {
+                let room = resources.find_room(frames);
+                alloc::vec![room.ok_or(MapError::NoRoom)?]
             }
-        }
+        };
+        request.check(&ranges, self.max_frames)?;
+        let entry = (0..MAX_PGMAPS).find(|number| !resources.is_used(*number));
+        let entry = entry.ok_or(MapError::NoRoom)?;
+        resources.insert(entry, &ranges)?;
+        resources.describe(entry, request.kind.descriptor(), &request.name);
+        Ok((entry, ranges))
+    }
+
+    /// The pages of its device in which the metadata of a frame's sub-section lives, if it lives on a device. Answers until the
+    /// device is removed, dying or not (MAP-8).
+    #[must_use]
+    #[doc(alias = "to_vmem_altmap")]
+    pub fn altmap_area(&self, pfn: Pfn) -> Option<PfnRange> {
+        let _resources = self.resources.lock();
+        // SAFETY: we hold the lock of `resources`.
+        let pgmap = unsafe { self.lookup.section(pfn) }?;
+        pgmap.altmap.as_ref().map(Altmap::area)
     }
 
     /// The device that has a frame, held so that it cannot go away. Without a lock, and exact at both ends (MAP-5).
     #[must_use]
     pub fn get_dev_pagemap(&self, pfn: Pfn) -> Option<PgmapGuard<'_>> {
-        let guard = self.entry_of(pfn)?.try_get()?;
-        // The entry may have a new device since we looked at the section, and a section's ends may be nobody's.
-        guard.covers(pfn).then_some(guard)
-    }
-
-    /// The entry of the device that had a frame's section a moment ago.
-    fn entry_of(&self, pfn: Pfn) -> Option<&Entry> {
-        if pfn.get() >= self.max_frames {
-            return None;
-        }
-        let section = usize::try_from(pfn.get() / SUBSECTION_FRAMES).ok()?;
-        // Acquire: pairs with the release in `publish`.
-        let number = self.sections[section]
-            .load(Ordering::Acquire)
-            .checked_sub(1)?;
-        Some(&self.entries[usize::from(number)])
+        self.lookup.find(pfn)
     }
 }
 
@@ -335,245 +248,6 @@ pub(crate) const fn aligned(range: PfnRange) -> (u64, u64) {
         start - start % SUBSECTION_FRAMES,
         range.end().next_multiple_of(SUBSECTION_FRAMES),
     )
-}
-
-/// A device mapping that cannot go away while this is held.
-#[derive(Debug)]
-pub struct PgmapGuard<'a> {
-    entry: &'a Entry,
-}
-
-impl PgmapGuard<'_> {
-    /// Whether the mapping has this frame too: then no second lookup is needed.
-    #[must_use]
-    pub fn covers(&self, pfn: Pfn) -> bool {
-        self.pgmap()
-            .is_some_and(|pgmap| pgmap.ranges.iter().any(|range| range.contains(pfn)))
-    }
-
-    fn pgmap(&self) -> Option<&Arc<Pgmap>> {
-        // SAFETY: we hold one of the entry's users, so by the type invariant nobody changes `pgmap`.
-        let pgmap = unsafe { &*self.entry.pgmap.get() };
-        pgmap.as_ref()
-    }
-}
-
-impl Drop for PgmapGuard<'_> {
-    fn drop(&mut self) {
-        self.entry.users.put();
-    }
-}
-
-/// A device mapping, live, dying or gone: once it was removed, nothing more comes from any handle to it.
-#[derive(Clone, Debug)]
-pub struct DevPagemap {
-    map: Arc<MemoryMap>,
-    pgmap: Arc<Pgmap>,
-}
-
-impl DevPagemap {
-    fn users(&self) -> &PercpuRef {
-        &self.map.entries[usize::from(self.pgmap.entry)].users
-    }
-
-    fn first_range(&self) -> PfnRange {
-        self.pgmap.ranges[0]
-    }
-
-    /// Whether the device has this frame. A device that was removed has none.
-    #[must_use]
-    pub fn contains(&self, pfn: Pfn) -> bool {
-        self.pgmap.ranges.iter().any(|range| range.contains(pfn))
-            && self.pgmap.stage() != Pgmap::REMOVED
-    }
-
-    /// Whether another handle is to the same mapping.
-    #[must_use]
-    pub fn is_same(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.pgmap, &other.pgmap)
-    }
-
-    /// The device's frames.
-    #[must_use]
-    pub fn ranges(&self) -> &[PfnRange] {
-        &self.pgmap.ranges
-    }
-
-    /// What a private device can do; `None` for memory of another kind.
-    #[must_use]
-    pub fn ops(&self) -> Option<&dyn PrivateOps> {
-        match &self.pgmap.kind {
-            MemoryType::Private(ops) => Some(&**ops),
-            MemoryType::FsDax(_) | MemoryType::Generic => None,
-        }
-    }
-
-    /// Holds the mapping while something is under way on it; `None` if it is dying.
-    #[must_use]
-    pub fn try_get(&self) -> Option<PgmapGuard<'_>> {
-        let guard = self.map.entries[usize::from(self.pgmap.entry)].try_get()?;
-        // The entry may be another mapping's, if this one has been removed.
-        let ours = guard
-            .pgmap()
-            .is_some_and(|pgmap| Arc::ptr_eq(pgmap, &self.pgmap));
-        ours.then_some(guard)
-    }
-
-    /// Whether the mapping has been killed: nothing may go there any more.
-    #[must_use]
-    pub fn is_dying(&self) -> bool {
-        self.pgmap.stage() != Pgmap::LIVE
-    }
-
-    /// Users now: pages in use, and guards. A guess while the mapping is live.
-    #[must_use]
-    pub fn users_now(&self) -> u64 {
-        if self.pgmap.stage() == Pgmap::REMOVED {
-            return 0;
-        }
-        self.users().count()
-    }
-
-    /// Takes a free frame of the device, with one reference, and one live reference on the mapping (REF-2). `None` if no
-    /// frame is free or the mapping is dying.
-    #[must_use]
-    pub fn alloc(&self) -> Option<Pfn> {
-        let guard = self.try_get()?;
-        let range = self.first_range();
-        let mut free = self.pgmap.free.lock();
-        let taken = free.take(&self.map, range.start(), range.count())?;
-        // The page keeps the guard's reference, until `put_page` finds it unused.
-        let _kept = ManuallyDrop::new(guard);
-        Some(taken)
-    }
-
-    /// Notes what the driver keeps about a page.
-    pub fn set_data(&self, pfn: Pfn, data: DeviceData) {
-        self.map.frame(pfn).set_private(data.0);
-    }
-
-    /// What the driver keeps about a page.
-    #[must_use]
-    pub fn data(&self, pfn: Pfn) -> DeviceData {
-        self.map.frame(pfn).data()
-    }
-
-    /// Drops a reference of a page. The last one gives the page back as its kind of memory demands (REF-3).
-    pub fn put_page(&self, pfn: Pfn) {
-        debug_assert!(self.contains(pfn), "{pfn:?} is not this device's");
-        if self.pgmap.put(&self.map, pfn) == Put::Last {
-            self.users().put();
-        }
-    }
-
-    /// Ends the mapping's life: lookups and allocations fail from here on. Who has pages of it keeps them.
-    ///
-    /// # Panics
-    ///
-    /// If another handle is taking the mapping away, or has: there is one teardown, and one who does it.
-    #[must_use = "a killed mapping has to be drained and removed"]
-    pub fn kill(self) -> Killed {
-        // Acquire: pairs with the release in `resurrect`, so that the count is killed after it was resurrected.
-        // Release: pairs with the acquire in `stage`. Relaxed on failure: nothing is read then.
-        let first = self.pgmap.stage.compare_exchange(
-            Pgmap::LIVE,
-            Pgmap::KILLED,
-            Ordering::AcqRel,
-            Ordering::Relaxed,
-        );
-        assert!(
-            first.is_ok(),
-            "a device mapping is taken away by one handle, once"
-        );
-        self.users().kill();
-        Killed { device: self }
-    }
-}
-
-/// A mapping that nobody can get any more, but that some still use.
-#[derive(Debug)]
-pub struct Killed {
-    device: DevPagemap,
-}
-
-/// Somebody still uses a mapping; everything is still usable by them.
-#[derive(Debug)]
-pub struct StillHeld {
-    /// The mapping, to try again.
-    pub killed: Killed,
-    /// How many pages and guards are left.
-    pub users: u64,
-}
-
-impl Killed {
-    /// The mapping.
-    #[must_use]
-    pub const fn device(&self) -> &DevPagemap {
-        &self.device
-    }
-
-    /// Waits until nobody uses the mapping, at most `patience`.
-    ///
-    /// # Errors
-    ///
-    /// [`StillHeld`] when the patience ends.
-    pub fn drain(self, patience: Option<Duration>) -> Result<Drained, StillHeld> {
-        if self.device.users().wait_for_zero(patience) {
-            // INVARIANT: dead and at zero, so it stays at zero.
-            return Ok(Drained {
-                device: self.device,
-            });
-        }
-        let users = self.device.users_now();
-        Err(StillHeld {
-            killed: self,
-            users,
-        })
-    }
-
-    /// Gives the mapping its life back.
-    #[must_use]
-    pub fn resurrect(self) -> DevPagemap {
-        self.device.users().resurrect();
-        // Release: pairs with the acquires in `kill` and `stage`.
-        self.device
-            .pgmap
-            .stage
-            .store(Pgmap::LIVE, Ordering::Release);
-        self.device
-    }
-}
-
-/// A mapping that nobody uses.
-///
-/// # Invariants
-///
-/// Its count of users is dead and at zero.
-#[derive(Debug)]
-pub struct Drained {
-    device: DevPagemap,
-}
-
-impl Drained {
-    /// The mapping.
-    #[must_use]
-    pub const fn device(&self) -> &DevPagemap {
-        &self.device
-    }
-
-    /// Takes the frames away from the device.
-    pub fn remove(self) {
-        let DevPagemap { map, pgmap } = self.device;
-        let _hotplug = map.mem_hotplug_begin();
-        let mut resources = map.resources.lock();
-        map.publish(&pgmap, 0);
-        // Release: pairs with the acquire in `stage`.
-        pgmap.stage.store(Pgmap::REMOVED, Ordering::Release);
-        let entry = &map.entries[usize::from(pgmap.entry)];
-        // SAFETY: by the type invariant nobody uses the entry, nor can anybody begin to; we hold the lock of `resources`.
-        unsafe { *entry.pgmap.get() = None };
-        resources.remove(pgmap.entry);
-    }
 }
 
 #[cfg(all(test, not(any(loom, shuttle))))]

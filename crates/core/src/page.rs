@@ -3,7 +3,7 @@
 //! Everything about a frame that must agree lives in one 64-bit atomic, and every transition is one
 //! compare-exchange. `docs/lifecycle.md` draws it.
 
-use pgmap_sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use pgmap_sync::atomic::{AtomicU32, AtomicU64, Ordering, spin_loop};
 
 use crate::driver::DeviceData;
 use crate::vmemmap::Zeroable;
@@ -24,18 +24,25 @@ use crate::vmemmap::Zeroable;
 #[derive(Debug, Default)]
 #[repr(C)]
 pub struct Frame {
-    state: AtomicU64,        // A: one compare-exchange per transition
-    private: AtomicU64,      // O: whoever owns the frame (holds its entry's lock)
-    mapping: AtomicU64,      // O
-    link: AtomicU32,         // O; while the frame is free, its allocator's lock
-    _order_flags: AtomicU32, // nobody yet: compound frames
+    state: AtomicU64,   // A: one compare-exchange per transition
+    private: AtomicU64, // O: whoever owns the frame (holds its entry's lock)
+    mapping: AtomicU64, // O
+    link: AtomicU32,    // O; while the frame is free, its allocator's lock
+    _spare: AtomicU32,  // nobody yet
 }
 
 #[cfg(not(any(loom, shuttle)))]
 const _: () = assert!(size_of::<Frame>() == 32, "a frame is 32 bytes");
 
 // SAFETY: a frame is made of atomic integers; zero is its free state; it needs no drop.
-unsafe impl Zeroable for Frame {}
+unsafe impl Zeroable for Frame {
+    fn zero(&self) {
+        self.state.zero();
+        self.private.zero();
+        self.mapping.zero();
+        self.link.zero();
+    }
+}
 
 const REF: u64 = 1;
 const REFS: u64 = (1 << 24) - 1;
@@ -43,6 +50,9 @@ const PIN: u64 = 1 << 24;
 const PINS: u64 = ((1 << 20) - 1) << 24;
 const FROZEN: u64 = 1 << 44;
 const POISONED: u64 = 1 << 45;
+
+/// How often a get that finds the frame claimed looks again. A first get claims it for a few stores.
+const CLAIM_SPINS: u32 = if cfg!(any(loom, shuttle)) { 4 } else { 10_000 };
 
 /// As many references or pins as can be counted (REF-5): somebody leaks them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -58,6 +68,16 @@ pub enum GetError {
     /// See [`TooMany`].
     #[error(transparent)]
     TooMany(#[from] TooMany),
+}
+
+/// Whether a reference is the only one of its frame.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use = "who takes the first reference answers for the frame's device (REF-2)"]
+pub enum Got {
+    /// The frame was free.
+    First,
+    /// Others have it too.
+    Another,
 }
 
 /// Whether a reference was the last hold on a frame.
@@ -80,12 +100,50 @@ impl Frame {
             .compare_exchange(0, REF, Ordering::Acquire, Ordering::Relaxed)
             .is_ok();
         if taken {
-            // Relaxed: the frame is ours alone until its number is published under somebody's lock.
-            self.private.store(0, Ordering::Relaxed);
-            self.mapping.store(0, Ordering::Relaxed);
-            self.link.store(0, Ordering::Relaxed);
+            self.forget();
         }
         taken
+    }
+
+    /// Takes a reference to a frame that may be free, or in use by others: who comes first finds nothing carried over
+    /// (REF-4), and those who come meanwhile wait for that. The frame must be on no allocator's list.
+    ///
+    /// # Errors
+    ///
+    /// [`GetError::NotLive`] if it is claimed, only pinned, or its bytes are lost; [`GetError::TooMany`].
+    pub fn get_or_allocate(&self) -> Result<Got, GetError> {
+        let mut result = Err(GetError::NotLive);
+        for _ in 0..CLAIM_SPINS {
+            result = self.try_get().map(|()| Got::Another);
+            if result != Err(GetError::NotLive) {
+                return result;
+            }
+            if self.freeze(0) {
+                self.forget();
+                self.unfreeze(1);
+                return Ok(Got::First);
+            }
+            if self.is_stuck() {
+                break;
+            }
+            spin_loop();
+        }
+        result
+    }
+
+    /// Whether waiting makes the frame neither free nor live: it is only pinned, or free and poisoned.
+    fn is_stuck(&self) -> bool {
+        // Relaxed: a snapshot; who acts on it acts on the state word.
+        let state = self.state.load(Ordering::Relaxed);
+        state != 0 && state & (REFS | FROZEN) == 0
+    }
+
+    /// Forgets what the last user left. The frame is ours alone.
+    fn forget(&self) {
+        // Relaxed: who gets the frame after us sees this through its state, or the lock under which its number is published.
+        self.private.store(0, Ordering::Relaxed);
+        self.mapping.store(0, Ordering::Relaxed);
+        self.link.store(0, Ordering::Relaxed);
     }
 
     /// Takes a reference to a live frame.
@@ -206,6 +264,19 @@ impl Frame {
     pub fn is_poisoned(&self) -> bool {
         // Relaxed: a flag that stands alone.
         self.state.load(Ordering::Relaxed) & POISONED != 0
+    }
+
+    /// Says that the frame has good bytes again: whoever had lost them has written new ones (WB-6).
+    pub fn heal(&self) {
+        // Release: pairs with the acquire of the next get, so that the new bytes are seen.
+        self.state.fetch_and(!POISONED, Ordering::Release);
+    }
+
+    /// Whether nobody holds, pins or claims the frame.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        // Acquire: pairs with the release of the last put, so that what the last holder wrote is seen.
+        self.state.load(Ordering::Acquire) & (REFS | PINS | FROZEN) == 0
     }
 
     /// Whether somebody has the frame pinned. No false positives (REF-5).
@@ -377,5 +448,31 @@ mod tests {
         assert!(frame.is_poisoned());
         assert_eq!(frame.put(), Put::Last);
         assert!(!frame.allocate());
+    }
+
+    /// REF-2, REF-4: the first reference of a given frame says so and finds nothing; a frame that is only pinned is nobody's.
+    #[test]
+    fn the_first_get_of_a_given_frame_finds_nothing() {
+        let frame = Frame::default();
+        assert_eq!(frame.get_or_allocate(), Ok(Got::First));
+        frame.set_mapping(7);
+        frame.try_pin().unwrap();
+        assert_eq!(frame.get_or_allocate(), Ok(Got::Another));
+        assert_eq!((frame.put(), frame.put()), (Put::Held, Put::Held));
+        assert_eq!(frame.get_or_allocate(), Err(GetError::NotLive));
+        assert_eq!(frame.unpin(), Put::Last);
+        assert_eq!(frame.get_or_allocate(), Ok(Got::First));
+        assert_eq!(frame.mapping(), 0);
+    }
+
+    /// WB-6: a frame whose bytes were written anew can be had again.
+    #[test]
+    fn a_healed_frame_can_be_had_again() {
+        let frame = Frame::default();
+        frame.poison();
+        assert_eq!(frame.get_or_allocate(), Err(GetError::NotLive));
+        frame.heal();
+        assert_eq!(frame.get_or_allocate(), Ok(Got::First));
+        assert!(!frame.is_idle() && !frame.is_poisoned());
     }
 }

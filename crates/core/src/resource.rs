@@ -356,6 +356,19 @@ impl Resources {
         Ok(())
     }
 
+    /// How many frames of a range are System RAM.
+    pub(crate) fn ram_frames(&self, range: PfnRange) -> u64 {
+        let (mut ram, mut other) = (0, 0);
+        let is_ram = |resource: &Resource| resource.is(Flags::SYSTEM_RAM, Descriptor::None);
+        count(
+            &self.tree.roots,
+            range,
+            &is_ram,
+            &mut (&mut ram, &mut other),
+        );
+        ram
+    }
+
     /// Enters a range as System RAM.
     pub(crate) fn enter_ram(&mut self, range: PfnRange) -> Result<(), MapError> {
         if let Some(other) = self.tree.first_busy(whole(range)) {

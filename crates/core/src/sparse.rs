@@ -9,8 +9,8 @@ use crate::addr::{Pfn, PfnRange};
 
 /// Frames of a section: 128 MiB.
 pub const SECTION_FRAMES: u64 = 1 << 15;
-/// Frames of a sub-section, the granularity of device mappings: 2 MiB (MAP-4).
-pub const SUBSECTION_FRAMES: u64 = 1 << 9;
+/// Frames of a sub-section, the granularity of device mappings: 2 MiB (MAP-4). Models have small ones.
+pub const SUBSECTION_FRAMES: u64 = if cfg!(any(loom, shuttle)) { 8 } else { 512 };
 /// A budget has at least so many blocks, if it has as many sub-sections.
 const BLOCKS_OF_A_BUDGET: u64 = 8;
 

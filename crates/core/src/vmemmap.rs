@@ -3,10 +3,12 @@
 #[cfg(any(loom, shuttle))]
 use alloc::vec::Vec;
 #[cfg(any(loom, shuttle))]
-use core::ops::Index;
+use core::ops::{Index, Range};
 
-use pgmap_sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
+use pgmap_sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 
+#[cfg(any(loom, shuttle))]
+use crate::platform::{BackError, DevicePages};
 use crate::platform::{OutOfAddressSpace, Platform};
 
 /// Types of which zeroed memory is a value that many threads may share.
@@ -14,15 +16,27 @@ use crate::platform::{OutOfAddressSpace, Platform};
 /// # Safety
 ///
 /// All-zero bytes are a valid value, the value may be shared between threads, and it needs no drop.
-pub unsafe trait Zeroable: Sync {}
+pub unsafe trait Zeroable: Sync {
+    /// Makes the value zero again. A value that is zero is not written to, so that memory is not used for it.
+    fn zero(&self);
+}
 
-// SAFETY: an atomic integer has the layout of its integer, is shareable, and needs no drop. (The models' atomics
-// are more than that: there a slice is an ordinary vector.)
-unsafe impl Zeroable for AtomicU64 {}
-// SAFETY: as above.
-unsafe impl Zeroable for AtomicU32 {}
-// SAFETY: as above.
-unsafe impl Zeroable for AtomicU8 {}
+macro_rules! zeroable {
+    ($($atomic:ty),+) => {$(
+        // SAFETY: an atomic integer has the layout of its integer, is shareable, and needs no drop. (The models' atomics
+        // are more than that: there a slice is an ordinary vector.)
+        unsafe impl Zeroable for $atomic {
+            fn zero(&self) {
+                // Relaxed: who takes the value away from its users, and gives it to others, orders this.
+                if self.load(Ordering::Relaxed) != 0 {
+                    self.store(0, Ordering::Relaxed);
+                }
+            }
+        }
+    )+};
+}
+
+zeroable!(AtomicU64, AtomicU32, AtomicU8);
 
 /// A slice of zeroed values; in the models, whose atomics are more than their bytes, an ordinary vector.
 #[cfg(any(loom, shuttle))]
@@ -42,6 +56,24 @@ impl<T: Zeroable + Default> ZeroedSlice<T> {
 }
 
 #[cfg(any(loom, shuttle))]
+impl<T: Zeroable> ZeroedSlice<T> {
+    /// Makes values zero again.
+    pub(crate) fn clear(&self, range: Range<usize>) {
+        self.0[range].iter().for_each(T::zero);
+    }
+
+    /// Pretends that values live on a device.
+    pub(crate) unsafe fn back(&self, _: Range<usize>, _: DevicePages) -> Result<(), BackError> {
+        Ok(())
+    }
+
+    /// Ends the pretence.
+    pub(crate) unsafe fn unback(&self, _: Range<usize>) -> Result<(), BackError> {
+        Ok(())
+    }
+}
+
+#[cfg(any(loom, shuttle))]
 impl<T: Zeroable> Index<usize> for ZeroedSlice<T> {
     type Output = T;
 
@@ -57,10 +89,14 @@ pub use reserved::ZeroedSlice;
 mod reserved {
     use core::fmt;
     use core::marker::PhantomData;
-    use core::ops::Index;
+    use core::ops::{Index, Range};
     use core::ptr::NonNull;
 
     use super::{OutOfAddressSpace, Platform, Zeroable};
+    use crate::platform::{BackError, DevicePages};
+
+    /// What the platform discards and replaces: whole pages of this many bytes, a multiple of every machine's page.
+    const GRAIN_BYTES: usize = 16 << 10;
 
     /// A slice of zeroed values in memory that the platform reserves.
     ///
@@ -101,6 +137,61 @@ mod reserved {
                 platform,
                 owned: PhantomData,
             })
+        }
+    }
+
+    impl<T: Zeroable> ZeroedSlice<T> {
+        /// Makes values zero again, giving back the memory that they took.
+        pub(crate) fn clear(&self, range: Range<usize>) {
+            let (memory, bytes) = self.bytes(&range);
+            // SAFETY: `bytes` answers whole pages of our one reservation, and the caller wants zeros there.
+            let discarded = bytes > 0 && unsafe { self.platform.discard(memory, bytes) };
+            if !discarded {
+                range.for_each(|index| self[index].zero());
+            }
+        }
+
+        /// Lets values live on a device (MAP-8).
+        ///
+        /// # Safety
+        ///
+        /// Nobody uses the values, or needs what is in them. The device's pages are all zeros, and nobody else uses them
+        /// until [`unback`](Self::unback).
+        pub(crate) unsafe fn back(
+            &self,
+            range: Range<usize>,
+            pages: DevicePages,
+        ) -> Result<(), BackError> {
+            let (memory, bytes) = self.bytes(&range);
+            // SAFETY: `bytes` answers whole pages of our one reservation; the rest is this function's contract. Zeros are
+            // valid values of `T`, so the type invariant holds afterwards.
+            unsafe { self.platform.back(memory, bytes, pages) }
+        }
+
+        /// Lets values live in the platform's memory again, where they are zero.
+        ///
+        /// # Safety
+        ///
+        /// One call of [`back`](Self::back) had this range, and nobody needs what is in it.
+        pub(crate) unsafe fn unback(&self, range: Range<usize>) -> Result<(), BackError> {
+            let (memory, bytes) = self.bytes(&range);
+            // SAFETY: by this function's contract. Zeros are valid values of `T`.
+            unsafe { self.platform.unback(memory, bytes) }
+        }
+
+        /// Where values are, and how many bytes they take: whole grains, or no bytes.
+        fn bytes(&self, range: &Range<usize>) -> (NonNull<u8>, usize) {
+            assert!(
+                range.start <= range.end && range.end <= self.len,
+                "{range:?} of {}",
+                self.len
+            );
+            // SAFETY: just checked: the sum stays inside the one reservation, or at its end.
+            let memory = unsafe { self.start.add(range.start) };
+            let bytes = (range.end - range.start) * size_of::<T>();
+            let offset = range.start * size_of::<T>();
+            let whole = offset.is_multiple_of(GRAIN_BYTES) && bytes.is_multiple_of(GRAIN_BYTES);
+            (memory.cast(), if whole { bytes } else { 0 })
         }
     }
 

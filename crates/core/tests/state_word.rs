@@ -14,7 +14,7 @@ use loom::cell::UnsafeCell;
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
-use pgmap_core::page::{Frame, Put};
+use pgmap_core::page::{Frame, Got, Put};
 
 /// A frame, and the bytes that its state protects: loom panics if they are written while anybody uses them.
 struct Framed {
@@ -176,6 +176,54 @@ fn the_last_unpin_frees_what_its_owner_let_go() {
             shared.bytes.with_mut(|_| ());
         }
         assert!(mine != pinner.join().unwrap(), "one of them frees it");
+    });
+}
+
+/// REF-2, REF-4: of two who want a free frame by its number one is the first, the other shares it, and what either notes there is kept.
+#[test]
+fn one_of_two_first_gets_is_the_first() {
+    loom::model(|| {
+        let shared = framed();
+        shared.frame.set_mapping(7);
+        assert_eq!(shared.frame.put(), Put::Last);
+        let get = |shared: &Framed| {
+            let got = shared.frame.get_or_allocate();
+            if got.is_ok() {
+                assert_ne!(shared.frame.mapping(), 7, "the last user's");
+                shared.frame.set_mapping(1);
+                assert_eq!(shared.frame.mapping(), 1, "forgotten");
+            }
+            got
+        };
+        let other = {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || get(&shared))
+        };
+        let gots = [get(&shared), other.join().unwrap()];
+        assert_eq!(shared.frame.mapping(), 1, "forgotten");
+        let firsts = gots.iter().filter(|got| **got == Ok(Got::First)).count();
+        assert_eq!(firsts, 1, "{gots:?}");
+    });
+}
+
+/// REF-2: a last put against a get by number: each first has its last, so that the device's references balance.
+#[test]
+fn every_first_get_has_its_last_put() {
+    loom::model(|| {
+        let shared = framed();
+        let getter = {
+            let shared = Arc::clone(&shared);
+            thread::spawn(move || {
+                let got = shared.frame.get_or_allocate();
+                let first = u32::from(got == Ok(Got::First));
+                let last = u32::from(got.is_ok() && shared.frame.put() == Put::Last);
+                (first, last)
+            })
+        };
+        let last = u32::from(shared.frame.put() == Put::Last);
+        let theirs = getter.join().unwrap();
+        assert_eq!(1 + theirs.0, last + theirs.1, "firsts and lasts");
+        assert!(shared.frame.is_idle());
     });
 }
 

@@ -13,6 +13,7 @@ pub mod mmu;
 pub mod platform;
 pub mod probe;
 mod protection;
+pub mod remap;
 mod restricted;
 pub mod shared;
 pub mod thread;

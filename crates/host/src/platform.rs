@@ -2,8 +2,11 @@
 
 use core::ptr::{self, NonNull};
 
-use pgmap_core::platform::{OutOfAddressSpace, Platform};
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use std::os::fd::BorrowedFd;
+
+use pgmap_core::platform::{BackError, DevicePages, OutOfAddressSpace, Platform};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use rustix::thread::{MembarrierCommand, membarrier};
 use rustix::time::{ClockId, clock_gettime};
 
@@ -11,13 +14,19 @@ use rustix::time::{ClockId, clock_gettime};
 #[derive(Clone, Copy, Debug)]
 pub struct HostPlatform;
 
-// SAFETY: a fresh anonymous mapping is zeroed, aligned to a page, and nobody else's until it is unmapped.
+const TABLE: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
+
+fn refused(errno: Errno) -> BackError {
+    BackError::Refused(errno.raw_os_error())
+}
+
+// SAFETY: a fresh anonymous mapping is zeroed, aligned to a page, and nobody else's until it is unmapped. What replaces a part of
+// it in `back` and `unback` may be read and written too, and is put there in one step.
 unsafe impl Platform for HostPlatform {
     fn reserve_zeroed(&self, bytes: usize) -> Result<NonNull<u8>, OutOfAddressSpace> {
-        let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
-        let start = unsafe { mmap_anonymous(ptr::null_mut(), bytes, protection, flags) };
+        let start = unsafe { mmap_anonymous(ptr::null_mut(), bytes, TABLE, flags) };
         start
             .ok()
             .and_then(|start| NonNull::new(start.cast()))
@@ -27,6 +36,35 @@ unsafe impl Platform for HostPlatform {
     unsafe fn release(&self, memory: NonNull<u8>, bytes: usize) {
         // SAFETY: by this function's contract the mapping came from `reserve_zeroed` and nobody uses it.
         let _ = unsafe { munmap(memory.as_ptr().cast(), bytes) };
+    }
+
+    unsafe fn discard(&self, memory: NonNull<u8>, bytes: usize) -> bool {
+        // SAFETY: by this function's contract the pages are a reservation's, and nobody needs what is in them.
+        unsafe { madvise(memory.as_ptr().cast(), bytes, Advice::LinuxDontNeed) }.is_ok()
+    }
+
+    unsafe fn back(
+        &self,
+        memory: NonNull<u8>,
+        bytes: usize,
+        pages: DevicePages,
+    ) -> Result<(), BackError> {
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: by this function's contract the device's pages exist, so its descriptor is open.
+        let file = unsafe { BorrowedFd::borrow_raw(pages.file.0) };
+        let (start, offset) = (memory.as_ptr().cast(), pages.offset_bytes);
+        // SAFETY: by this function's contract the pages that are replaced are a reservation's, and nobody needs what is in
+        // them.
+        let mapped = unsafe { mmap(start, bytes, TABLE, flags, file, offset) };
+        mapped.map(drop).map_err(refused)
+    }
+
+    unsafe fn unback(&self, memory: NonNull<u8>, bytes: usize) -> Result<(), BackError> {
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
+        // SAFETY: by this function's contract the pages that are replaced are what `back` mapped into a reservation, and
+        // nobody needs what is in them.
+        let mapped = unsafe { mmap_anonymous(memory.as_ptr().cast(), bytes, TABLE, flags) };
+        mapped.map(drop).map_err(refused)
     }
 
     fn now_ns(&self) -> u64 {

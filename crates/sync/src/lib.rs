@@ -5,6 +5,7 @@
 #![cfg_attr(not(any(feature = "std", loom, shuttle, test)), no_std)]
 
 pub mod atomic;
+pub mod cell;
 mod mutex;
 mod percpu_ref;
 mod rw_sem;

@@ -18,7 +18,7 @@
 use core::time::Duration;
 
 use crate::WaitQueue;
-use crate::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 
 /// Slots; threads beyond this many share.
 #[cfg(not(any(loom, shuttle)))]
@@ -35,7 +35,7 @@ struct Slot(AtomicU64);
 /// # Invariants
 ///
 /// The wrapping sum of all slots is the number of gets that succeeded less the number of puts, except that a get
-/// which finds the count dead adds and subtracts one within itself, in one slot.
+/// which finds the count dead adds and subtracts as many within itself, in one slot.
 ///
 /// Hence [`count`](Self::count), which reads the slots one after the other, is never too low once the count is dead: no get
 /// succeeds any more, so that a slot read early misses puts only. (To count users up without looking at `dead` would
@@ -76,23 +76,45 @@ impl PercpuRef {
     /// Adds a user, unless the count has been killed.
     #[must_use]
     pub fn try_get_live(&self) -> bool {
-        self.add(1);
+        self.try_get_live_many(1)
+    }
+
+    /// Adds `count` users at once, unless the count has been killed: all of them or none.
+    #[must_use]
+    pub fn try_get_live_many(&self, count: u64) -> bool {
+        self.add(count);
         barrier::light();
         // Ordered after the addition by the barrier, which pairs with the heavy one in `kill`: either we see `dead`, or
         // `kill` sees our addition. Acquire: pairs with the release in `resurrect`.
         if !self.dead.load(Ordering::Acquire) {
             return true;
         }
-        self.put();
+        self.put_many(count);
         false
     }
 
     /// Takes a user away.
     pub fn put(&self) {
-        self.add(1_u64.wrapping_neg());
+        self.put_many(1);
+    }
+
+    /// Takes `count` users away at once.
+    pub fn put_many(&self, count: u64) {
+        self.add(count.wrapping_neg());
         barrier::light();
-        // Relaxed: the barrier orders it as in `try_get_live`, and nothing is read after it but the waiters.
+        // Relaxed: the barrier orders it as in `try_get_live_many`; what is read after it comes after a fence.
         if self.dead.load(Ordering::Relaxed) {
+            self.wake_if_drained();
+        }
+    }
+
+    /// Wakes who waits for zero, if this was the last put. A drain of many users wakes once, not once a user.
+    #[cold]
+    fn wake_if_drained(&self) {
+        // Pairs with itself in every other put of the dying count, and with the fence in `kill`: of two puts that are the
+        // last, each in its own slot, at least one sees both.
+        fence(Ordering::SeqCst);
+        if self.count() == 0 {
             self.drained.wake_all();
         }
     }

@@ -157,3 +157,77 @@ fn with_fences_no_user_is_missed() {
 fn without_fences_a_missed_user_is_found() {
     get_against_kill(|| ());
 }
+
+/// REF-2: users that come and go many at once are counted as many, and the last put of several ends the drain.
+#[test]
+fn the_last_of_two_puts_of_many_ends_the_drain() {
+    let mut model = loom::model::Builder::new();
+    // As above.
+    model.preemption_bound = Some(3);
+    model.check(|| {
+        let users = Arc::new(PercpuRef::new());
+        let treasure = Arc::new(UnsafeCell::new(0u64));
+        assert!(users.try_get_live_many(5));
+        let others = [2, 3].map(|count| {
+            let (users, treasure) = (Arc::clone(&users), Arc::clone(&treasure));
+            thread::spawn(move || {
+                treasure.with(|_| ());
+                users.put_many(count);
+            })
+        });
+        users.kill();
+        assert!(!users.try_get_live_many(2));
+        assert!(users.wait_for_zero(None));
+        treasure.with_mut(|_| ());
+        for other in others {
+            other.join().unwrap();
+        }
+    });
+}
+
+/// MAP-6: many users that are had while the count dies are all there, or none is.
+#[test]
+fn many_users_are_had_together_or_not_at_all() {
+    loom::model(|| {
+        let users = Arc::new(PercpuRef::new());
+        let user = {
+            let users = Arc::clone(&users);
+            thread::spawn(move || users.try_get_live_many(3))
+        };
+        users.kill();
+        let got = user.join().unwrap();
+        assert_eq!(users.count(), if got { 3 } else { 0 });
+    });
+}
+
+/// Two puts of a dying count, each in its own slot, with the fence of `wake_if_drained` or without it. (Under loom every put has the
+/// fence that the machine has only while a count is killed, so `PercpuRef` itself would not miss it.)
+fn two_last_puts(fence: fn()) {
+    loom::model(move || {
+        let slots = Arc::new([AtomicU64::new(1), AtomicU64::new(1)]);
+        let put = move |slots: &[AtomicU64; 2], mine: usize| {
+            slots[mine].store(0, Ordering::Release);
+            fence();
+            slots.iter().all(|slot| slot.load(Ordering::Acquire) == 0)
+        };
+        let other = {
+            let slots = Arc::clone(&slots);
+            thread::spawn(move || put(&slots, 1))
+        };
+        let woke = put(&slots, 0);
+        assert!(other.join().unwrap() || woke, "nobody woke the drain");
+    });
+}
+
+/// Of two last puts at least one wakes who drains.
+#[test]
+fn with_a_fence_a_last_put_wakes() {
+    two_last_puts(|| fence(Ordering::SeqCst));
+}
+
+/// The seeded bug: without the fence a drain that nobody wakes is found.
+#[test]
+#[should_panic = "nobody woke the drain"]
+fn without_a_fence_a_lost_wake_up_is_found() {
+    two_last_puts(|| ());
+}

@@ -19,7 +19,7 @@ use super::table::{Row, Table, Want, median};
 
 const LOOPS: u32 = 1 << 21;
 /// Frames that lookups go round.
-const FRAMES: usize = 4096;
+const FRAMES: u16 = 4096;
 const TIB_FRAMES: u64 = (1 << 40) / PAGE_SIZE as u64;
 
 static PLATFORM: HostPlatform = HostPlatform;
@@ -70,7 +70,7 @@ fn row(what: &str, (ours, theirs): (f64, f64), want: Want) -> Row {
 }
 
 fn frame(map: &Arc<MemoryMap>, effort: Effort) -> anyhow::Result<Row> {
-    let ram = map.add_ram(FRAMES as u64)?;
+    let ram = map.add_ram(u64::from(FRAMES))?;
     let mut pfn = [Pfn::from_u32(0)];
     if ram.alloc(&mut pfn) != 1 {
         return Err(anyhow!("no frame"));
@@ -157,14 +157,14 @@ fn percpu(effort: Effort) -> Vec<Row> {
 
 fn lookups(map: &Arc<MemoryMap>, effort: Effort) -> anyhow::Result<Vec<Row>> {
     let start = Pfn::new(1 << 20).context("pfn")?;
-    let range = PfnRange::new(start, FRAMES as u64).context("range")?;
+    let range = PfnRange::new(start, u64::from(FRAMES)).context("range")?;
     let device = map.memremap_pages(&[range], MemoryType::Generic)?;
-    let order: Vec<_> = (0..FRAMES)
-        .map(|nth| (nth * 2_654_435_761) % FRAMES)
+    let order: Vec<_> = (0..usize::from(FRAMES))
+        .map(|nth| (nth * 2_654_435_761) % usize::from(FRAMES))
         .filter_map(|nth| start.checked_add(nth as u64))
         .collect();
-    let next = |nth: usize| order[nth % FRAMES];
-    let words = vec![1u64; FRAMES];
+    let next = |nth: usize| order[nth % order.len()];
+    let words = vec![1u64; usize::from(FRAMES)];
     let floor = || {
         per_call(|nth| {
             let index = next(nth).get() - start.get();
@@ -181,12 +181,38 @@ fn lookups(map: &Arc<MemoryMap>, effort: Effort) -> anyhow::Result<Vec<Row>> {
             black_box(map.get_dev_pagemap(next(nth)).is_some());
         })
     };
+    let page = || {
+        per_call(|nth| {
+            let pfn = next(nth);
+            // A page that nobody else has: the first get and the last put.
+            if device.get_page(pfn).is_ok() {
+                device.put_page(pfn);
+            }
+        })
+    };
+    let whole = || {
+        let begin = Instant::now();
+        for _ in 0..64 {
+            if device.get_pages(range).is_ok() {
+                device.put_pages(range);
+            }
+        }
+        begin.elapsed().as_secs_f64() * 1e9 / (64.0 * f64::from(FRAMES))
+    };
     let frame = by_turns(effort, frame, floor);
     let guard = by_turns(effort, guard, floor);
+    let page = by_turns(effort, page, floor);
+    let whole = by_turns(effort, whole, floor);
     remove(device)?;
     Ok(vec![
         row("PFN to frame", frame, Want::Below(2.0)),
         row("PFN to pgmap guard, and drop", guard, Want::Below(8.0)),
+        row(
+            "first get and last put of a device's page",
+            page,
+            Want::Below(60.0),
+        ),
+        row("the same in a batch, per page", whole, Want::Below(40.0)),
     ])
 }
 

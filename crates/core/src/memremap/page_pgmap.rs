@@ -7,8 +7,12 @@ use core::fmt;
 
 use crate::addr::Pfn;
 use crate::driver::PrivateOps;
-use crate::memremap::{Entry, MemoryMap, MemoryType, Pgmap};
 use crate::page::Put;
+
+use super::MemoryMap;
+use super::kind::MemoryType;
+use super::lookup::Entry;
+use super::pgmap::Pgmap;
 
 /// The device mapping of a page that is in use.
 ///
@@ -30,8 +34,7 @@ impl PagePgmap<'_> {
     /// Whether the device has this frame, too.
     #[must_use]
     pub fn contains(&self, pfn: Pfn) -> bool {
-        self.pgmap()
-            .is_some_and(|pgmap| pgmap.ranges.iter().any(|range| range.contains(pfn)))
+        self.pgmap().is_some_and(|pgmap| pgmap.has(pfn))
     }
 
     /// What a private device can do; `None` for memory of another kind.
@@ -39,14 +42,19 @@ impl PagePgmap<'_> {
     pub fn ops(&self) -> Option<&dyn PrivateOps> {
         match &self.pgmap()?.kind {
             MemoryType::Private(ops) => Some(&**ops),
-            MemoryType::FsDax(_) | MemoryType::Generic => None,
+            MemoryType::Coherent(_)
+            | MemoryType::FsDax(_)
+            | MemoryType::Generic
+            | MemoryType::P2pDma(_) => None,
         }
     }
 
     fn pgmap(&self) -> Option<&Pgmap> {
-        // SAFETY: by the type invariant the entry has a user, so by its own invariant nobody changes `pgmap`.
-        let pgmap = unsafe { &*self.entry.pgmap.get() };
-        pgmap.as_deref()
+        self.entry.pgmap.with(|pgmap| {
+            // SAFETY: by the type invariant the entry has a user, so by its own invariant nobody changes `pgmap`.
+            let pgmap = unsafe { &*pgmap };
+            pgmap.as_deref()
+        })
     }
 }
 
@@ -59,7 +67,7 @@ impl MemoryMap {
     #[doc(alias = "folio_pgmap")]
     #[must_use]
     pub unsafe fn page_pgmap(&self, pfn: Pfn) -> Option<PagePgmap<'_>> {
-        let entry = self.entry_of(pfn)?;
+        let entry = self.lookup.entry_of(pfn)?;
         // INVARIANT: by this function's contract; a page in use is one of its mapping's users.
         Some(PagePgmap { entry })
     }
@@ -67,17 +75,18 @@ impl MemoryMap {
     /// Drops a reference, which the caller holds, of a device's page. The last one gives the page back as its kind of
     /// memory demands (REF-3). Nothing if the frame is no device's.
     pub fn put_dev_page(&self, pfn: Pfn) {
-        let Some(entry) = self.entry_of(pfn) else {
+        let Some(entry) = self.lookup.entry_of(pfn) else {
             return;
         };
         // INVARIANT: the caller holds a reference of the page, and it is not given up before the borrow ends: the page's
         // user is taken away below.
         let page = PagePgmap { entry };
         debug_assert!(page.contains(pfn), "{pfn:?} is not in use");
-        if page
-            .pgmap()
-            .is_some_and(|pgmap| pgmap.put(self, pfn) == Put::Last)
-        {
+        let Some(pgmap) = page.pgmap() else {
+            return;
+        };
+        if self.frame(pfn).put() == Put::Last {
+            pgmap.free_page(self, pfn);
             entry.users.put();
         }
     }

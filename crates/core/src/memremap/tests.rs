@@ -4,8 +4,13 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
+mod frames;
+mod rollback;
+
+use core::time::Duration;
+
 use super::*;
-use crate::driver::{Latency, Load, Store, Usage};
+use crate::driver::{DeviceData, Latency, Load, Store, Usage};
 use crate::platform::HeapPlatform;
 
 /// A device that counts how often its pages are freed.
@@ -275,7 +280,7 @@ proptest! {
                 high <= start || end <= low
             });
             let mapped = map.memremap_pages(&[new], MemoryType::Generic);
-            prop_assert_eq!(mapped.is_ok(), free && model.len() < MAX_PGMAPS);
+            prop_assert_eq!(mapped.is_ok(), free && model.len() < usize::from(MAX_PGMAPS));
             if let Ok(device) = mapped {
                 model.insert(new.start().get(), (new, device));
             }
