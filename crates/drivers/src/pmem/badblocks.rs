@@ -110,13 +110,16 @@ impl BadBlocks {
 
     /// Which of the ranges share a sector with these.
     fn of(&self, sectors: &Range<u64>) -> Range<usize> {
+        if sectors.is_empty() {
+            return 0..0;
+        }
         let first = self
             .ranges
             .partition_point(|range| range.end <= sectors.start);
         let last = self
             .ranges
             .partition_point(|range| range.start < sectors.end);
-        first..last.max(first)
+        first..last
     }
 }
 

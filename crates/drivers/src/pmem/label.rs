@@ -367,7 +367,8 @@ mod tests {
             let mut bytes = label.encode(3).unwrap();
             let at = at % bytes.len();
             bytes[at] ^= change;
-            prop_assert!(Label::decode(&bytes).is_err_and(|_| true) || Label::decode(&bytes) == Ok((label, 3)));
+            let read = Label::decode(&bytes);
+            prop_assert!(read.is_err() || read == Ok((label, 3)));
         }
 
         /// What a label with a right checksum says is looked at all the same.
@@ -377,6 +378,7 @@ mod tests {
         ) {
             let mut bytes = label(3, &[5000..6000]).encode(3).unwrap();
             for (at, value) in forgeries {
+                let at = at % bytes.len();
                 forge(&mut bytes, at, value);
             }
             if let Ok((label, _)) = Label::decode(&bytes) {

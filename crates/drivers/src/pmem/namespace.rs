@@ -366,7 +366,7 @@ impl Space<'_> {
                 break;
             }
             let over = size + metadata - all;
-            // What is given up makes the metadata smaller, too; so this never gives up more than half again.
+            // Half of it has to go in any case, since metadata is far smaller than what it is about: never a unit too many.
             size -= (over / 2).next_multiple_of(unit).min(size);
         }
         size
@@ -420,7 +420,7 @@ mod tests {
         let one = place(&wanted, 1024 * MIB, &[]).unwrap();
         assert_eq!(
             one.metadata.end - one.metadata.start,
-            one.size_bytes() / 4096 * 32
+            (one.size_bytes() / 4096 * 32).next_multiple_of(4096)
         );
         assert!(one.metadata.end <= 1024 * MIB && one.size_bytes() > 1010 * MIB);
     }

@@ -308,6 +308,12 @@ impl Region {
         self.state.lock().label().namespaces.clone()
     }
 
+    /// Its lost sectors, counted from its start.
+    #[must_use]
+    pub fn bad_blocks(&self) -> BadBlocks {
+        self.state.lock().label().bad.clone()
+    }
+
     /// A namespace in use.
     #[must_use]
     pub fn bound(&self, index: u32) -> Option<Arc<Pmem>> {
