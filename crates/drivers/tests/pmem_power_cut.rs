@@ -93,6 +93,10 @@ proptest! {
         };
         region.create_namespace(&small).unwrap();
         let pmem = region.bind(&small_map(), 0).unwrap();
+        // From here on a label is more than one sector, and can be torn.
+        for nth in 0..24 {
+            pmem.inject_error(200 * 512 + nth * 1024..200 * 512 + nth * 1024 + 1).unwrap();
+        }
         // What was said, and from which event on that is certain.
         let mut history = vec![(medium.events(), said(&region))];
         for change in &changes {
