@@ -1,8 +1,10 @@
 //! What the tests of persistent memory share: a machine without an operating system's frames, and clients.
 #![allow(dead_code, reason = "each test uses a part")]
 
+pub(crate) mod mapping;
 pub(crate) mod power;
 
+use std::process::Command;
 use std::sync::Arc;
 
 use pgmap_core::memremap::MemoryMap;
@@ -35,4 +37,26 @@ pub(crate) fn client(label: &'static str) -> Client {
         label: label.into(),
         pid: std::process::id(),
     }
+}
+
+/// Runs one test of this program again, as a process of its own that finds `value` in the variable `PGMAP_TEST_CHILD`;
+/// `before` is the command that starts it, if it needs one.
+pub(crate) fn child(test: &str, value: &str, before: &[&str]) -> Command {
+    let program = std::env::current_exe().unwrap();
+    let mut words = before
+        .iter()
+        .map(std::ffi::OsString::from)
+        .collect::<Vec<_>>();
+    words.push(program.into());
+    let mut command = Command::new(&words[0]);
+    command
+        .args(&words[1..])
+        .args([test, "--exact", "--nocapture"]);
+    command.env("PGMAP_TEST_CHILD", value);
+    command
+}
+
+/// What the parent of this process told it, if it is such a child.
+pub(crate) fn told() -> Option<String> {
+    std::env::var("PGMAP_TEST_CHILD").ok()
 }
