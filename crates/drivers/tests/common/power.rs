@@ -87,19 +87,17 @@ impl PowerCut {
             let Event::Write { offset, bytes } = event else {
                 continue;
             };
-            let mut at = 0;
-            while at < bytes.len() {
-                let end = ((offset + at) / SECTOR + 1) * SECTOR - offset;
-                let end = end.min(bytes.len());
-                let there = match mood {
-                    0 => true,
-                    1 => false,
-                    _ => dice.throw(2) == 0,
-                };
-                if nth < flushed || there {
-                    left[offset + at..offset + end].copy_from_slice(&bytes[at..end]);
-                }
-                at = end;
+            let mut there = |_: &usize| match mood {
+                _ if nth < flushed => true,
+                0 => true,
+                1 => false,
+                _ => dice.throw(2) == 0,
+            };
+            let sectors = offset / SECTOR..(offset + bytes.len()).div_ceil(SECTOR);
+            for sector in sectors.filter(|sector| there(sector)) {
+                let start = (sector * SECTOR).max(*offset);
+                let end = ((sector + 1) * SECTOR).min(offset + bytes.len());
+                left[start..end].copy_from_slice(&bytes[start - offset..end - offset]);
             }
         }
         left
