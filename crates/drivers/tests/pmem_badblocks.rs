@@ -1,10 +1,15 @@
 //! Lost blocks: noted, refused, mended, kept over a restart, and looked for.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+#![allow(
+    clippy::single_range_in_vec_init,
+    reason = "lists of one range are meant"
+)]
 
 mod common;
 
+use core::time::Duration;
 use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
 
 use common::power::PowerCut;
 use common::{client, map, open, small_map, spec};

@@ -1,10 +1,11 @@
 //! A namespace as a block device and as direct-access memory.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod common;
 
+use core::time::Duration;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
 
 use common::{client, map, open, spec};
 use pgmap_drivers::block::{Access, BlockDevice, BlockError, Contents, Zeros};

@@ -1,4 +1,5 @@
 //! An image on a file system that is full.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Images as people have them: fresh, locked, foreign, truncated, damaged.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod common;
 

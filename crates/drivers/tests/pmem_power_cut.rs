@@ -1,4 +1,5 @@
 //! Cutting the power at every store and flush.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! A client in another process maps a device that is taken away.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod common;
 

@@ -1,10 +1,12 @@
 //! Taking a namespace away from whoever uses it.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod common;
 
+use core::time::Duration;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use common::{client, map, open};
 use pgmap_core::addr::Pfn;

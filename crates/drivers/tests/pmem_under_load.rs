@@ -1,10 +1,12 @@
 //! Unbind under load, many times at random moments.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod common;
 
+use core::time::Duration;
 use std::sync::{Arc, RwLock};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use common::power::Dice;
 use common::{client, map, spec};
