@@ -40,11 +40,11 @@ fn zeros_are_holes_where_they_may_be() {
         format!("{},size=8M", image.display()),
     ] {
         let (_region, pmem) = open(&text);
-        pmem.write(0, &[7; 5 * 4096]).unwrap();
+        pmem.write(0, &vec![7; 5 * 4096]).unwrap();
         pmem.write_zeroes(4096..8192, Zeros::MayPunch).unwrap();
         pmem.write_zeroes(8192..3 * 4096, Zeros::KeepRoom).unwrap();
         pmem.discard(3 * 4096..4 * 4096).unwrap();
-        let mut bytes = [1; 5 * 4096];
+        let mut bytes = vec![1; 5 * 4096];
         pmem.read(0, &mut bytes).unwrap();
         assert!(
             bytes[4096..4 * 4096].iter().all(|byte| *byte == 0),

@@ -180,9 +180,8 @@ impl History {
                     may_be_lost &= *certain > cut;
                     may_be_well = true;
                     // Whoever finds it well after it was lost finds what mended it.
-                    if now.is_some() && self.was_lost_at(cut) {
-                        first = first.max(*version);
-                    }
+                    let mends = now.is_some() && self.was_lost_at(cut);
+                    first = first.max(usize::from(mends) * *version);
                 }
                 None | Some(_) => {}
             }
@@ -193,6 +192,26 @@ impl History {
                 let mut versions = self.versions[first..].iter();
                 may_be_well && versions.any(|(from, version)| *version == byte && *from <= cut)
             }
+        }
+    }
+
+    fn is_lost(&self) -> bool {
+        let last = self.lost.last();
+        last.is_some_and(|(.., mended)| mended.is_none())
+    }
+
+    fn write(&mut self, version: u8, before: usize, after: usize) {
+        self.versions.push((before, version));
+        if self.is_lost() {
+            let mends = self.versions.len() - 1;
+            self.lost.push((before, after, Some(mends)));
+            self.flushed.push((after, mends + 1));
+        }
+    }
+
+    fn lose(&mut self, before: usize, after: usize) {
+        if !self.is_lost() {
+            self.lost.push((before, after, None));
         }
     }
 
@@ -225,31 +244,15 @@ fn run(steps: &[Step], medium: &Arc<PowerCut>, blocks: &mut [History]) {
                     pmem.write(range.start, &bytes).map(|()| version)
                 };
                 let written = written.unwrap();
-                for block in
-                    &mut blocks[usize::try_from(*at).unwrap()..][..usize::try_from(*len).unwrap()]
-                {
-                    block.versions.push((before, written));
-                    let lost = block
-                        .lost
-                        .last()
-                        .is_some_and(|(.., mended)| mended.is_none());
-                    if lost {
-                        let mends = block.versions.len() - 1;
-                        block.lost.push((before, medium.events(), Some(mends)));
-                        block.flushed.push((medium.events(), mends + 1));
-                    }
-                }
+                let first = usize::try_from(*at).unwrap();
+                let written_to = blocks[first..]
+                    .iter_mut()
+                    .take(usize::try_from(*len).unwrap());
+                written_to.for_each(|block| block.write(written, before, medium.events()));
             }
             Step::Lose(at) => {
                 pmem.inject_error(at * 512..at * 512 + 1).unwrap();
-                let block = &mut blocks[usize::try_from(*at).unwrap()];
-                if block
-                    .lost
-                    .last()
-                    .is_none_or(|(.., mended)| mended.is_some())
-                {
-                    block.lost.push((before, medium.events(), None));
-                }
+                blocks[usize::try_from(*at).unwrap()].lose(before, medium.events());
             }
             Step::Flush => {
                 pmem.flush().unwrap();

@@ -47,13 +47,13 @@ fn a_pin_is_waited_for_and_named() {
             (holders.in_flight, holders.references, holders.holds.len()),
             (0, 2, 1)
         );
-        let hold = &holders.holds[0];
+        let pin_hold = &holders.holds[0];
         assert_eq!(
-            (hold.kind, hold.pid),
+            (pin_hold.kind, pin_hold.pid),
             (HoldKind::Pinned, std::process::id())
         );
-        assert_eq!(hold.holder.range, 4096..3 * 4096);
-        assert!(hold.age(holders.now_ns) >= Duration::from_millis(20));
+        assert_eq!(pin_hold.holder.range, 4096..3 * 4096);
+        assert!(pin_hold.age(holders.now_ns) >= Duration::from_millis(20));
         assert!(said.contains("a client (pid"), "{said}");
         still_works(&pmem);
         thread::scope(|scope| {

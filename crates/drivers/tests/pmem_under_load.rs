@@ -56,28 +56,23 @@ impl Load {
         let mut version = 0_u64;
         while self.goes_on() {
             let pmem = self.pmem();
-            for _ in 0..50 {
-                let block = dice.throw(there.len());
-                let offset = (writer * BLOCKS + block as u64) * 4096;
-                version += 1;
-                let bytes: Vec<u8> = version.to_le_bytes().repeat(512);
-                if done(pmem.write(offset, &bytes)) {
-                    there[block] = version;
-                }
-                let mut read = vec![0; 4096];
-                let answered = done(pmem.read(offset, &mut read));
-                let counter = if answered {
-                    &self.answered
-                } else {
-                    &self.refused
-                };
-                counter.fetch_add(1, Ordering::AcqRel);
-                if !answered {
-                    break;
-                }
-                assert_eq!(read, there[block].to_le_bytes().repeat(512));
+            let block = dice.throw(there.len());
+            let offset = (writer * BLOCKS + block as u64) * 4096;
+            version += 1;
+            let bytes: Vec<u8> = version.to_le_bytes().repeat(512);
+            if done(pmem.write(offset, &bytes)) {
+                there[block] = version;
             }
-            done(pmem.flush());
+            let mut read = vec![0; 4096];
+            if done(pmem.read(offset, &mut read)) {
+                assert_eq!(read, there[block].to_le_bytes().repeat(512));
+                self.answered.fetch_add(1, Ordering::AcqRel);
+            } else {
+                self.refused.fetch_add(1, Ordering::AcqRel);
+            }
+            if dice.throw(50) == 0 {
+                done(pmem.flush());
+            }
         }
     }
 
