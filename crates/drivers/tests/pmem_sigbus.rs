@@ -3,11 +3,13 @@
 
 mod common;
 
+use core::time::Duration;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Stdio;
+use std::time::Instant;
 
 use common::mapping::Mapping;
 use common::{child, client, map, open, told};
@@ -30,7 +32,9 @@ fn look_until_gone(path: &str) -> ! {
         mapping.store(at, 77);
     }
     println!("\nready");
-    while places.iter().all(|at| mapping.load(*at) == 77) {}
+    // Not for ever: the parent may have failed.
+    let end = Instant::now() + Duration::from_secs(60);
+    while places.iter().all(|at| mapping.load(*at) == 77) && Instant::now() < end {}
     std::process::exit(3);
 }
 

@@ -56,12 +56,13 @@ fn a_pin_is_waited_for_and_named() {
         assert!(pin_hold.age(holders.now_ns) >= Duration::from_millis(20));
         assert!(said.contains("a client (pid"), "{said}");
         still_works(&pmem);
+        let started = Instant::now();
         thread::scope(|scope| {
             scope.spawn(|| {
                 thread::sleep(Duration::from_millis(50));
                 drop(pin);
             });
-            let started = Instant::now();
+
             pmem.unbind(None, Afterwards::Keep, |_| ()).unwrap();
             assert!(started.elapsed() >= Duration::from_millis(40));
         });
