@@ -63,3 +63,20 @@ fn bytes_beyond_the_end_are_refused() {
     assert_eq!(frames.punch(&(MIB..MIB + 1)), Err(Errno::INVAL));
     assert_eq!(frames.write(u64::MAX, &[0; 2]), Err(Errno::INVAL));
 }
+
+/// Bytes taken away from the end on leave those before them; zeros that keep their room are data.
+#[test]
+fn a_part_is_revoked_and_a_part_is_zeroed() {
+    let frames = SharedFrames::memory("test", MIB).unwrap();
+    frames.write(0, &[7; 8192]).unwrap();
+    assert_eq!(frames.room_bytes(), Ok(8192));
+    match frames.zero(&(0..4096)) {
+        // tmpfs has no such call.
+        Ok(()) | Err(Errno::OPNOTSUPP) => {}
+        Err(errno) => panic!("{errno}"),
+    }
+    frames.revoke_from(4096).unwrap();
+    assert_eq!(frames.present_bytes(), Ok(4096));
+    assert_eq!(frames.read(0, &mut [0; 4096]), Ok(()));
+    assert_eq!(frames.read(4096, &mut [0; 1]), Err(Errno::IO));
+}

@@ -80,15 +80,15 @@ impl LabelArea {
             let present = medium.present_bytes()?.saturating_sub(slot.offset());
             let len = usize::try_from(present).map_or(SLOT_BYTES, |len| len.min(SLOT_BYTES));
             medium.read(slot.offset(), &mut bytes[..len])?;
+            let newest = best.as_ref().map_or(0, |best| best.sequence);
             match Label::decode(&bytes[..len]) {
+                Ok((_, sequence)) if best.is_some() && sequence <= newest => {}
                 Ok((label, sequence)) => {
-                    if best.as_ref().is_none_or(|best| best.sequence < sequence) {
-                        best = Some(Self {
-                            label,
-                            sequence,
-                            slot,
-                        });
-                    }
+                    best = Some(Self {
+                        label,
+                        sequence,
+                        slot,
+                    });
                 }
                 Err(LabelError::None) => {}
                 Err(LabelError::Version(version)) => return Err(AreaError::Version(version)),

@@ -145,7 +145,7 @@ fn free_range(map: &Arc<MemoryMap>, frames: u64) -> Result<Pfn, MapError> {
             }
             Err(MapError::Conflict(other)) => other.end(),
             Err(MapError::IntersectsRam(_)) => start + 1,
-            Err(error @ (MapError::NoRoom | MapError::RamTwice)) => return Err(error),
+            Err(error) => return Err(error),
         };
         start = in_the_way.max(start + 1).next_multiple_of(REGION_FRAMES);
     }

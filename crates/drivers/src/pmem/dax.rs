@@ -276,19 +276,21 @@ impl Dax {
 
     fn pin_all(&self, frames: PfnRange) -> Result<(), AccessError> {
         for (done, pfn) in each(frames, 1).enumerate() {
-            let pinned = self.hold(pfn).and_then(|()| {
-                let pinned = self.map.frame(pfn).try_pin();
-                pinned.map_err(|_| {
-                    self.pagemap.put_page(pfn);
-                    AccessError::TooMany
-                })
-            });
+            let pinned = self.pin_one(pfn);
             if let Err(error) = pinned {
                 each(frames, 1).take(done).for_each(|pfn| self.unpin(pfn));
                 return Err(error);
             }
         }
         Ok(())
+    }
+
+    fn pin_one(&self, pfn: Pfn) -> Result<(), AccessError> {
+        self.hold(pfn)?;
+        self.map.frame(pfn).try_pin().map_err(|_| {
+            self.pagemap.put_page(pfn);
+            AccessError::TooMany
+        })
     }
 
     fn unpin(&self, pfn: Pfn) {

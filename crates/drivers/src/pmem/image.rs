@@ -78,7 +78,10 @@ pub(crate) fn open(
         let path = path.to_owned();
         return Err(ImageError::TooSmall { path, has });
     }
-    let fd = open_or_create(path, size_bytes.is_some())?;
+    let fd = open_or_create(
+        path,
+        size_bytes.map_or(Create::Never, |_| Create::IfMissing),
+    )?;
     let stat = fs::fstat(&fd).map_err(failed("looked at"))?;
     regular(path, FileType::from_raw_mode(stat.st_mode))?;
     match fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
@@ -109,7 +112,14 @@ pub(crate) fn open(
     SharedFrames::of_file(fd, has).map_err(failed("mapped"))
 }
 
-fn open_or_create(path: &Path, may_create: bool) -> Result<OwnedFd, ImageError> {
+/// Whether a file is made where there is none.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Create {
+    IfMissing,
+    Never,
+}
+
+fn open_or_create(path: &Path, create: Create) -> Result<OwnedFd, ImageError> {
     // Not to wait for the other end of a pipe; files do not care.
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     let failed = |errno| ImageError::Io {
@@ -118,7 +128,7 @@ fn open_or_create(path: &Path, may_create: bool) -> Result<OwnedFd, ImageError> 
         errno,
     };
     match fs::open(path, flags, Bits::empty()) {
-        Err(Errno::NOENT) if may_create => {}
+        Err(Errno::NOENT) if create == Create::IfMissing => {}
         Err(Errno::NOENT) => return Err(ImageError::Missing(path.to_owned())),
         Err(Errno::ISDIR) => {
             regular(path, FileType::Directory)?;

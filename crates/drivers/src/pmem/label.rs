@@ -363,11 +363,12 @@ mod tests {
         /// A label of which any byte was changed is refused, or says the same.
         #[test]
         fn a_changed_label_is_refused(at in 0_usize..1024, change in 1_u8..) {
-            let label = label(4, &[5000..6000]);
+            let label = label(4, &[4096..4097, 5000..6000]);
             let mut bytes = label.encode(3).unwrap();
             let at = at % bytes.len();
             bytes[at] ^= change;
-            prop_assert!(Label::decode(&bytes).is_err_and(|_| true) || Label::decode(&bytes) == Ok((label, 3)));
+            let read = Label::decode(&bytes);
+            prop_assert!(read.is_err() || read == Ok((label, 3)));
         }
 
         /// What a label with a right checksum says is looked at all the same.
@@ -375,8 +376,9 @@ mod tests {
         fn a_forged_label_never_panics_and_never_overlaps(
             forgeries in prop::collection::vec((0_usize..700, any::<u8>()), 1..4),
         ) {
-            let mut bytes = label(3, &[5000..6000]).encode(3).unwrap();
+            let mut bytes = label(3, &[4096..4097, 5000..6000]).encode(3).unwrap();
             for (at, value) in forgeries {
+                let at = at % bytes.len();
                 forge(&mut bytes, at, value);
             }
             if let Ok((label, _)) = Label::decode(&bytes) {

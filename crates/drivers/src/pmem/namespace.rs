@@ -20,7 +20,7 @@ const FRAME_METADATA_BYTES: u64 = 32;
 /// Most namespaces of a region.
 pub const MAX_NAMESPACES: usize = 255;
 /// Most bytes of a namespace's name.
-pub const MAX_NAME_BYTES: usize = 64;
+pub(super) const MAX_NAME_BYTES: usize = 64;
 
 /// What a namespace is for; the words are ndctl's.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -231,7 +231,8 @@ impl Namespace {
         if !wanted.size_bytes.is_none_or(sized) {
             return Err(NoNamespace::Size { align });
         }
-        let index = (0_u32..).find(|index| !others.iter().any(|other| other.index == *index));
+        let index =
+            (0_u32..=u32::MAX).find(|index| !others.iter().any(|other| other.index == *index));
         let index = index.filter(|_| others.len() < MAX_NAMESPACES);
         let index = index.ok_or(NoNamespace::TooMany)?;
         let space = Space {
@@ -366,7 +367,7 @@ impl Space<'_> {
                 break;
             }
             let over = size + metadata - all;
-            // What is given up makes the metadata smaller, too; so this never gives up more than half again.
+            // Half of it has to go in any case, since metadata is far smaller than what it is about: never a unit too many.
             size -= (over / 2).next_multiple_of(unit).min(size);
         }
         size
@@ -420,7 +421,7 @@ mod tests {
         let one = place(&wanted, 1024 * MIB, &[]).unwrap();
         assert_eq!(
             one.metadata.end - one.metadata.start,
-            one.size_bytes() / 4096 * 32
+            (one.size_bytes() / 4096 * 32).next_multiple_of(4096)
         );
         assert!(one.metadata.end <= 1024 * MIB && one.size_bytes() > 1010 * MIB);
     }

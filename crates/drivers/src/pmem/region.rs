@@ -16,13 +16,16 @@ use super::area::{AreaError, CommitError, LabelArea};
 use super::badblocks::BadBlocks;
 use super::device::Pmem;
 use super::image::{self, ImageError, LEAST_BYTES};
-use super::label::Label;
+use super::label::{Label, SLOT_BYTES};
 use super::medium::{Medium, is_zero};
 use super::namespace::{
     Activation, LABEL_AREA_BYTES, MapLocation, Mode, Namespace, NoNamespace, Wanted,
 };
 use super::spec::{Foreign, PmemSpec, Source};
 use super::uuid::Uuid;
+
+/// Bytes of both labels.
+const SLOTS_BYTES: u64 = 2 * SLOT_BYTES as u64;
 
 /// A region.
 #[derive(Debug)]
@@ -167,7 +170,13 @@ impl Region {
                 let bytes = frames.size_bytes();
                 match LabelArea::open(&frames) {
                     Err(AreaError::None) => {}
-                    _ => return Err(OpenError::Labelled(path.clone())),
+                    Err(error @ AreaError::Io(_)) => {
+                        let path = path.clone();
+                        return Err(OpenError::Label { path, error });
+                    }
+                    Ok(_) | Err(AreaError::Damaged(_) | AreaError::Version(_)) => {
+                        return Err(OpenError::Labelled(path.clone()));
+                    }
                 }
                 let labels = Labels::Unlabelled(whole(bytes)?);
                 let name = path.display().to_string();
@@ -214,6 +223,17 @@ impl Region {
                     && !is_zero(&*medium, 0..bytes).map_err(read)?;
                 if foreign {
                     return Err(OpenError::Foreign(path));
+                }
+                // A label is to be written on a full file system, too.
+                let room = medium
+                    .frames()
+                    .map(|frames| frames.allocate(&(0..SLOTS_BYTES)));
+                match room {
+                    None | Some(Ok(()) | Err(Errno::OPNOTSUPP)) => {}
+                    Some(Err(errno)) => {
+                        let error = CommitError::Io(errno);
+                        return Err(OpenError::Create { path, error });
+                    }
                 }
                 fresh(&*medium, bytes, spec)?
             }
@@ -306,6 +326,12 @@ impl Region {
     #[must_use]
     pub fn namespaces(&self) -> Vec<Namespace> {
         self.state.lock().label().namespaces.clone()
+    }
+
+    /// Its lost sectors, counted from its start.
+    #[must_use]
+    pub fn bad_blocks(&self) -> BadBlocks {
+        self.state.lock().label().bad.clone()
     }
 
     /// A namespace in use.

@@ -119,16 +119,7 @@ impl Pmem {
 
     /// The thread: passes until none is wanted.
     fn scrub_all(self: Arc<Self>) {
-        loop {
-            let pass = {
-                let mut passes = self.scrub.passes.lock();
-                if passes.begun == passes.wanted {
-                    passes.worker = Worker::Idle;
-                    break;
-                }
-                passes.begun += 1;
-                passes.begun
-            };
+        while let Some(pass) = self.next_pass() {
             let seen = self.scrub_once();
             let mut passes = self.scrub.passes.lock();
             if seen.is_err() {
@@ -140,6 +131,17 @@ impl Pmem {
             self.scrub.changed.wake_all();
         }
         self.scrub.changed.wake_all();
+    }
+
+    /// The pass that is wanted next; if none is, the thread is to end.
+    fn next_pass(&self) -> Option<u64> {
+        let mut passes = self.scrub.passes.lock();
+        if passes.begun == passes.wanted {
+            passes.worker = Worker::Idle;
+            return None;
+        }
+        passes.begun += 1;
+        Some(passes.begun)
     }
 
     fn scrub_once(&self) -> Result<(), ScrubError> {

@@ -1,0 +1,199 @@
+//! Taking a namespace away from whoever uses it.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod common;
+
+use core::time::Duration;
+use std::sync::Arc;
+use std::thread;
+use std::time::Instant;
+
+use common::{client, map, open};
+use pgmap_core::addr::Pfn;
+use pgmap_drivers::block::{BlockDevice, BlockError};
+use pgmap_drivers::pmem::{AccessError, Afterwards, HoldKind, Pmem, Sharing, UnbindError};
+
+const MIB: u64 = 1 << 20;
+const SOON: Option<Duration> = Some(Duration::from_millis(20));
+
+fn image(directory: &tempfile::TempDir) -> String {
+    format!("{},size=16M", directory.path().join("disk.img").display())
+}
+
+fn still_works(pmem: &Arc<Pmem>) {
+    pmem.write(0, &[1; 4096]).unwrap();
+    pmem.flush().unwrap();
+    pmem.direct_access(0, 1).unwrap();
+    drop(pmem.pin(0..4096, client("again")).unwrap());
+    drop(
+        pmem.map(0..2 * MIB, Sharing::Shared, client("again"))
+            .unwrap(),
+    );
+}
+
+/// PMEM-2, MAP-6: at the deadline the error names who pins, where and for how long; and everything works as before.
+#[test]
+fn a_pin_is_waited_for_and_named() {
+    let directory = tempfile::tempdir().unwrap();
+    for text in ["memory,size=8M".to_owned(), image(&directory)] {
+        let (_region, pmem) = open(&text);
+        let pin = pmem.pin(4096..3 * 4096, client("a client")).unwrap();
+        let held = pmem.unbind(SOON, Afterwards::Keep, |_| ()).unwrap_err();
+        let said = held.to_string();
+        let UnbindError::Held(holders) = held else {
+            panic!("{said}")
+        };
+        assert_eq!(
+            (holders.in_flight, holders.references, holders.holds.len()),
+            (0, 2, 1)
+        );
+        let pin_hold = &holders.holds[0];
+        assert_eq!(
+            (pin_hold.kind, pin_hold.pid),
+            (HoldKind::Pinned, std::process::id())
+        );
+        assert_eq!(pin_hold.holder.range, 4096..3 * 4096);
+        assert!(pin_hold.age(holders.now_ns) >= Duration::from_millis(20));
+        assert!(said.contains("a client (pid"), "{said}");
+        still_works(&pmem);
+        let started = Instant::now();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::sleep(Duration::from_millis(50));
+                drop(pin);
+            });
+
+            pmem.unbind(None, Afterwards::Keep, |_| ()).unwrap();
+            assert!(started.elapsed() >= Duration::from_millis(40));
+        });
+    }
+}
+
+/// PMEM-2: a mapping of a file is waited for, and named; its client is asked to let go.
+#[test]
+fn a_mapping_of_a_file_is_asked_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_region, pmem) = open(&image(&directory));
+    let mapped = pmem
+        .map(0..4 * MIB, Sharing::Shared, client("mapper"))
+        .unwrap();
+    let held = pmem.unbind(SOON, Afterwards::Keep, |_| ()).unwrap_err();
+    assert!(held.to_string().contains("mapper (pid"), "{held}");
+    still_works(&pmem);
+    let asked = |holds: &[pgmap_drivers::pmem::Hold]| {
+        assert_eq!(holds.len(), 1);
+        assert_eq!(holds[0].kind, HoldKind::Mapped);
+        drop(mapped);
+    };
+    pmem.unbind(SOON, Afterwards::Keep, asked).unwrap();
+}
+
+/// PMEM-2: what is taken away refuses everything, and its frames are nobody's.
+#[test]
+fn after_unbind_everything_is_refused() {
+    let (region, pmem) = open("memory,size=8M");
+    let first = pmem.pagemap().unwrap().ranges()[0].start();
+    pmem.unbind(None, Afterwards::Keep, |_| ()).unwrap();
+    assert!(matches!(
+        pmem.read(0, &mut [0; 1]),
+        Err(BlockError::Frozen(_))
+    ));
+    assert!(matches!(pmem.write(0, &[0; 1]), Err(BlockError::Frozen(_))));
+    assert!(matches!(pmem.flush(), Err(BlockError::Frozen(_))));
+    assert!(matches!(
+        pmem.inject_error(0..1),
+        Err(BlockError::Frozen(_))
+    ));
+    assert_eq!(pmem.direct_access(0, 1).unwrap_err(), AccessError::Leaving);
+    assert_eq!(
+        pmem.pin(0..4096, client("late")).unwrap_err(),
+        AccessError::Leaving
+    );
+    let late = pmem.map(0..2 * MIB, Sharing::Shared, client("late"));
+    assert_eq!(late.unwrap_err(), AccessError::Leaving);
+    assert!(!pmem.pagemap().unwrap().contains(first));
+    let again = pmem.unbind(None, Afterwards::Keep, |_| ());
+    assert!(matches!(again, Err(UnbindError::Already)));
+    assert!(region.bound(0).is_none());
+}
+
+/// Volatile memory keeps its bytes while it is disabled, mapped or not; unless they are not wanted.
+#[test]
+fn volatile_memory_keeps_its_bytes() {
+    let map = map();
+    let (region, pmem) = open("memory,size=8M");
+    pmem.write(5 * MIB + 3, b"kept").unwrap();
+    pmem.unbind(None, Afterwards::Keep, |_| ()).unwrap();
+    let pmem = region.bind(&map, 0).unwrap();
+    let _mapped = pmem
+        .map(0..8 * MIB, Sharing::Shared, client("test"))
+        .unwrap();
+    pmem.write(8 * MIB - 1, &[9]).unwrap();
+    pmem.unbind(None, Afterwards::Keep, |_| ()).unwrap();
+    let pmem = region.bind(&map, 0).unwrap();
+    let (mut bytes, mut last) = ([0; 4], [0; 1]);
+    pmem.read(5 * MIB + 3, &mut bytes).unwrap();
+    pmem.read(8 * MIB - 1, &mut last).unwrap();
+    assert_eq!((&bytes, last), (b"kept", [9]));
+    // What was never written takes no room after the move either.
+    assert_eq!(pmem.extents(0..4 * MIB).unwrap().len(), 1);
+    pmem.unbind(None, Afterwards::Forget, |_| ()).unwrap();
+    let pmem = region.bind(&map, 0).unwrap();
+    pmem.read(5 * MIB + 3, &mut bytes).unwrap();
+    assert_eq!(bytes, [0; 4]);
+}
+
+/// REF-5, REF-1: pins are exact on each frame, and leave nothing behind.
+#[test]
+fn pins_are_exact() {
+    let map = map();
+    let (region, pmem) = open("memory,size=8M");
+    drop(pmem);
+    let pmem = region.bind(&map, 0).unwrap();
+    let first = pmem.pagemap().unwrap().ranges()[0].start();
+    let frame = |nth: u64| map.frame(Pfn::new(first.get() + nth).unwrap());
+    let one = pmem.pin(0..2 * 4096, client("one")).unwrap();
+    let two = pmem.pin(4096..3 * 4096, client("two")).unwrap();
+    let refs = || [0, 1, 2, 3].map(|nth| frame(nth).refs());
+    assert_eq!(refs(), [1, 2, 1, 0]);
+    assert_eq!(pmem.pagemap().unwrap().users_now(), 3);
+    drop(one);
+    assert_eq!(
+        (refs(), frame(0).is_pinned(), frame(1).is_pinned()),
+        ([0, 1, 1, 0], false, true)
+    );
+    drop(two);
+    assert_eq!((refs(), frame(1).is_pinned()), ([0; 4], false));
+    assert_eq!(pmem.pagemap().unwrap().users_now(), 0);
+}
+
+/// WB-5: no hole is punched under a pin or a mapping: who stores there afterwards stores to the device.
+#[test]
+fn no_hole_is_punched_under_a_hold() {
+    let (_region, pmem) = open("memory,size=8M");
+    pmem.write(0, &[7; 8192]).unwrap();
+    let pin = pmem.pin(0..4096, client("test")).unwrap();
+    pmem.discard(0..8192).unwrap();
+    pmem.write_zeroes(0..4096, pgmap_drivers::block::Zeros::MayPunch)
+        .unwrap();
+    let extents = |pmem: &Pmem| pmem.extents(0..8192).unwrap()[0].clone();
+    assert_eq!(extents(&pmem).1, pgmap_drivers::block::Contents::Data);
+    drop(pin);
+    pmem.discard(0..8192).unwrap();
+    assert_eq!(
+        extents(&pmem),
+        (0..8192, pgmap_drivers::block::Contents::Hole)
+    );
+}
+
+/// A device that nobody has any more gives its frames back by itself.
+#[test]
+fn a_dropped_device_gives_its_frames_back() {
+    let map = map();
+    let (region, pmem) = open("memory,size=8M");
+    drop(pmem);
+    for _ in 0..100 {
+        let pmem = region.bind(&map, 0).unwrap();
+        pmem.direct_access(0, 1).unwrap();
+    }
+}
