@@ -18,6 +18,8 @@ use super::status::{Most, block_status};
 
 /// The longest payload that is received only to be refused, in bytes.
 const MOST_DRAINED: u32 = 2 * MOST_PAYLOAD;
+/// Requests that are shorter than this, in bytes, are short.
+const FOLLOWED: usize = 32 << 10;
 /// A write's pieces end at multiples of this, so that blocks are written whole.
 const BLOCK: u64 = 4096;
 
@@ -81,6 +83,7 @@ impl<'a> Session<'a> {
 
     fn serve_one(&mut self) -> Result<(), End> {
         let request = self.next()?;
+        self.follow(&request);
         let refused = self.check(&request);
         let outcome = match (request.command, refused) {
             (Command::Disconnect, _) => {
@@ -94,6 +97,17 @@ impl<'a> Session<'a> {
             (_, Ok(())) => self.without_payload(&request),
         };
         self.answer(&request, outcome)
+    }
+
+    /// Short requests are answered on the client's CPU: waking across CPUs costs more than doing two things at a time
+    /// gains.
+    fn follow(&mut self, request: &Request) {
+        let Some(pid) = self.peer else { return };
+        if usize::try_from(request.length).is_ok_and(|len| len < FOLLOWED) {
+            self.placement.follow_process(pid);
+        } else {
+            self.placement.release();
+        }
     }
 
     /// Answers a request, unless its payload was the answer.

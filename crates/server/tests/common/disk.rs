@@ -11,20 +11,20 @@ use pgmap_sync::atomic::{AtomicU64, Ordering};
 use rustix::io::Errno;
 
 /// No byte is lost.
-pub const NONE_BAD: u64 = u64::MAX;
+pub(crate) const NONE_BAD: u64 = u64::MAX;
 
 /// A disk of shared frames.
 #[derive(Debug)]
-pub struct MemoryDisk {
+pub(crate) struct MemoryDisk {
     name: String,
     frames: SharedFrames,
-    pub queue: RequestQueue,
+    pub(crate) queue: RequestQueue,
     /// The only byte that is lost, or [`NONE_BAD`].
-    pub bad: AtomicU64,
+    pub(crate) bad: AtomicU64,
 }
 
 impl MemoryDisk {
-    pub fn new(name: &str, bytes: u64) -> Result<Arc<Self>, Errno> {
+    pub(crate) fn new(name: &str, bytes: u64) -> Result<Arc<Self>, Errno> {
         Ok(Arc::new(Self {
             name: name.to_owned(),
             frames: SharedFrames::memory(name, bytes)?,
@@ -103,7 +103,7 @@ impl BlockDevice for MemoryDisk {
 
 /// A fixed list; the first is for clients that do not choose.
 #[derive(Debug)]
-pub struct Fixed(pub Vec<Arc<Export>>);
+pub(crate) struct Fixed(pub(crate) Vec<Arc<Export>>);
 
 impl Exports for Fixed {
     fn find(&self, name: &str) -> Result<Arc<Export>, Refused> {
