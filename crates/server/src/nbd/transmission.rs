@@ -67,13 +67,16 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Answers requests until the session ends, and says why it did. If that is because the server ends, what was written is made durable.
+    /// Answers requests until the session ends, and says why it did. If that is because the server ends, what was
+    /// written is made durable.
     pub(super) fn serve(&mut self) -> End {
         let end = loop {
             if let Err(end) = self.serve_one() {
                 break end;
             }
         };
+        // What was answered before goes out, if the socket still takes it.
+        let _ = self.output.flush(self.socket, More::Nothing);
         if self.unflushed && self.is_stopping() {
             // Nobody is there to be told if it fails.
             let _ = self.device.flush();
@@ -86,10 +89,7 @@ impl<'a> Session<'a> {
         self.follow(&request);
         let refused = self.check(&request);
         let outcome = match (request.command, refused) {
-            (Command::Disconnect, _) => {
-                self.output.flush(self.socket, More::Nothing)?;
-                return Err(End::Disconnected);
-            }
+            (Command::Disconnect, _) => return Err(End::Disconnected),
             (Command::Write, refused) => self.write(&request, refused)?,
             (_, Err(failure)) => Err(failure),
             (Command::Read, Ok(())) => self.read(&request)?,
