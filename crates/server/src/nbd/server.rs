@@ -15,7 +15,7 @@ use pgmap_sync::atomic::{AtomicBool, Ordering};
 use pgmap_sync::{Mutex, WaitQueue};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
-use rustix::net::sockopt::{set_tcp_nodelay, socket_peercred};
+use rustix::net::sockopt::socket_peercred;
 use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
 
 use super::export::Exports;
@@ -224,15 +224,14 @@ impl Shared {
 
     /// Gives a connection a thread. If it cannot have one, it is dropped.
     fn admit(self: &Arc<Self>, socket: OwnedFd, listener: &Listener) {
-        let pid = match listener {
-            Listener::Unix(_) => socket_peercred(&socket).ok(),
-            Listener::Tcp(_) => {
-                // Without it replies are slower, and right.
-                let _ = set_tcp_nodelay(&socket, true);
-                None
+        let (socket, peer) = match listener {
+            Listener::Unix(_) => {
+                let peer = socket_peercred(&socket).ok();
+                (Socket::unix(socket), peer)
             }
+            Listener::Tcp(_) => (Socket::tcp(socket), None),
         };
-        let pid = pid.map(|peer| peer.pid.as_raw_nonzero().get().cast_unsigned());
+        let pid = peer.map(|peer| peer.pid.as_raw_nonzero().get().cast_unsigned());
         let process = pid.and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok());
         let client = Client {
             pid,
@@ -240,7 +239,7 @@ impl Shared {
             export: None,
             since: SystemTime::now(),
         };
-        let socket = Arc::new(Socket::new(socket));
+        let socket = Arc::new(socket);
         let connection = Connection {
             client,
             socket: Arc::clone(&socket),
