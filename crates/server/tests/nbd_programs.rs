@@ -25,10 +25,17 @@ fn have(programs: &[&str]) -> bool {
 
 /// Runs a program that has to succeed; gives its output.
 fn run(command: &[&str]) -> String {
-    let output = Command::new(command[0]).args(&command[1..]).output().unwrap();
+    let output = Command::new(command[0])
+        .args(&command[1..])
+        .output()
+        .unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let out = text(&output.stdout);
-    assert!(output.status.success(), "{command:?}: {out}{}", text(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{command:?}: {out}{}",
+        text(&output.stderr)
+    );
     out
 }
 
@@ -57,13 +64,31 @@ fn nbdinfo_sees_what_is_offered() {
     }
     let rig = Rig::new(8 * MIB);
     let all = run(&["nbdinfo", &rig.uri("")]);
-    let features = ["df", "fast_zero", "flush", "fua", "multi_conn", "trim", "zero", "cache"];
+    let features = [
+        "df",
+        "fast_zero",
+        "flush",
+        "fua",
+        "multi_conn",
+        "trim",
+        "zero",
+        "cache",
+    ];
     for feature in features {
-        assert!(all.contains(&format!("can_{feature}: true")), "{feature}: {all}");
+        assert!(
+            all.contains(&format!("can_{feature}: true")),
+            "{feature}: {all}"
+        );
     }
-    assert!(all.contains("base:allocation") && all.contains("a disk of memory"), "{all}");
+    assert!(
+        all.contains("base:allocation") && all.contains("a disk of memory"),
+        "{all}"
+    );
     let list = run(&["nbdinfo", "--list", &rig.uri("")]);
-    assert!(list.contains("export=\"disk\"") && list.contains("export=\"still\""), "{list}");
+    assert!(
+        list.contains("export=\"disk\"") && list.contains("export=\"still\""),
+        "{list}"
+    );
     let map = run(&["nbdinfo", "--map", &rig.uri("disk")]);
     assert!(map.contains("hole,zero") && !map.contains("data"), "{map}");
 }
@@ -75,8 +100,16 @@ fn nbdcopy_brings_back_what_it_took_there() {
     }
     let rig = Rig::new(64 * MIB);
     let directory = tempfile::tempdir().unwrap();
-    let (image, back) = (image(directory.path(), 64 * MIB), directory.path().join("back"));
-    for extra in ["--flush", "--connections=1", "--synchronous", "--request-size=8192"] {
+    let (image, back) = (
+        image(directory.path(), 64 * MIB),
+        directory.path().join("back"),
+    );
+    for extra in [
+        "--flush",
+        "--connections=1",
+        "--synchronous",
+        "--request-size=8192",
+    ] {
         run(&["nbdcopy", extra, path(&image), &rig.uri("disk")]);
         run(&["nbdcopy", extra, &rig.uri("disk"), path(&back)]);
         run(&["cmp", path(&image), path(&back)]);
@@ -92,13 +125,52 @@ fn qemu_img_converts_compares_and_measures() {
     let rig = Rig::new(64 * MIB);
     let directory = tempfile::tempdir().unwrap();
     let (image, uri) = (image(directory.path(), 64 * MIB), rig.uri("disk"));
-    run(&["qemu-img", "convert", "-n", "-f", "raw", "-O", "raw", path(&image), &uri]);
-    run(&["qemu-img", "compare", "-f", "raw", "-F", "raw", path(&image), &uri]);
+    run(&[
+        "qemu-img",
+        "convert",
+        "-n",
+        "-f",
+        "raw",
+        "-O",
+        "raw",
+        path(&image),
+        &uri,
+    ]);
+    run(&[
+        "qemu-img",
+        "compare",
+        "-f",
+        "raw",
+        "-F",
+        "raw",
+        path(&image),
+        &uri,
+    ]);
     let back = directory.path().join("back.qcow2");
-    run(&["qemu-img", "convert", "-f", "raw", "-O", "qcow2", &uri, path(&back)]);
-    run(&["qemu-img", "compare", "-f", "raw", "-F", "qcow2", path(&image), path(&back)]);
+    run(&[
+        "qemu-img",
+        "convert",
+        "-f",
+        "raw",
+        "-O",
+        "qcow2",
+        &uri,
+        path(&back),
+    ]);
+    run(&[
+        "qemu-img",
+        "compare",
+        "-f",
+        "raw",
+        "-F",
+        "qcow2",
+        path(&image),
+        path(&back),
+    ]);
     for (size, write) in [("4k", "-w"), ("64k", "-w"), ("4k", "-n"), ("2M", "-w")] {
-        run(&["qemu-img", "bench", write, "-f", "raw", "-c", "500", "-d", "32", "-s", size, &uri]);
+        run(&[
+            "qemu-img", "bench", write, "-f", "raw", "-c", "500", "-d", "32", "-s", size, &uri,
+        ]);
     }
 }
 
@@ -125,17 +197,23 @@ fn qemu_io_verifies_patterns() {
     command.push(&uri);
     let out = run(&command);
     assert!(!out.contains("failed"), "{out}");
-    assert!(!Command::new("qemu-io")
-        .args(["-f", "raw", "-c", "write 0 4k", &rig.uri("still")])
-        .output()
-        .unwrap()
-        .status
-        .success());
+    assert!(
+        !Command::new("qemu-io")
+            .args(["-f", "raw", "-c", "write 0 4k", &rig.uri("still")])
+            .output()
+            .unwrap()
+            .status
+            .success()
+    );
 }
 
 #[test]
 fn fio_verifies_what_it_wrote() {
-    let engine = || run(&["fio", "--enghelp"]).lines().any(|line| line.trim() == "nbd");
+    let engine = || {
+        run(&["fio", "--enghelp"])
+            .lines()
+            .any(|line| line.trim() == "nbd")
+    };
     if !have(&["fio"]) {
         return;
     }
@@ -148,8 +226,21 @@ fn fio_verifies_what_it_wrote() {
     let directory = tempfile::tempdir().unwrap();
     let state = format!("--aux-path={}", directory.path().display());
     for (size, depth) in [("--bs=4k", "--iodepth=32"), ("--bs=1k-256k", "--iodepth=8")] {
-        let common = ["--name=verify", "--ioengine=nbd", "--rw=randwrite", "--verify=crc32c"];
-        let rest = ["--size=32M", "--verify_state_save=0", "--fsync=100", size, depth, &uri, &state];
+        let common = [
+            "--name=verify",
+            "--ioengine=nbd",
+            "--rw=randwrite",
+            "--verify=crc32c",
+        ];
+        let rest = [
+            "--size=32M",
+            "--verify_state_save=0",
+            "--fsync=100",
+            size,
+            depth,
+            &uri,
+            &state,
+        ];
         run(&[&["fio"], &common[..], &rest[..]].concat());
     }
 }
@@ -161,16 +252,30 @@ fn a_file_system_survives_the_way() {
     }
     let rig = Rig::new(64 * MIB);
     let directory = tempfile::tempdir().unwrap();
-    let (image, back) = (directory.path().join("image"), directory.path().join("back"));
+    let (image, back) = (
+        directory.path().join("image"),
+        directory.path().join("back"),
+    );
     let (payload, file) = (pattern(3, 3_000_000), directory.path().join("file"));
     fs::File::create(&image).unwrap().set_len(64 * MIB).unwrap();
     fs::write(&file, &payload).unwrap();
     run(&["mkfs.ext4", "-q", path(&image)]);
-    run(&["debugfs", "-w", "-R", &format!("write {} file", path(&file)), path(&image)]);
+    run(&[
+        "debugfs",
+        "-w",
+        "-R",
+        &format!("write {} file", path(&file)),
+        path(&image),
+    ]);
     run(&["nbdcopy", path(&image), &rig.uri("disk")]);
     run(&["nbdcopy", &rig.uri("disk"), path(&back)]);
     run(&["e2fsck", "-f", "-n", path(&back)]);
     let out = directory.path().join("out");
-    run(&["debugfs", "-R", &format!("dump file {}", path(&out)), path(&back)]);
+    run(&[
+        "debugfs",
+        "-R",
+        &format!("dump file {}", path(&out)),
+        path(&back),
+    ]);
     assert!(fs::read(&out).unwrap() == payload);
 }

@@ -152,7 +152,10 @@ fn lost_bytes_are_errors_with_their_place() {
     assert_eq!(client.ask(READ, 0, 0, 4096).error, 0);
     let reply = client.write(0, 4096, &[1; 4096]);
     assert_eq!((reply.error, reply.offset), (5, Some(5000)));
-    assert_eq!(rig.client(Replies::Simple).ask(READ, 0, 4096, 4096).error, 5);
+    assert_eq!(
+        rig.client(Replies::Simple).ask(READ, 0, 4096, 4096).error,
+        5
+    );
     rig.disk.bad.store(disk::NONE_BAD, Ordering::Relaxed);
     assert_eq!(client.ask(READ, 0, 4096, 4096).error, 0);
 }
@@ -169,7 +172,9 @@ fn the_oldest_handshake_works() {
         stream.read_exact(&mut reply).unwrap();
         assert_eq!(reply[..8], MIB.to_be_bytes());
         assert!(reply[10..].iter().all(|byte| *byte == 0));
-        stream.write_all(&common::request(READ, 0, 7, 0, 4)).unwrap();
+        stream
+            .write_all(&common::request(READ, 0, 7, 0, 4))
+            .unwrap();
         let mut reply = [1; 20];
         stream.read_exact(&mut reply).unwrap();
         assert_eq!(reply[4..], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 0, 0, 0, 0]);
@@ -203,7 +208,10 @@ fn options_are_answered() {
     let contexts = [&string("disk")[..], &[0; 4]].concat();
     assert_eq!(last(option(&mut stream, 9, &contexts)), INVALID);
     assert_eq!(last(option(&mut stream, 8, &[])), ACK);
-    assert_eq!(option(&mut stream, 9, &contexts)[0].1[4..], *b"base:allocation");
+    assert_eq!(
+        option(&mut stream, 9, &contexts)[0].1[4..],
+        *b"base:allocation"
+    );
     let nowhere = [&string("nowhere")[..], &[0, 0]].concat();
     let refused = option(&mut stream, 7, &nowhere);
     assert_eq!(refused[0].0, UNKNOWN);

@@ -116,7 +116,10 @@ fn a_device_may_go_in_the_middle_of_a_payload() {
         client.stream.write_all(&vec![7; sent]).unwrap();
         std::thread::sleep(Duration::from_millis(50));
         assert!(rig.disk.queue.freeze(Some(Duration::from_secs(1))));
-        client.stream.write_all(&vec![7; length as usize - sent]).unwrap();
+        client
+            .stream
+            .write_all(&vec![7; length as usize - sent])
+            .unwrap();
         assert_eq!(client.reply(cookie, 0).error, 108);
         assert_eq!(client.ask(FLUSH, 0, 0, 0).error, 108);
         rig.disk.queue.thaw();
@@ -186,8 +189,16 @@ fn hundreds_of_clients_are_served() {
     let listed = rig.server.clients();
     assert_eq!(listed.len(), 300);
     let of_us = |pid| pid == Some(std::process::id());
-    assert!(listed.iter().all(|client| of_us(client.pid) && client.process.is_some()));
-    assert!(listed.iter().all(|client| client.export.as_deref() == Some("disk")));
+    assert!(
+        listed
+            .iter()
+            .all(|client| of_us(client.pid) && client.process.is_some())
+    );
+    assert!(
+        listed
+            .iter()
+            .all(|client| client.export.as_deref() == Some("disk"))
+    );
     drop(clients);
     rig.wait_for_nobody();
 }
@@ -248,7 +259,10 @@ fn freezing_under_load_loses_nothing() {
     }
     // Relaxed: the writers are joined below.
     done.store(true, Ordering::Relaxed);
-    let counts: Vec<_> = writers.into_iter().map(|writer| writer.join().unwrap()).collect();
+    let counts: Vec<_> = writers
+        .into_iter()
+        .map(|writer| writer.join().unwrap())
+        .collect();
     assert!(counts.iter().all(|(written, _)| *written > 0), "{counts:?}");
     assert!(counts.iter().any(|(_, refused)| *refused > 0), "{counts:?}");
 }
@@ -263,7 +277,13 @@ fn write_under_freezes(
     let (base, mut counts, mut seed) = (writer * 4 * MIB, (0, 0), writer << 32);
     while !done.load(Ordering::Relaxed) {
         seed += 8;
-        let length = |slot: u64| if (seed / 8 + slot).is_multiple_of(3) { 300_000 } else { 4096 };
+        let length = |slot: u64| {
+            if (seed / 8 + slot).is_multiple_of(3) {
+                300_000
+            } else {
+                4096
+            }
+        };
         let cookies: Vec<_> = (0..8)
             .map(|slot| {
                 let bytes = pattern(seed + slot, length(slot));
@@ -273,7 +293,10 @@ fn write_under_freezes(
                 cookie
             })
             .collect();
-        let replies: Vec<_> = cookies.into_iter().map(|cookie| client.reply(cookie, 0)).collect();
+        let replies: Vec<_> = cookies
+            .into_iter()
+            .map(|cookie| client.reply(cookie, 0))
+            .collect();
         for (slot, reply) in (0..).zip(replies) {
             if reply.error == 108 {
                 counts.1 += 1;

@@ -225,7 +225,10 @@ impl Haggling<'_> {
             return self.invalid(kind, "the option's data is malformed");
         };
         if self.replies == Replies::Simple {
-            return self.invalid(kind, "metadata needs structured replies: agree on these first");
+            return self.invalid(
+                kind,
+                "metadata needs structured replies: agree on these first",
+            );
         }
         let export = match self.exports.find(contexts.name) {
             Ok(export) => export,

@@ -153,7 +153,10 @@ impl<'a> Session<'a> {
             | Command::Cache => 0,
         };
         if self.is_stopping() {
-            return Err(Failure::new(WireError::ShutDown, "the server is going away"));
+            return Err(Failure::new(
+                WireError::ShutDown,
+                "the server is going away",
+            ));
         }
         if request.flags & !(flags | FUA) != 0 {
             return invalid("a flag that the command does not know");
@@ -163,7 +166,10 @@ impl<'a> Session<'a> {
             Command::Write | Command::Trim | Command::WriteZeroes
         );
         if changes && self.export.writable == Writable::No {
-            return Err(Failure::new(WireError::NotPermitted, "the export is read-only"));
+            return Err(Failure::new(
+                WireError::NotPermitted,
+                "the export is read-only",
+            ));
         }
         let has_payload = matches!(request.command, Command::Read | Command::Write);
         if has_payload && request.length > MOST_PAYLOAD {
