@@ -150,6 +150,11 @@ impl Server {
         Ok(())
     }
 
+    /// Serves one client that is connected already, by a unix socket.
+    pub fn admit_unix(&self, socket: OwnedFd) {
+        self.shared.admit_unix(socket);
+    }
+
     /// Who is connected, the longest first.
     #[must_use]
     pub fn clients(&self) -> Vec<Client> {
@@ -212,7 +217,10 @@ impl Shared {
                 continue;
             }
             match accept_with(listener.fd(), flags) {
-                Ok(socket) => self.admit(socket, listener),
+                Ok(socket) => match listener {
+                    Listener::Unix(_) => self.admit_unix(socket),
+                    Listener::Tcp(_) => self.admit(Socket::tcp(socket), None),
+                },
                 Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
                     thread::sleep(SHORTAGE);
                 }
@@ -222,16 +230,14 @@ impl Shared {
         }
     }
 
-    /// Gives a connection a thread. If it cannot have one, it is dropped.
-    fn admit(self: &Arc<Self>, socket: OwnedFd, listener: &Listener) {
-        let (socket, peer) = match listener {
-            Listener::Unix(_) => {
-                let peer = socket_peercred(&socket).ok();
-                (Socket::unix(socket), peer)
-            }
-            Listener::Tcp(_) => (Socket::tcp(socket), None),
-        };
+    fn admit_unix(self: &Arc<Self>, socket: OwnedFd) {
+        let peer = socket_peercred(&socket).ok();
         let pid = peer.map(|peer| peer.pid.as_raw_nonzero().get().cast_unsigned());
+        self.admit(Socket::unix(socket), pid);
+    }
+
+    /// Gives a connection a thread. If it cannot have one, it is dropped.
+    fn admit(self: &Arc<Self>, socket: Socket, pid: Option<u32>) {
         let process = pid.and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok());
         let client = Client {
             pid,
