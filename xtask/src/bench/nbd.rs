@@ -1,11 +1,12 @@
 //! Our NBD server beside nbdkit (file and memory plugins) and qemu-nbd: the same clients, by turns, over unix sockets,
 //! with all bytes in memory.
 
+use core::time::Duration;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use serde_json::Value;

@@ -84,15 +84,8 @@ impl Session<'_> {
         while direct.left() > 0 {
             match direct.send(self.socket.fd()) {
                 Ok(_) | Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
-                    let before = Instant::now();
-                    let deadline = before + PATIENCE.saturating_sub(waited);
-                    let writable = self.socket.wait_writable(deadline)?;
-                    waited += before.elapsed();
-                    if !writable {
-                        return self.send_copy(direct, end);
-                    }
-                }
+                Err(Errno::AGAIN) if self.waits(&mut waited)? => {}
+                Err(Errno::AGAIN) => return self.send_copy(direct, end),
                 Err(errno @ (Errno::FAULT | Errno::INVAL)) => {
                     let left = direct.left();
                     drop(direct);
@@ -102,6 +95,16 @@ impl Session<'_> {
             }
         }
         Ok(Ok(()))
+    }
+
+    /// Waits until the socket takes bytes again, and says whether it does before the client has used up our patience.
+    fn waits(&self, waited: &mut Duration) -> Result<bool, End> {
+        let begin = Instant::now();
+        let writable = self
+            .socket
+            .wait_writable(begin + PATIENCE.saturating_sub(*waited));
+        *waited += begin.elapsed();
+        writable
     }
 
     /// Sends the rest however long that takes, with the request ended.

@@ -173,11 +173,12 @@ impl<'a> Session<'a> {
         }
         let has_payload = matches!(request.command, Command::Read | Command::Write);
         if has_payload && request.length > MOST_PAYLOAD {
-            let message = "more bytes than one request may have";
-            return Err(match request.command {
-                Command::Read if structured => Failure::new(WireError::Overflow, message),
-                _ => Failure::new(WireError::Invalid, message),
-            });
+            let error = if request.command == Command::Read && structured {
+                WireError::Overflow
+            } else {
+                WireError::Invalid
+            };
+            return Err(Failure::new(error, "more bytes than one request may have"));
         }
         if request.command == Command::Flush {
             return Ok(());
@@ -197,14 +198,7 @@ impl<'a> Session<'a> {
         let mut at = end - u64::from(request.length);
         while at < end {
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);
-            if self.input.len() < left.min(MOST_COPIED) {
-                self.output.flush(self.socket, More::Nothing)?;
-                if left <= MOST_COPIED {
-                    self.input.receive(self.socket)?;
-                    continue;
-                }
-                self.input.receive_payload(self.socket, left)?;
-            }
+            self.receive_payload(left)?;
             let mut piece = left.min(self.input.len());
             if piece < left {
                 // More than a block is here.
@@ -224,6 +218,20 @@ impl<'a> Session<'a> {
             self.count(Count::BytesWritten, u64::from(request.length));
         }
         Ok(so_far)
+    }
+
+    /// Receives some of the `left` bytes of a payload: all of a short one, some blocks of a long one.
+    fn receive_payload(&mut self, left: usize) -> Result<(), End> {
+        let enough = left.min(MOST_COPIED);
+        while self.input.len() < enough {
+            self.output.flush(self.socket, More::Nothing)?;
+            if left <= MOST_COPIED {
+                self.input.receive(self.socket)?;
+            } else {
+                self.input.receive_payload(self.socket, left)?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes a request durable, if it is to be.
