@@ -3,6 +3,7 @@
 
 #[path = "../../crates/server/tests/common/session.rs"]
 mod session;
-use session::disk;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| session::whole(bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    session::whole(bytes);
+});

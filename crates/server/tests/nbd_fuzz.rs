@@ -1,4 +1,10 @@
 //! What the fuzz targets do, for a bounded time and without nightly: the corpus, changed at random, and random requests.
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    clippy::large_stack_arrays,
+    reason = "a test fails where it should, and knows its numbers"
+)]
 
 use std::fs;
 use std::path::Path;

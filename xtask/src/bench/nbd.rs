@@ -160,7 +160,7 @@ impl Bench {
         let socket = |name| self.path(&format!("{name}.socket"));
         let nbdkit = |name| {
             let mut command = Command::new("nbdkit");
-            command.args(["-f", "-U", &socket(name)]);
+            command.args(["-f", "--exit-with-parent", "-U", &socket(name)]);
             command
         };
         let mut ours = Command::new(&self.ours);

@@ -51,10 +51,10 @@ impl Rig {
     pub(crate) fn with(bytes: u64, limits: Limits) -> Self {
         let disk = MemoryDisk::new("disk", bytes).unwrap();
         let mut export = Export::new(disk.clone());
-        export.description = "a disk of memory".to_owned();
+        export.description.push_str("a disk of memory");
         let export = Arc::new(export);
         let mut still = Export::new(disk.clone());
-        still.name = "still".to_owned();
+        "still".clone_into(&mut still.name);
         still.writable = Writable::No;
         let exports: Arc<dyn Exports> = Arc::new(Fixed(vec![export.clone(), Arc::new(still)]));
         let server = Server::new(exports, limits).unwrap();
@@ -196,11 +196,8 @@ impl Client {
             let mut magic = [0; 4];
             self.stream.read_exact(&mut magic).ok()?;
             if magic == [0x67, 0x44, 0x66, 0x98] {
-                reply.error = self.u32();
-                reply.cookie = self.u64();
-                if reply.error == 0 {
-                    reply.payload = self.bytes(payload);
-                }
+                (reply.error, reply.cookie) = (self.u32(), self.u64());
+                reply.payload = self.bytes(payload * usize::from(reply.error == 0));
                 return Some(reply);
             }
             assert_eq!(magic, [0x66, 0x8e, 0x33, 0xef], "neither kind of reply");
