@@ -156,14 +156,35 @@ fn lost_bytes_are_errors_with_their_place() {
         assert_eq!((reply.error, reply.offset), (5, Some(5000)));
     }
     assert_eq!(client.ask(READ, 0, 0, 4096).error, 0);
-    let reply = client.write(0, 4096, &[1; 4096]);
+    let reply = client.write(0, 4097, &[1; 4096]);
     assert_eq!((reply.error, reply.offset), (5, Some(5000)));
     assert_eq!(
         rig.client(Replies::Simple).ask(READ, 0, 4096, 4096).error,
         5
     );
-    rig.disk.bad.store(disk::NONE_BAD, Ordering::Relaxed);
+    assert_eq!(client.write(0, 4096, &[1; 4096]).error, 0);
     assert_eq!(client.ask(READ, 0, 4096, 4096).error, 0);
+}
+
+/// PMEM-3: a long write mends lost bytes wherever they are, though it is written in pieces, as its bytes come.
+#[test]
+fn long_writes_are_written_in_whole_blocks() {
+    let rig = Rig::new(2 * MIB);
+    let mut client = rig.client(Replies::Structured);
+    for start in [0, 1234] {
+        for bad in (8192..MIB).step_by(4096) {
+            // Relaxed: no request is under way.
+            rig.disk.bad.store(bad, Ordering::Relaxed);
+            let cookie = client.send(WRITE, 0, start, 1 << 20);
+            client.stream.write_all(&[7; 70_001]).unwrap();
+            client
+                .stream
+                .write_all(&vec![7; (1 << 20) - 70_001])
+                .unwrap();
+            assert_eq!(client.reply(cookie, 0).error, 0, "{start} {bad}");
+            assert_eq!(rig.disk.bad.load(Ordering::Relaxed), disk::NONE_BAD);
+        }
+    }
 }
 
 /// The oldest way to choose an export works, with zeros and without, and hangs up where there is none.

@@ -331,6 +331,9 @@ fn stopping_ends_all_sessions() {
     greet(&mut haggling, 3);
     assert_eq!(busy.write(0, 0, &[5; 4096]).error, 0);
     stalled.send(READ, 0, 0, 32 << 20);
+    while rig.disk.queue.in_flight() == 0 {
+        std::thread::yield_now();
+    }
     let mut cookies = Vec::new();
     for _ in 0..100 {
         cookies.push(busy.send(READ, 0, 0, 512));

@@ -19,7 +19,7 @@ pub(crate) struct MemoryDisk {
     name: String,
     frames: SharedFrames,
     pub(crate) queue: RequestQueue,
-    /// The only byte that is lost, or [`NONE_BAD`].
+    /// The only byte that is lost, or [`NONE_BAD`]; a write of its whole block mends it.
     pub(crate) bad: AtomicU64,
 }
 
@@ -61,7 +61,14 @@ impl BlockDevice for MemoryDisk {
 
     fn write(&self, offset: u64, from: &[u8]) -> Result<(), BlockError> {
         let _in_flight = self.queue.enter()?;
-        self.check(&(offset..offset.saturating_add(from.len() as u64)))?;
+        let range = offset..offset.saturating_add(from.len() as u64);
+        // Relaxed: a test looks at it when the request is answered.
+        let bad = self.bad.load(Ordering::Relaxed);
+        let block = bad / 4096 * 4096;
+        if range.contains(&block) && range.end - block >= 4096 {
+            self.bad.store(NONE_BAD, Ordering::Relaxed);
+        }
+        self.check(&range)?;
         Ok(self.frames.write(offset, from)?)
     }
 
