@@ -6,6 +6,7 @@
 mod counts;
 mod device;
 mod floor;
+mod nbd;
 mod overhead;
 mod pages;
 mod program;
@@ -39,10 +40,11 @@ const QUICK: Effort = Effort {
 type Group = fn(&Path, Effort) -> anyhow::Result<Vec<Table>>;
 
 /// The groups, by the names that the command line knows.
-const GROUPS: [(&str, Group); 3] = [
+const GROUPS: [(&str, Group); 4] = [
     ("counts", |_, effort| counts::measure(effort)),
     ("pages", |_, effort| pages::measure(effort)),
     ("program", program::measure),
+    ("nbd", nbd::measure),
 ];
 
 /// Measures, prints tables, and with `--write` puts them into the document.
@@ -54,7 +56,9 @@ pub(crate) fn bench(root: &Path, arguments: &[String]) -> anyhow::Result<()> {
             "--write" => write = true,
             name if GROUPS.iter().any(|(known, _)| *known == name) => only.push(name),
             other => {
-                bail!("bench [--quick] [--write] [counts] [pages] [program]: what is \"{other}\"?")
+                bail!(
+                    "bench [--quick] [--write] [counts] [pages] [program] [nbd]: what is \"{other}\"?"
+                )
             }
         }
     }

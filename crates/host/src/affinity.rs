@@ -62,6 +62,35 @@ impl Placement {
         }
     }
 
+    /// Notes a request of another process, and now and then moves the calling thread to the CPU of that process's first
+    /// thread.
+    pub fn follow_process(&mut self, pid: u32) {
+        self.faults += 1;
+        if self.faults < INTERVAL {
+            return;
+        }
+        self.faults = 0;
+        let Some(allowed) = &self.allowed else { return };
+        let cpu = cpu_in(format_args!("/proc/{pid}/stat\0"));
+        let Some(cpu) = cpu.filter(|cpu| allowed.is_set(*cpu)) else {
+            return;
+        };
+        if self.current != Some(cpu) {
+            let mut set = CpuSet::new();
+            set.set(cpu);
+            self.current = sched_setaffinity(None, &set).ok().map(|()| cpu);
+        }
+    }
+
+    /// Lets the calling thread run wherever its process may.
+    pub fn release(&mut self) {
+        self.faults = 0;
+        if let (Some(_), Some(allowed)) = (self.current.take(), &self.allowed) {
+            // It was allowed when we began; if it is not any more, the thread stays where it is.
+            let _ = sched_setaffinity(None, allowed);
+        }
+    }
+
     /// Whether the thread keeps off one of two CPUs that its process has.
     #[must_use]
     pub fn is_one_of_two(&self) -> bool {
@@ -93,9 +122,13 @@ impl Default for Placement {
 
 /// The CPU on which a thread of this process ran last. Allocates nothing.
 fn cpu_of(tid: u32) -> Option<usize> {
+    cpu_in(format_args!("/proc/self/task/{tid}/stat\0"))
+}
+
+fn cpu_in(file: core::fmt::Arguments<'_>) -> Option<usize> {
     let mut path = [0u8; 40];
     let mut rest = &mut path[..];
-    write!(rest, "/proc/self/task/{tid}/stat\0").ok()?;
+    rest.write_fmt(file).ok()?;
     let path = core::ffi::CStr::from_bytes_until_nul(&path).ok()?;
     let file = openat(CWD, path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
     let mut text = [0u8; 512];

@@ -1,7 +1,7 @@
 //! Block devices served to the network, by the NBD protocol.
 //!
-//! [`Server`] accepts connections and gives each a thread; [`handshake`] agrees with the client on an [`Export`],
-//! [`transmission`] answers its requests from the export's device. What must never happen here: that a peer's bytes
+//! [`Server`] accepts connections and gives each a thread; `handshake` agrees with the client on an [`Export`],
+//! `transmission` answers its requests from the export's device. What must never happen here: that a peer's bytes
 //! make us panic or take memory without bound; that a request is answered twice, or not at all while its client is
 //! there; that a client which stalls keeps a device's request queue, or the end of the server, waiting.
 

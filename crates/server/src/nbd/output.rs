@@ -98,13 +98,6 @@ impl Output {
         self.put(&offset.to_be_bytes());
     }
 
-    /// A chunk that says that `len` bytes from `offset` on are zeros.
-    pub(super) fn hole(&mut self, request: &Request, offset: u64, len: u32) {
-        self.chunk(request, Place::Before, chunk::OFFSET_HOLE, 12);
-        self.put(&offset.to_be_bytes());
-        self.put(&len.to_be_bytes());
-    }
-
     /// The states of blocks: lengths in bytes, and flags.
     pub(super) fn block_status(&mut self, request: &Request, id: u32, extents: &[(u32, u32)]) {
         let len = 4 + 8 * extents.len();

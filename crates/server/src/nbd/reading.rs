@@ -1,26 +1,27 @@
 //! Requests to read: short ones are copied behind their reply's head, long ones go from the device straight to the
-//! socket, and holes of those are only named.
+//! socket.
+//!
+//! Holes are not looked for: to find the end of the data the kernel looks at all that follows, which costs more than it
+//! saves. Clients that care ask for the block status.
 
 use core::ops::Range;
 use core::time::Duration;
 use std::time::Instant;
 
-use pgmap_drivers::block::{Access, Contents, Direct};
+use pgmap_drivers::block::{Access, Direct};
 use rustix::io::Errno;
 
 use super::export::Count;
 use super::failure::{Failure, WireError};
 use super::handshake::Replies;
 use super::output::{MOST_COPIED, Place};
-use super::proto::{Request, command_flag};
+use super::proto::Request;
 use super::socket::{End, More, broken};
 use super::transmission::{Outcome, Session};
 
 /// How long a request waits altogether for a client that does not take its reply, before the rest is copied and the
 /// request ends: the device may be waiting to be taken away.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// Holes are named if there are not more pieces than this.
-const MOST_PIECES: usize = 64;
 
 impl Session<'_> {
     pub(super) fn read(&mut self, request: &Request) -> Outcome {
@@ -28,7 +29,7 @@ impl Session<'_> {
         let result = if len <= MOST_COPIED {
             self.read_short(request, len)?
         } else {
-            self.read_long(request)?
+            self.read_long(request, len)?
         };
         if result.is_ok() {
             self.count(Count::Reads, 1);
@@ -57,69 +58,24 @@ impl Session<'_> {
         Ok(result.map_err(|error| Failure::of_device(error, request)))
     }
 
-    fn read_long(&mut self, request: &Request) -> Outcome {
-        let range = request.offset..request.offset + u64::from(request.length);
-        if self.output.replies == Replies::Simple {
-            return self.read_data(request, range);
-        }
-        let pieces = match self.pieces(request, &range) {
-            Ok(pieces) => pieces,
-            Err(failure) => return Ok(Err(failure)),
-        };
-        for (range, contents) in pieces {
-            match contents {
-                Contents::Hole => {
-                    self.output.reserve(self.socket, 0)?;
-                    // Not longer than the request.
-                    let len = u32::try_from(range.end - range.start).unwrap_or(u32::MAX);
-                    self.output.hole(request, range.start, len);
-                }
-                Contents::Data => {
-                    if let Err(failure) = self.read_data(request, range)? {
-                        return Ok(Err(failure));
-                    }
-                }
-            }
-        }
-        self.output.reserve(self.socket, 0)?;
-        self.output.nothing_more(request);
-        Ok(Ok(()))
-    }
-
-    /// The data and the holes of a range, unless the client wants all in one piece, or there are too many.
-    fn pieces(
-        &self,
-        request: &Request,
-        range: &Range<u64>,
-    ) -> Result<Vec<(Range<u64>, Contents)>, Failure> {
-        if !request.has(command_flag::DF) {
-            let extents = self.device.extents(range.clone());
-            let extents = extents.map_err(|error| Failure::of_device(error, request))?;
-            if extents.len() <= MOST_PIECES {
-                return Ok(extents);
-            }
-        }
-        Ok(vec![(range.clone(), Contents::Data)])
-    }
-
-    /// Sends a head and bytes of the device.
-    fn read_data(&mut self, request: &Request, range: Range<u64>) -> Outcome {
-        let direct = match self.device.direct(range.clone(), Access::Read) {
+    fn read_long(&mut self, request: &Request, len: usize) -> Outcome {
+        let (start, end) = (request.offset, request.offset + u64::from(request.length));
+        let direct = match self.device.direct(start..end, Access::Read) {
             Ok(direct) => direct,
             Err(error) => return Ok(Err(Failure::of_device(error, request))),
         };
         self.output.reserve(self.socket, 0)?;
         match self.output.replies {
             Replies::Simple => self.output.simple(request, 0),
-            Replies::Structured => {
-                let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX);
-                // Not the last: what follows may have to say that it failed.
-                let place = Place::Before;
-                self.output.data_head(request, place, range.start, len);
-            }
+            // Not the last: what follows may have to say that it failed.
+            Replies::Structured => self.output.data_head(request, Place::Before, start, len),
         }
         self.output.flush(self.socket, More::Follows)?;
-        self.send(direct, range.end)
+        let outcome = self.send(direct, end)?;
+        if outcome.is_ok() && self.output.replies == Replies::Structured {
+            self.output.nothing_more(request);
+        }
+        Ok(outcome)
     }
 
     /// Sends the bytes before `end`.
@@ -128,15 +84,8 @@ impl Session<'_> {
         while direct.left() > 0 {
             match direct.send(self.socket.fd()) {
                 Ok(_) | Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
-                    let before = Instant::now();
-                    let deadline = before + PATIENCE.saturating_sub(waited);
-                    let writable = self.socket.wait_writable(deadline)?;
-                    waited += before.elapsed();
-                    if !writable {
-                        return self.send_copy(direct, end);
-                    }
-                }
+                Err(Errno::AGAIN) if self.waits(&mut waited)? => {}
+                Err(Errno::AGAIN) => return self.send_copy(direct, end),
                 Err(errno @ (Errno::FAULT | Errno::INVAL)) => {
                     let left = direct.left();
                     drop(direct);
@@ -146,6 +95,16 @@ impl Session<'_> {
             }
         }
         Ok(Ok(()))
+    }
+
+    /// Waits until the socket takes bytes again, and says whether it does before the client has used up our patience.
+    fn waits(&self, waited: &mut Duration) -> Result<bool, End> {
+        let begin = Instant::now();
+        let writable = self
+            .socket
+            .wait_writable(begin + PATIENCE.saturating_sub(*waited));
+        *waited += begin.elapsed();
+        writable
     }
 
     /// Sends the rest however long that takes, with the request ended.

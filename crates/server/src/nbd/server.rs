@@ -15,7 +15,7 @@ use pgmap_sync::atomic::{AtomicBool, Ordering};
 use pgmap_sync::{Mutex, WaitQueue};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
-use rustix::net::sockopt::{set_tcp_nodelay, socket_peercred};
+use rustix::net::sockopt::socket_peercred;
 use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
 
 use super::export::Exports;
@@ -150,6 +150,11 @@ impl Server {
         Ok(())
     }
 
+    /// Serves one client that is connected already, by a unix socket.
+    pub fn admit_unix(&self, socket: OwnedFd) {
+        self.shared.admit_unix(socket);
+    }
+
     /// Who is connected, the longest first.
     #[must_use]
     pub fn clients(&self) -> Vec<Client> {
@@ -212,7 +217,10 @@ impl Shared {
                 continue;
             }
             match accept_with(listener.fd(), flags) {
-                Ok(socket) => self.admit(socket, listener),
+                Ok(socket) => match listener {
+                    Listener::Unix(_) => self.admit_unix(socket),
+                    Listener::Tcp(_) => self.admit(Socket::tcp(socket), None),
+                },
                 Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
                     thread::sleep(SHORTAGE);
                 }
@@ -222,17 +230,14 @@ impl Shared {
         }
     }
 
+    fn admit_unix(self: &Arc<Self>, socket: OwnedFd) {
+        let peer = socket_peercred(&socket).ok();
+        let pid = peer.map(|peer| peer.pid.as_raw_nonzero().get().cast_unsigned());
+        self.admit(Socket::unix(socket), pid);
+    }
+
     /// Gives a connection a thread. If it cannot have one, it is dropped.
-    fn admit(self: &Arc<Self>, socket: OwnedFd, listener: &Listener) {
-        let pid = match listener {
-            Listener::Unix(_) => socket_peercred(&socket).ok(),
-            Listener::Tcp(_) => {
-                // Without it replies are slower, and right.
-                let _ = set_tcp_nodelay(&socket, true);
-                None
-            }
-        };
-        let pid = pid.map(|peer| peer.pid.as_raw_nonzero().get().cast_unsigned());
+    fn admit(self: &Arc<Self>, socket: Socket, pid: Option<u32>) {
         let process = pid.and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok());
         let client = Client {
             pid,
@@ -240,7 +245,7 @@ impl Shared {
             export: None,
             since: SystemTime::now(),
         };
-        let socket = Arc::new(Socket::new(socket));
+        let socket = Arc::new(socket);
         let connection = Connection {
             client,
             socket: Arc::clone(&socket),

@@ -7,12 +7,13 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{
-    Timeout, set_socket_recv_buffer_size, set_socket_send_buffer_size, set_socket_timeout,
+    Timeout, set_socket_send_buffer_size, set_socket_timeout, set_tcp_nodelay,
 };
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
-/// Bytes that we ask the kernel to keep for each direction. It gives what it is allowed to.
-const BUFFER_BYTES: usize = 4 << 20;
+/// Bytes that may wait in a unix socket: enough to keep both sides busy, and few enough for the CPU's cache. Measured: ten
+/// times as many are a third slower.
+const BUFFER_BYTES: usize = 512 << 10;
 
 /// Why a session is over.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -49,10 +50,16 @@ pub(super) enum More {
 }
 
 impl Socket {
-    pub(super) fn new(fd: OwnedFd) -> Self {
-        // Small buffers are slower, and no reason to fail.
+    pub(super) fn unix(fd: OwnedFd) -> Self {
+        // With less of a buffer it is slower, and right.
         let _ = set_socket_send_buffer_size(&fd, BUFFER_BYTES);
-        let _ = set_socket_recv_buffer_size(&fd, BUFFER_BYTES);
+        Self(fd)
+    }
+
+    /// TCP finds the size of its buffers itself.
+    pub(super) fn tcp(fd: OwnedFd) -> Self {
+        // With delays it is slower, and right.
+        let _ = set_tcp_nodelay(&fd, true);
         Self(fd)
     }
 

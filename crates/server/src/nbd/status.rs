@@ -6,8 +6,11 @@ use pgmap_drivers::block::{BlockDevice, BlockError, Contents};
 
 use super::proto::{STATE_DATA, STATE_HOLE_ZERO};
 
-/// Bytes that the device is asked about at once: looking at many extents takes its time.
-const WINDOW: u64 = 64 << 20;
+/// Bytes that the device is asked about at first: looking at many extents takes its time.
+const WINDOW: u64 = 16 << 20;
+/// If it has not more extents than this there, it is asked about more bytes the next time: the kernel looks at all that
+/// follows whenever it looks for the end of data.
+const FEW: usize = 64;
 /// Extents of one answer; the client asks again for what follows.
 const MOST_EXTENTS: usize = 4096;
 
@@ -23,11 +26,15 @@ pub(super) fn block_status(
         Most::Many => MOST_EXTENTS,
     };
     let mut states: Vec<(u32, u32)> = Vec::new();
-    let mut at = range.start;
+    let (mut at, mut window) = (range.start, WINDOW);
     while at < range.end {
-        let window = at..range.end.min(at + WINDOW);
-        at = window.end;
-        for (extent, contents) in device.extents(window)? {
+        let end = range.end.min(at + window);
+        let extents = device.extents(at..end)?;
+        at = end;
+        if extents.len() <= FEW {
+            window *= 8;
+        }
+        for (extent, contents) in extents {
             let state = match contents {
                 Contents::Data => STATE_DATA,
                 Contents::Hole => STATE_HOLE_ZERO,

@@ -18,6 +18,8 @@ use super::status::{Most, block_status};
 
 /// The longest payload that is received only to be refused, in bytes.
 const MOST_DRAINED: u32 = 2 * MOST_PAYLOAD;
+/// Requests that are shorter than this, in bytes, are short.
+const FOLLOWED: usize = 32 << 10;
 /// A write's pieces end at multiples of this, so that blocks are written whole.
 const BLOCK: u64 = 4096;
 
@@ -65,13 +67,16 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Answers requests until the session ends, and says why it did. If that is because the server ends, what was written is made durable.
+    /// Answers requests until the session ends, and says why it did. If that is because the server ends, what was
+    /// written is made durable.
     pub(super) fn serve(&mut self) -> End {
         let end = loop {
             if let Err(end) = self.serve_one() {
                 break end;
             }
         };
+        // What was answered before goes out, if the socket still takes it.
+        let _ = self.output.flush(self.socket, More::Nothing);
         if self.unflushed && self.is_stopping() {
             // Nobody is there to be told if it fails.
             let _ = self.device.flush();
@@ -81,12 +86,10 @@ impl<'a> Session<'a> {
 
     fn serve_one(&mut self) -> Result<(), End> {
         let request = self.next()?;
+        self.follow(&request);
         let refused = self.check(&request);
         let outcome = match (request.command, refused) {
-            (Command::Disconnect, _) => {
-                self.output.flush(self.socket, More::Nothing)?;
-                return Err(End::Disconnected);
-            }
+            (Command::Disconnect, _) => return Err(End::Disconnected),
             (Command::Write, refused) => self.write(&request, refused)?,
             (_, Err(failure)) => Err(failure),
             (Command::Read, Ok(())) => self.read(&request)?,
@@ -94,6 +97,17 @@ impl<'a> Session<'a> {
             (_, Ok(())) => self.without_payload(&request),
         };
         self.answer(&request, outcome)
+    }
+
+    /// Short requests are answered on the client's CPU: waking across CPUs costs more than doing two things at a time
+    /// gains.
+    fn follow(&mut self, request: &Request) {
+        let Some(pid) = self.peer else { return };
+        if usize::try_from(request.length).is_ok_and(|len| len < FOLLOWED) {
+            self.placement.follow_process(pid);
+        } else {
+            self.placement.release();
+        }
     }
 
     /// Answers a request, unless its payload was the answer.
@@ -159,11 +173,12 @@ impl<'a> Session<'a> {
         }
         let has_payload = matches!(request.command, Command::Read | Command::Write);
         if has_payload && request.length > MOST_PAYLOAD {
-            let message = "more bytes than one request may have";
-            return Err(match request.command {
-                Command::Read if structured => Failure::new(WireError::Overflow, message),
-                _ => Failure::new(WireError::Invalid, message),
-            });
+            let error = if request.command == Command::Read && structured {
+                WireError::Overflow
+            } else {
+                WireError::Invalid
+            };
+            return Err(Failure::new(error, "more bytes than one request may have"));
         }
         if request.command == Command::Flush {
             return Ok(());
@@ -183,14 +198,7 @@ impl<'a> Session<'a> {
         let mut at = end - u64::from(request.length);
         while at < end {
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);
-            if self.input.len() < left.min(MOST_COPIED) {
-                self.output.flush(self.socket, More::Nothing)?;
-                if left <= MOST_COPIED {
-                    self.input.receive(self.socket)?;
-                    continue;
-                }
-                self.input.receive_payload(self.socket, left)?;
-            }
+            self.receive_payload(left)?;
             let mut piece = left.min(self.input.len());
             if piece < left {
                 // More than a block is here.
@@ -210,6 +218,20 @@ impl<'a> Session<'a> {
             self.count(Count::BytesWritten, u64::from(request.length));
         }
         Ok(so_far)
+    }
+
+    /// Receives some of the `left` bytes of a payload: all of a short one, some blocks of a long one.
+    fn receive_payload(&mut self, left: usize) -> Result<(), End> {
+        let enough = left.min(MOST_COPIED);
+        while self.input.len() < enough {
+            self.output.flush(self.socket, More::Nothing)?;
+            if left <= MOST_COPIED {
+                self.input.receive(self.socket)?;
+            } else {
+                self.input.receive_payload(self.socket, left)?;
+            }
+        }
+        Ok(())
     }
 
     /// Makes a request durable, if it is to be.

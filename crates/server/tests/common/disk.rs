@@ -11,20 +11,20 @@ use pgmap_sync::atomic::{AtomicU64, Ordering};
 use rustix::io::Errno;
 
 /// No byte is lost.
-pub const NONE_BAD: u64 = u64::MAX;
+pub(crate) const NONE_BAD: u64 = u64::MAX;
 
 /// A disk of shared frames.
 #[derive(Debug)]
-pub struct MemoryDisk {
+pub(crate) struct MemoryDisk {
     name: String,
     frames: SharedFrames,
-    pub queue: RequestQueue,
-    /// The only byte that is lost, or [`NONE_BAD`].
-    pub bad: AtomicU64,
+    pub(crate) queue: RequestQueue,
+    /// The only byte that is lost, or [`NONE_BAD`]; a write of its whole block mends it.
+    pub(crate) bad: AtomicU64,
 }
 
 impl MemoryDisk {
-    pub fn new(name: &str, bytes: u64) -> Result<Arc<Self>, Errno> {
+    pub(crate) fn new(name: &str, bytes: u64) -> Result<Arc<Self>, Errno> {
         Ok(Arc::new(Self {
             name: name.to_owned(),
             frames: SharedFrames::memory(name, bytes)?,
@@ -61,7 +61,14 @@ impl BlockDevice for MemoryDisk {
 
     fn write(&self, offset: u64, from: &[u8]) -> Result<(), BlockError> {
         let _in_flight = self.queue.enter()?;
-        self.check(&(offset..offset.saturating_add(from.len() as u64)))?;
+        let range = offset..offset.saturating_add(from.len() as u64);
+        // Relaxed: a test looks at it when the request is answered.
+        let bad = self.bad.load(Ordering::Relaxed);
+        let block = bad / 4096 * 4096;
+        if range.contains(&block) && range.end - block >= 4096 {
+            self.bad.store(NONE_BAD, Ordering::Relaxed);
+        }
+        self.check(&range)?;
         Ok(self.frames.write(offset, from)?)
     }
 
@@ -103,7 +110,7 @@ impl BlockDevice for MemoryDisk {
 
 /// A fixed list; the first is for clients that do not choose.
 #[derive(Debug)]
-pub struct Fixed(pub Vec<Arc<Export>>);
+pub(crate) struct Fixed(pub(crate) Vec<Arc<Export>>);
 
 impl Exports for Fixed {
     fn find(&self, name: &str) -> Result<Arc<Export>, Refused> {
