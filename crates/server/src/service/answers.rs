@@ -291,17 +291,17 @@ impl Service {
     /// The namespace that people mean.
     fn namespace(&self, name: &str) -> Result<(Arc<Region>, Namespace), Failure> {
         let regions: Vec<Arc<Region>> = self.regions.lock().all.values().cloned().collect();
-        for region in regions {
-            for namespace in region.namespaces() {
-                if self.namespace_view(&region, &namespace).is_called(name) {
-                    return Ok((region, namespace));
-                }
-            }
-        }
-        Err(Failure::new(
-            Code::NotFound,
-            format!("there is no `{name}`: `pgmap list` shows what there is"),
-        ))
+        let all = regions.iter().flat_map(|region| {
+            let namespaces = region.namespaces().into_iter();
+            namespaces.map(move |namespace| (Arc::clone(region), namespace))
+        });
+        let mut named = all
+            .filter(|(region, namespace)| self.namespace_view(region, namespace).is_called(name));
+        let none = || {
+            let text = format!("there is no `{name}`: `pgmap list` shows what there is");
+            Failure::new(Code::NotFound, text)
+        };
+        named.next().ok_or_else(none)
     }
 
     /// The device in use that people mean.

@@ -1,9 +1,10 @@
 //! The counters, for Prometheus: one page of text over HTTP.
 
 use core::fmt::Write as _;
+use core::net::SocketAddr;
 use core::time::Duration;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{TcpListener, TcpStream};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
@@ -41,11 +42,9 @@ impl Metrics {
         );
         let thread = std::thread::Builder::new().name("pgmap-metrics".into());
         let thread = thread.spawn(move || {
-            for stream in ours.incoming() {
-                // SeqCst: the plainest; looked at once a connection.
-                if end.load(Ordering::SeqCst) {
-                    return;
-                }
+            // SeqCst: the plainest; looked at once a connection.
+            let going_on = ours.incoming().take_while(|_| !end.load(Ordering::SeqCst));
+            for stream in going_on {
                 // A client that breaks off has its own reasons.
                 let _ = stream.and_then(|stream| answer(stream, &service));
             }
