@@ -3,10 +3,12 @@
 //! Here are the options, the sockets and the end; what is served is [`Service`]. What must never happen here: an end that
 //! loses what a client was told is done.
 
+use core::fmt::Write as _;
+use core::net::SocketAddr;
 use core::time::Duration;
 use std::fs;
 use std::io::ErrorKind;
-use std::net::{SocketAddr, TcpListener, ToSocketAddrs};
+use std::net::{TcpListener, ToSocketAddrs};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -70,20 +72,15 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     if !options.quiet {
         announce(&control, metrics.as_ref())?;
     }
-    let signal = signals.forever().next();
+    signals.forever().next();
     // From here on another signal ends us at once.
     drop(signals);
     drop((metrics, listener));
-    end(&service, &nbd, &fronts, signal)
+    end(&service, &nbd, &fronts)
 }
 
 /// Answers what is under way, makes everything durable, and goes.
-fn end(
-    service: &Service,
-    nbd: &nbd::Server,
-    fronts: &Fronts,
-    signal: Option<i32>,
-) -> anyhow::Result<ExitCode> {
+fn end(service: &Service, nbd: &nbd::Server, fronts: &Fronts) -> anyhow::Result<ExitCode> {
     if let Stopped::Left(clients) = nbd.stop(LAST_REPLIES) {
         output::tell(format_args!(
             "pgmap: {clients} clients have not taken their last replies\n"
@@ -102,7 +99,6 @@ fn end(
             failed.collect::<Vec<_>>().join("; ")
         );
     }
-    let _ = signal;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -164,19 +160,15 @@ impl Fronts {
         };
         for place in places {
             let cannot = || format!("NBD clients cannot be served at {place}");
-            let listener = match place.strip_prefix("unix:") {
-                Some(path) => {
-                    let path = std::path::absolute(path)?;
-                    let listener = unix(&path).with_context(cannot)?;
-                    fronts.unix.push(path);
-                    nbd::Listener::Unix(listener)
-                }
-                None => {
-                    let listener = tcp(&place)?;
-                    let listener = TcpListener::bind(listener).with_context(cannot)?;
-                    fronts.tcp.push(listener.local_addr()?);
-                    nbd::Listener::Tcp(listener)
-                }
+            let listener = if let Some(path) = place.strip_prefix("unix:") {
+                let path = std::path::absolute(path)?;
+                let listener = unix(&path).with_context(cannot)?;
+                fronts.unix.push(path);
+                nbd::Listener::Unix(listener)
+            } else {
+                let listener = TcpListener::bind(tcp(&place)?).with_context(cannot)?;
+                fronts.tcp.push(listener.local_addr()?);
+                nbd::Listener::Tcp(listener)
             };
             nbd.serve(listener).with_context(cannot)?;
         }
@@ -249,17 +241,17 @@ fn announce(control: &Path, metrics: Option<&Metrics>) -> anyhow::Result<()> {
     };
     let mut text = String::new();
     for namespace in listing.regions.iter().flat_map(|region| &region.namespaces) {
-        text += &format!("{}\n", show::namespace(namespace));
+        let _ = writeln!(text, "{}", show::namespace(namespace));
         if let Some(nbd) = &namespace.nbd {
-            text += &format!("  {nbd}\n");
+            let _ = writeln!(text, "  {nbd}");
         }
         if namespace.map.is_some() && namespace.state == "enabled" {
-            text += &format!("  direct: pgmap map {}\n", namespace.device());
+            let _ = writeln!(text, "  direct: pgmap map {}", namespace.device());
         }
     }
     if let Some(metrics) = metrics {
-        text += &format!("metrics: http://{}/metrics\n", metrics.address()?);
+        let _ = writeln!(text, "metrics: http://{}/metrics", metrics.address()?);
     }
-    text += &format!("control: {}\n", control.display());
+    let _ = writeln!(text, "control: {}", control.display());
     output::print(text.as_bytes())
 }

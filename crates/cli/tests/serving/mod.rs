@@ -78,25 +78,24 @@ impl Place {
     pub(crate) fn serve_with(&self, arguments: &[&str]) -> Server {
         let mut command = self.pgmap(arguments);
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let mut announced = String::new();
-        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut server = Server {
+            child: command.spawn().unwrap(),
+            announced: String::new(),
+            nbd: PathBuf::new(),
+        };
+        let mut output = BufReader::new(server.child.stdout.take().unwrap());
         loop {
             let mut line = String::new();
             if output.read_line(&mut line).unwrap() == 0 {
                 let mut errors = String::new();
-                let mut stderr = child.stderr.take().unwrap();
+                let mut stderr = server.child.stderr.take().unwrap();
                 stderr.read_to_string(&mut errors).unwrap();
                 panic!("{arguments:?} ended: {errors}");
             }
-            announced += &line;
+            server.announced += &line;
             if let Some(path) = line.strip_prefix("control: ") {
-                let nbd = Path::new(path.trim_end()).with_extension("nbd");
-                return Server {
-                    child,
-                    announced,
-                    nbd,
-                };
+                server.nbd = Path::new(path.trim_end()).with_extension("nbd");
+                return server;
             }
         }
     }
