@@ -108,6 +108,10 @@ pub trait BlockDevice: Send + Sync + fmt::Debug {
     /// See [`BlockError`].
     fn extents(&self, range: Range<u64>) -> Result<Vec<(Range<u64>, Contents)>, BlockError>;
 
+    /// Whether to receive straight into the bytes ([`direct`](Self::direct)) is quicker than [`write`](Self::write): it is for
+    /// memory, and it is not where a store makes the machine note that a page is to be written back.
+    fn likes_direct_writes(&self) -> bool;
+
     /// The bytes themselves, to be moved between them and a socket. The request is under way until this is dropped: a
     /// slow peer must not keep it.
     ///

@@ -8,9 +8,13 @@ use core::ops::Range;
 use core::ptr::{self, NonNull};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{self, FallocateFlags, MemfdFlags, SeekFrom};
+use pgmap_sync::Mutex;
+use rustix::fs::{self, FallocateFlags, MemfdFlags, OFlags, SeekFrom};
 use rustix::io::{Errno, pread, pwrite};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+/// What the kernel calls tmpfs and memory files.
+const TMPFS_MAGIC: fs::FsWord = 0x0102_1994;
 
 /// The bytes of a file, mapped as a whole.
 ///
@@ -23,6 +27,9 @@ pub struct SharedFrames {
     fd: OwnedFd,
     start: NonNull<u8>,
     bytes: usize,
+    /// A part that had no hole when it was last looked at: the kernel looks at every page of it to find its end.
+    dense: Mutex<Range<u64>>,
+    is_memory: bool,
 }
 
 // SAFETY: the mapping is touched by system calls only, which any thread may make.
@@ -59,12 +66,19 @@ impl SharedFrames {
     /// What the machine answers.
     pub fn of_file(fd: OwnedFd, bytes: u64) -> Result<Self, Errno> {
         let bytes = usize::try_from(bytes).map_err(|_| Errno::FBIG)?;
+        let is_memory = fs::fstatfs(&fd).is_ok_and(|system| system.f_type == TMPFS_MAGIC);
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
         let at = unsafe { mmap(ptr::null_mut(), bytes, protection, MapFlags::SHARED, &fd, 0)? };
         let start = NonNull::new(at.cast()).ok_or(Errno::NOMEM)?;
         // INVARIANT: just mapped.
-        Ok(Self { fd, start, bytes })
+        Ok(Self {
+            fd,
+            start,
+            bytes,
+            dense: Mutex::new(0..0),
+            is_memory,
+        })
     }
 
     /// How many bytes.
@@ -77,6 +91,12 @@ impl SharedFrames {
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    /// Whether the bytes are memory and nothing else: a store through the mapping costs a store, and no page is written back.
+    #[must_use]
+    pub const fn is_memory(&self) -> bool {
+        self.is_memory
     }
 
     /// Reads the bytes from `offset` on.
@@ -120,18 +140,24 @@ impl SharedFrames {
         Ok(())
     }
 
-    /// Sends bytes to a socket straight from where they are: as many as it takes without waiting.
+    /// Sends bytes to a socket straight from where they are, without a copy: as many as it takes without waiting. Until the
+    /// peer has them, they are the bytes of that moment or of a later one. One thread at a time uses the socket.
     ///
     /// # Errors
     ///
     /// [`Errno::AGAIN`] if it takes none now; [`Errno::FAULT`] if the bytes cannot be had; what the socket answers.
     pub fn send(&self, range: Range<u64>, socket: BorrowedFd<'_>) -> Result<usize, Errno> {
-        let (at, len) = self.place(&range)?;
-        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-        // SAFETY: by the type invariant these bytes stay mapped during the call, and the kernel may read them whoever
-        // changes them meanwhile.
-        let sent = unsafe { libc::send(socket.as_raw_fd(), at.as_ptr().cast(), len, flags) };
-        usize::try_from(sent).map_err(|_| last_errno())
+        let (_, len) = self.check(&range)?;
+        let flags = fs::fcntl_getfl(socket)?;
+        // The call itself has no way to say that it is not to wait.
+        fs::fcntl_setfl(socket, flags | OFlags::NONBLOCK)?;
+        let mut offset = range.start;
+        let sent = fs::sendfile(socket, &self.fd, Some(&mut offset), len);
+        fs::fcntl_setfl(socket, flags)?;
+        match sent {
+            Ok(0) | Err(Errno::IO) if len > 0 => Err(Errno::FAULT),
+            sent => sent,
+        }
     }
 
     /// Receives bytes from a socket straight to where they belong: as many as there are without waiting. 0 at the end
@@ -166,7 +192,9 @@ impl SharedFrames {
     pub fn punch(&self, range: &Range<u64>) -> Result<(), Errno> {
         let (start, len) = self.check(range)?;
         let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fs::fallocate(&self.fd, how, start as u64, len as u64)
+        fs::fallocate(&self.fd, how, start as u64, len as u64)?;
+        *self.dense.lock() = 0..0;
+        Ok(())
     }
 
     /// Makes these bytes zeros without giving back their room.
@@ -195,7 +223,7 @@ impl SharedFrames {
         )
     }
 
-    /// The parts of a range, in order, without gaps.
+    /// The parts of a range, in order, without gaps. A hole that is punched meanwhile may still be told as data.
     ///
     /// # Errors
     ///
@@ -204,6 +232,13 @@ impl SharedFrames {
         self.check(&range)?;
         let (mut extents, mut at) = (Vec::new(), range.start);
         while at < range.end {
+            let dense = self.dense.lock().clone();
+            if dense.contains(&at) {
+                let end = dense.end.min(range.end);
+                extents.push(Extent::Data(at..end));
+                at = end;
+                continue;
+            }
             let data = match fs::seek(&self.fd, SeekFrom::Data(at)) {
                 Ok(data) => data.min(range.end),
                 Err(Errno::NXIO) => range.end,
@@ -213,7 +248,9 @@ impl SharedFrames {
                 extents.push(Extent::Hole(at..data));
             }
             if data < range.end {
-                at = fs::seek(&self.fd, SeekFrom::Hole(data))?.min(range.end);
+                let end = fs::seek(&self.fd, SeekFrom::Hole(data))?;
+                *self.dense.lock() = data..end;
+                at = end.min(range.end);
                 extents.push(Extent::Data(data..at));
             } else {
                 at = data;

@@ -314,6 +314,10 @@ impl BlockDevice for Pmem {
 
     /// The bytes themselves. [`BlockError::Bad`] for a write says no more than that the bytes have to be written by
     /// [`write`](Self::write), which mends what is lost.
+    fn likes_direct_writes(&self) -> bool {
+        self.medium.frames().is_some_and(SharedFrames::is_memory)
+    }
+
     fn direct(&self, range: Range<u64>, access: Access) -> Result<Direct<'_>, BlockError> {
         let in_flight = self.queue.enter()?;
         self.check(&range)?;

@@ -50,6 +50,15 @@ impl Input {
         Ok(())
     }
 
+    /// Receives what there is of a request's head, and nothing that comes after. Says whether there was anything.
+    pub(super) fn try_receive_head(&mut self, socket: &Socket) -> Result<bool, End> {
+        self.make_room();
+        let end = Request::BYTES.max(self.end + 1);
+        let received = socket.try_receive(&mut self.bytes[self.end..end])?;
+        self.end += received.unwrap_or(0);
+        Ok(received.is_some())
+    }
+
     /// Receives until `count` bytes can be used, or as many as there is room for, and none that come after.
     pub(super) fn receive_payload(&mut self, socket: &Socket, count: usize) -> Result<(), End> {
         self.make_room();

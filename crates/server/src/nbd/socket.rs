@@ -72,6 +72,16 @@ impl Socket {
         self.receive_with(to, RecvFlags::empty())
     }
 
+    /// Receives what there is; `None` if there is nothing now.
+    pub(super) fn try_receive(&self, to: &mut [u8]) -> Result<Option<usize>, End> {
+        match self.receive_with(to, RecvFlags::DONTWAIT) {
+            Ok(count) => Ok(Some(count)),
+            // What a socket says that has nothing.
+            Err(End::Stalled) => Ok(None),
+            Err(end) => Err(end),
+        }
+    }
+
     /// Waits until all of `to` is received.
     pub(super) fn receive_all(&self, mut to: &mut [u8]) -> Result<(), End> {
         while !to.is_empty() {
@@ -128,6 +138,15 @@ impl Socket {
     /// Waits until the socket takes bytes, or has failed; says whether it did before `deadline`.
     pub(super) fn wait_writable(&self, deadline: Instant) -> Result<bool, End> {
         self.wait(PollFlags::OUT, deadline)
+    }
+
+    /// Waits until there are bytes, or the end.
+    pub(super) fn wait_readable(&self) -> Result<(), End> {
+        let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
+        match poll(&mut fds, None) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     fn wait(&self, what: PollFlags, deadline: Instant) -> Result<bool, End> {

@@ -3,9 +3,10 @@
 //! Replies are gathered as long as the next request is here already, and sent before we wait for one. What must never
 //! happen here: waiting for the client with a request of the device under way, longer than `reading` allows.
 
-use pgmap_drivers::block::{BlockDevice, Zeros};
+use pgmap_drivers::block::{Access, BlockDevice, Direct, Zeros};
 use pgmap_host::affinity::Placement;
 use pgmap_sync::atomic::{AtomicBool, Ordering};
+use rustix::io::Errno;
 
 use super::export::{Count, Export, Writable};
 use super::failure::{Failure, WireError};
@@ -13,13 +14,15 @@ use super::handshake::{Agreed, Metadata, Replies};
 use super::input::Input;
 use super::output::{MOST_COPIED, Output};
 use super::proto::{ALLOCATION_ID, Command, MOST_PAYLOAD, Request, command_flag};
-use super::socket::{End, More, Socket};
+use super::socket::{End, More, Socket, broken};
 use super::status::{Most, block_status};
 
 /// The longest payload that is received only to be refused, in bytes.
 const MOST_DRAINED: u32 = 2 * MOST_PAYLOAD;
 /// Requests that are shorter than this, in bytes, are short.
 const FOLLOWED: usize = 32 << 10;
+/// Payloads from this many bytes on may be received straight to where they belong.
+const DIRECT: u64 = 32 << 10;
 /// A write's pieces end at multiples of this, so that blocks are written whole.
 const BLOCK: u64 = 4096;
 
@@ -42,6 +45,15 @@ pub(super) struct Session<'a> {
     peer: Option<u32>,
     placement: Placement,
     unflushed: bool,
+    expected: Expected,
+}
+
+/// What the client is likely to send next.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Expected {
+    Anything,
+    /// A payload that is not to be received into our own buffer.
+    LongWrite,
 }
 
 impl<'a> Session<'a> {
@@ -64,6 +76,7 @@ impl<'a> Session<'a> {
             peer,
             placement: Placement::new(),
             unflushed: false,
+            expected: Expected::Anything,
         }
     }
 
@@ -99,11 +112,23 @@ impl<'a> Session<'a> {
         self.answer(&request, outcome)
     }
 
-    /// Short requests are answered on the client's CPU: waking across CPUs costs more than doing two things at a time
-    /// gains.
+    /// Short requests that come one by one are answered on the client's CPU: waking across CPUs costs more than doing two
+    /// things at a time gains. A client that does not wait for its replies keeps both CPUs busy.
     fn follow(&mut self, request: &Request) {
         let Some(pid) = self.peer else { return };
-        if usize::try_from(request.length).is_ok_and(|len| len < FOLLOWED) {
+        let is_short = usize::try_from(request.length).is_ok_and(|len| len < FOLLOWED);
+        let payload = match request.command {
+            Command::Write => usize::try_from(request.length).unwrap_or(usize::MAX),
+            Command::Read
+            | Command::Disconnect
+            | Command::Flush
+            | Command::Trim
+            | Command::Cache
+            | Command::WriteZeroes
+            | Command::BlockStatus
+            | Command::Unknown(_) => 0,
+        };
+        if is_short && self.input.len() <= payload {
             self.placement.follow_process(pid);
         } else {
             self.placement.release();
@@ -130,8 +155,14 @@ impl<'a> Session<'a> {
             if let Some(request) = self.input.request() {
                 return request;
             }
+            if self.expected == Expected::LongWrite && self.input.try_receive_head(self.socket)? {
+                continue;
+            }
             self.output.flush(self.socket, More::Nothing)?;
-            self.input.receive(self.socket)?;
+            match self.expected {
+                Expected::Anything => self.input.receive(self.socket)?,
+                Expected::LongWrite => self.socket.wait_readable()?,
+            }
         }
     }
 
@@ -196,7 +227,15 @@ impl<'a> Session<'a> {
         }
         let end = request.offset.saturating_add(u64::from(request.length));
         let mut at = end - u64::from(request.length);
+        self.expected = if end - at >= DIRECT && self.device.likes_direct_writes() {
+            Expected::LongWrite
+        } else {
+            Expected::Anything
+        };
         while at < end {
+            if self.expected == Expected::LongWrite && self.input.len() == 0 && so_far.is_ok() {
+                at = self.write_direct(at, end)?;
+            }
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);
             self.receive_payload(left)?;
             let mut piece = left.min(self.input.len());
@@ -218,6 +257,40 @@ impl<'a> Session<'a> {
             self.count(Count::BytesWritten, u64::from(request.length));
         }
         Ok(so_far)
+    }
+
+    /// Receives a payload straight to where it belongs, as far as that works. Says how far: the rest is still to come.
+    fn write_direct(&mut self, mut at: u64, end: u64) -> Result<u64, End> {
+        // Lost blocks, and a device that is being taken away, are `write`'s business.
+        while at < end
+            && let Ok(direct) = self.device.direct(at..end, Access::Write)
+        {
+            self.unflushed = true;
+            match self.receive_direct(direct, &mut at, end) {
+                // What cannot be put there is still to come.
+                Ok(()) | Err(Errno::FAULT) => break,
+                // No bytes are here: the request is not under way while we wait for some.
+                Err(Errno::AGAIN) => {
+                    self.output.flush(self.socket, More::Nothing)?;
+                    self.socket.wait_readable()?;
+                }
+                Err(errno) => return Err(broken(errno)),
+            }
+        }
+        Ok(at)
+    }
+
+    /// Receives what there is of the bytes before `end`.
+    fn receive_direct(&self, mut direct: Direct<'_>, at: &mut u64, end: u64) -> Result<(), Errno> {
+        while *at < end {
+            match direct.receive(self.socket.fd()) {
+                // The client has gone.
+                Ok(0) => return Err(Errno::CONNRESET),
+                Err(errno) if errno != Errno::INTR => return Err(errno),
+                Ok(_) | Err(_) => *at = end - direct.left(),
+            }
+        }
+        Ok(())
     }
 
     /// Receives some of the `left` bytes of a payload: all of a short one, some blocks of a long one.

@@ -101,6 +101,10 @@ impl BlockDevice for MemoryDisk {
         Ok(extents.collect())
     }
 
+    fn likes_direct_writes(&self) -> bool {
+        self.frames.is_memory()
+    }
+
     fn direct(&self, range: Range<u64>, _access: Access) -> Result<Direct<'_>, BlockError> {
         let in_flight = self.queue.enter()?;
         self.check(&range)?;
