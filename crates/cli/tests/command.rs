@@ -541,7 +541,7 @@ fn man_prints_a_page_or_writes_all() {
     let output = pgmap().args(["man", "walk"]).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(
-        errors(&output).contains("run, doctor"),
+        errors(&output).contains("run, serve"),
         "{}",
         errors(&output)
     );

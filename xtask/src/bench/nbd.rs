@@ -121,20 +121,12 @@ struct Server {
 
 impl Bench {
     fn new(root: &Path) -> anyhow::Result<Self> {
-        let example = [
-            "build",
-            "--release",
-            "-p",
-            "pgmap-server",
-            "--example",
-            "nbd_memory",
-        ];
-        crate::cargo(&example.map(str::to_owned))?;
+        crate::cargo(&["build", "--release"].map(str::to_owned))?;
         let target = std::env::var_os("CARGO_TARGET_DIR");
         let target = target.map_or_else(|| root.join("target"), |target| root.join(target));
         let directory = PathBuf::from(format!("/dev/shm/pgmap-bench-{}", std::process::id()));
         fs::create_dir(&directory).context("/dev/shm")?;
-        let ours = target.join("release/examples/nbd_memory");
+        let ours = target.join("release/pgmap");
         let bench = Self { directory, ours };
         let image = bench.path("image");
         // Every block is there, and none is of zeros.
@@ -164,7 +156,9 @@ impl Bench {
             command
         };
         let mut ours = Command::new(&self.ours);
-        ours.args([socket("ours"), BYTES.to_string()]);
+        ours.args(["serve", "--quiet", "--pmem", &format!("memory,size={BYTES}")]);
+        ours.args(["--nbd", &format!("unix:{}", socket("ours"))]);
+        ours.args(["--socket", &self.path("control")]);
         let mut file = nbdkit("nbdkit-file");
         file.args(["file", &self.path("file")]);
         let mut memory = nbdkit("nbdkit-memory");
@@ -216,8 +210,7 @@ impl Drop for Bench {
 
 impl Server {
     fn start(name: &'static str, mut command: Command, socket: &str) -> anyhow::Result<Self> {
-        // Ours ends with its input.
-        let child = command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn();
+        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).spawn();
         let child = child.context(name)?;
         let uri = format!("nbd+unix:///?socket={socket}");
         let server = Self { name, child, uri };
