@@ -15,6 +15,7 @@
 //! manages; [`Mapping`] a piece of them; [`Pin`] pages that stay where they are. The names below are those of
 //! the rooms that do the work.
 
+mod blocks;
 mod budget;
 mod device;
 mod memory;
@@ -25,6 +26,10 @@ mod space;
 
 pub use device::{Device, open_backing};
 pub use memory::{BuildError, Mapping, Memory, MemoryBuilder};
+pub use pgmap_core::hotplug::{BlockView, HotplugError};
+pub use pgmap_core::memory_block::BlockState;
+pub use pgmap_core::sparse::BlockId;
+pub use pgmap_core::zone::{RamZone, ZoneChoice};
 pub use pgmap_drivers::compressed::Algorithm;
 pub use pgmap_drivers::file::FileDevice;
 pub use pgmap_drivers::spec;

@@ -156,7 +156,12 @@ impl Bench {
             command
         };
         let mut ours = Command::new(&self.ours);
-        ours.args(["serve", "--quiet", "--pmem", &format!("memory,size={BYTES}")]);
+        ours.args([
+            "serve",
+            "--quiet",
+            "--pmem",
+            &format!("memory,size={BYTES}"),
+        ]);
         ours.args(["--nbd", &format!("unix:{}", socket("ours"))]);
         ours.args(["--socket", &self.path("control")]);
         let mut file = nbdkit("nbdkit-file");
