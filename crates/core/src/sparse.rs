@@ -67,7 +67,7 @@ impl fmt::Display for BlockId {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
 
