@@ -15,6 +15,7 @@ pub mod label;
 mod ledger;
 mod medium;
 mod namespace;
+mod patience;
 mod region;
 mod scrub;
 pub mod spec;
@@ -31,6 +32,7 @@ pub use namespace::{
     Activation, Align, LABEL_AREA_BYTES, MAX_NAMESPACES, MapLocation, Mode, Namespace, NoNamespace,
     UnknownWord, Wanted,
 };
+pub use patience::Patience;
 pub use region::{OpenError, Region, RegionError};
 pub use scrub::{Generation, Progress, ScrubError};
 pub use spec::PmemSpec;

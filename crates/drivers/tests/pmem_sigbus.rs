@@ -14,7 +14,7 @@ use std::time::Instant;
 use common::mapping::Mapping;
 use common::{child, client, map, open, told};
 use pgmap_drivers::block::BlockDevice;
-use pgmap_drivers::pmem::{Afterwards, Sharing};
+use pgmap_drivers::pmem::{Afterwards, Patience, Sharing};
 
 const LEN: usize = 8 << 20;
 const SIGBUS: i32 = 7;
@@ -59,8 +59,10 @@ fn who_maps_memory_that_goes_gets_sigbus() {
     pmem.read(LEN as u64 - 1, &mut bytes).unwrap();
     assert_eq!(bytes, [77]);
     // The guard says that it is still mapped: that is no reason to wait.
-    pmem.unbind(None, Afterwards::Keep, |holds| assert_eq!(holds.len(), 1))
-        .unwrap();
+    pmem.unbind(&Patience::new(None), Afterwards::Keep, |holds| {
+        assert_eq!(holds.len(), 1)
+    })
+    .unwrap();
     assert_eq!(child.wait().unwrap().signal(), Some(SIGBUS));
     drop(mapped);
     let pmem = region.bind(&map(), 0).unwrap();

@@ -6,13 +6,13 @@
 use core::fmt;
 use core::time::Duration;
 use std::sync::Arc;
-use std::time::Instant;
 
 use pgmap_host::shared::{Extent, SharedFrames};
 use rustix::io::Errno;
 
 use super::device::Pmem;
 use super::ledger::{Hold, Mapped};
+use super::patience::Patience;
 use super::region::Storage;
 
 /// Bytes that are moved at once from memory that is taken away.
@@ -87,7 +87,7 @@ impl fmt::Display for Holders {
 }
 
 impl Pmem {
-    /// Takes the namespace out of use, waiting at most `patience` for those who use it. Requests that began end, later
+    /// Takes the namespace out of use, waiting for those who use it as long as `patience` says. Requests that began end, later
     /// ones are refused. `ask` is called once nobody new can come, to ask those who hold it to let go: who maps
     /// volatile memory gets SIGBUS afterwards, all others are waited for.
     ///
@@ -97,14 +97,12 @@ impl Pmem {
     #[doc(alias = "nvdimm_bus_remove")]
     pub fn unbind(
         &self,
-        patience: Option<Duration>,
+        patience: &Patience<'_>,
         afterwards: Afterwards,
         ask: impl FnOnce(&[Hold]),
     ) -> Result<(), UnbindError> {
         self.begin()?;
-        let started = Instant::now();
-        let left = || patience.map(|patience| patience.saturating_sub(started.elapsed()));
-        if !self.queue.freeze(left()) {
+        if !patience.wait_for(|left| self.queue.freeze(left)) {
             let holders = self.holders(self.queue.in_flight(), 0);
             return Err(self.back_to_life(UnbindError::Held(holders)));
         }
@@ -121,7 +119,8 @@ impl Pmem {
         };
         let killed = dax.pagemap.clone().kill();
         ask(&dax.ledger.all());
-        let drained = match killed.drain(left()) {
+        patience.wait_for(|left| killed.wait_until_unused(left));
+        let drained = match killed.drain(Some(Duration::ZERO)) {
             Ok(drained) => drained,
             Err(still) => {
                 let holders = self.holders(0, still.users);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use pgmap_drivers::block::BlockDevice;
 use pgmap_drivers::pmem::{
-    AccessError, Client, Hold, HoldKind, Holders, Pmem, Sharing, UnbindError,
+    AccessError, Client, Hold, HoldKind, Holders, Patience, Pmem, Sharing, UnbindError,
 };
 
 use super::{Keep, Service, afterwards};
@@ -59,14 +59,17 @@ impl Service {
         key: (u32, u32),
         patience: Option<Duration>,
         keep: Keep,
+        session: &Session,
     ) -> Result<(), Failure> {
         let found = self.regions.lock().devices.get(&key).cloned();
         let Some(device) = found else {
             return Ok(());
         };
+        let hung_up = || session.is_hung_up();
+        let patience = Patience::new(patience).or_until(&hung_up);
         device
             .pmem
-            .unbind(patience, afterwards(keep), |_| {})
+            .unbind(&patience, afterwards(keep), |_| {})
             .map_err(|error| unbind_failure(&error, &device.pmem))?;
         self.regions.lock().devices.remove(&key);
         self.disconnect(&device.export.name);
