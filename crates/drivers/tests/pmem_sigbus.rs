@@ -60,7 +60,7 @@ fn who_maps_memory_that_goes_gets_sigbus() {
     assert_eq!(bytes, [77]);
     // The guard says that it is still mapped: that is no reason to wait.
     pmem.unbind(&Patience::new(None), Afterwards::Forget, |holds| {
-        assert_eq!(holds.len(), 1)
+        assert_eq!(holds.len(), 1);
     })
     .unwrap();
     assert_eq!(child.wait().unwrap().signal(), Some(SIGBUS));

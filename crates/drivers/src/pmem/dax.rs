@@ -149,8 +149,10 @@ impl Pmem {
             let offset = sector * SECTOR_BYTES;
             return Err(AccessError::Bad { offset });
         }
-        let _pmem = Arc::clone(self);
-        Ok(PinGuard { held, _pmem })
+        Ok(PinGuard {
+            held,
+            _pmem: Arc::clone(self),
+        })
     }
 
     /// Lets a client map bytes: it gets the guard's descriptor, and says when it has unmapped by dropping the guard.
@@ -175,10 +177,10 @@ impl Pmem {
         let stake = match self.region.storage() {
             Storage::MemoryFiles => Stake::Revocable(dax.register(frames, client)?),
             Storage::Medium => {
-                let _held = dax.hold(frames, Hold::Reference, client)?;
+                let held = dax.hold(frames, Hold::Reference, client)?;
                 let range = self.start + bytes.start..self.start + bytes.end;
                 match shared.allocate(&range) {
-                    Ok(()) | Err(Errno::OPNOTSUPP) => Stake::Frames { _held },
+                    Ok(()) | Err(Errno::OPNOTSUPP) => Stake::Frames { _held: held },
                     Err(errno) => return Err(AccessError::NoRoom(errno)),
                 }
             }
