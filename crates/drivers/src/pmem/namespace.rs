@@ -237,7 +237,7 @@ impl Namespace {
             medium_bytes,
             others,
         };
-        let map = effective(wanted);
+        let map = effective(wanted.mode, align, wanted.map);
         let fit = |room: &Range<u64>| fit(room, align, map);
         let fits = |room: &Range<u64>| {
             let bytes = fit(room);
@@ -303,6 +303,9 @@ impl Namespace {
         if metadata.start > metadata.end || metadata.end > medium_bytes {
             return Err("a namespace's metadata is not on the medium");
         }
+        if self.map != effective(self.mode, self.align, self.map) {
+            return Err("a namespace has metadata on the medium that it does not need");
+        }
         let needed = metadata_bytes(self.size_bytes(), self.map);
         let placed = metadata.is_empty() || metadata.start == data.end;
         if metadata.end - metadata.start != needed || !placed {
@@ -319,9 +322,9 @@ fn is_name(name: &str) -> bool {
 }
 
 /// Where metadata really goes: of compound pages only the heads' is used, too little to spend the device on.
-const fn effective(wanted: &Wanted) -> MapLocation {
-    match (wanted.mode, wanted.align) {
-        (Mode::Fsdax | Mode::Devdax, Align::Page) => wanted.map,
+const fn effective(mode: Mode, align: Align, map: MapLocation) -> MapLocation {
+    match (mode, align) {
+        (Mode::Fsdax | Mode::Devdax, Align::Page) => map,
         (Mode::Raw, _) | (Mode::Fsdax | Mode::Devdax, Align::Pmd | Align::Pud) => MapLocation::Mem,
     }
 }
