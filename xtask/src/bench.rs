@@ -9,6 +9,7 @@ mod floor;
 mod nbd;
 mod overhead;
 mod pages;
+mod pmem;
 mod program;
 mod table;
 mod zram;
@@ -40,11 +41,12 @@ const QUICK: Effort = Effort {
 type Group = fn(&Path, Effort) -> anyhow::Result<Vec<Table>>;
 
 /// The groups, by the names that the command line knows.
-const GROUPS: [(&str, Group); 4] = [
+const GROUPS: [(&str, Group); 5] = [
     ("counts", |_, effort| counts::measure(effort)),
     ("pages", |_, effort| pages::measure(effort)),
     ("program", program::measure),
     ("nbd", nbd::measure),
+    ("pmem", |_, effort| pmem::measure(effort)),
 ];
 
 /// Measures, prints tables, and with `--write` puts them into the document.
@@ -57,7 +59,7 @@ pub(crate) fn bench(root: &Path, arguments: &[String]) -> anyhow::Result<()> {
             name if GROUPS.iter().any(|(known, _)| *known == name) => only.push(name),
             other => {
                 bail!(
-                    "bench [--quick] [--write] [counts] [pages] [program] [nbd]: what is \"{other}\"?"
+                    "bench [--quick] [--write] [counts] [pages] [program] [nbd] [pmem]: what is \"{other}\"?"
                 )
             }
         }

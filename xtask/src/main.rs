@@ -1,7 +1,9 @@
 //! `cargo xtask`: what the repository does to itself.
 //!
-//! `test` builds and runs every test, `tidy` checks what no lint can, `bench` measures.
+//! `test` builds and runs every test, `tidy` checks what no lint can, `asan` runs the tests of device memory under
+//! `AddressSanitizer`, `bench` measures.
 
+mod asan;
 mod bench;
 mod tidy;
 
@@ -15,10 +17,11 @@ fn main() -> ExitCode {
     let result = match arguments.next().as_deref() {
         Some("test") => test(arguments.collect()),
         Some("tidy") => tidy::tidy(&root()),
+        Some("asan") => asan::asan(&root()),
         Some("bench") => bench::bench(&root(), &arguments.collect::<Vec<_>>()),
         _ => {
             eprintln!(
-                "usage: cargo xtask test [ARGUMENTS OF cargo test] | tidy | bench [--quick] [--write] [GROUP]"
+                "usage: cargo xtask test [ARGUMENTS OF cargo test] | tidy | asan | bench [--quick] [--write] [GROUP]"
             );
             return ExitCode::from(2);
         }

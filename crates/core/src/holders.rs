@@ -13,6 +13,7 @@ use core::panic::Location;
 use pgmap_sync::Mutex;
 
 use crate::addr::PfnRange;
+use crate::memremap::Hold;
 
 /// Somebody who holds pages.
 #[derive(Clone, Debug)]
@@ -43,6 +44,8 @@ pub struct FrameHolder {
     pub label: Cow<'static, str>,
     /// Who they are.
     pub who: Who,
+    /// How they hold them.
+    pub how: Hold,
     /// When the hold was taken, on the platform's clock, in nanoseconds.
     pub since_ns: u64,
     /// The held frames.

@@ -205,7 +205,29 @@ impl MemoryMap {
         self.resources.lock().tree.insert(resource)
     }
 
-    /// Takes away what [`insert_resource`](Self::insert_resource) entered.
+    /// Enters what the lowest free frames are from `from` on: `frames` of them, aligned to `align`. Answers which.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::NoRoom`].
+    pub fn allocate_resource(
+        &self,
+        frames: u64,
+        from: u64,
+        align: u64,
+        describe: impl FnOnce(PfnRange) -> Resource,
+    ) -> Result<PfnRange, MapError> {
+        let _hotplug = self.mem_hotplug_begin();
+        let mut resources = self.resources.lock();
+        let room = resources.room(frames, from, align);
+        let room = room.filter(|room| room.end() <= self.max_frames);
+        let room = room.ok_or(MapError::NoRoom)?;
+        let entered = resources.tree.insert(describe(room));
+        entered.map_err(|other| MapError::Conflict(other.range))?;
+        Ok(room)
+    }
+
+    /// Takes away what [`insert_resource`](Self::insert_resource) and [`allocate_resource`](Self::allocate_resource) entered.
     ///
     /// # Errors
     ///

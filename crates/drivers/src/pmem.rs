@@ -5,16 +5,19 @@
 //! What must never happen here: a label that is neither the old one nor the new one, a load or store through a
 //! mapping (it could be a SIGBUS), or frames taken away from under somebody.
 
+mod altmap;
 pub mod area;
 pub mod badblocks;
 mod bind;
 mod dax;
 mod device;
+mod hold;
 mod image;
 pub mod label;
-mod ledger;
 mod medium;
 mod namespace;
+mod patience;
+mod place;
 mod region;
 mod scrub;
 pub mod spec;
@@ -24,13 +27,14 @@ mod uuid;
 pub use bind::BindError;
 pub use dax::{AccessError, Client, DirectAccess, MapGuard, PinGuard, Sharing};
 pub use device::Pmem;
+pub use hold::{Hold, HoldKind};
 pub use image::ImageError;
-pub use ledger::{Hold, HoldKind};
 pub use medium::Medium;
 pub use namespace::{
     Activation, Align, LABEL_AREA_BYTES, MAX_NAMESPACES, MapLocation, Mode, Namespace, NoNamespace,
     UnknownWord, Wanted,
 };
+pub use patience::Patience;
 pub use region::{OpenError, Region, RegionError};
 pub use scrub::{Generation, Progress, ScrubError};
 pub use spec::PmemSpec;

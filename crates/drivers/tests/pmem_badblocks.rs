@@ -14,7 +14,9 @@ use std::thread;
 use common::power::PowerCut;
 use common::{client, map, open, small_map, spec};
 use pgmap_drivers::block::{Access, BlockDevice, BlockError, Zeros};
-use pgmap_drivers::pmem::{AccessError, Afterwards, Generation, Pmem, Region, ScrubError};
+use pgmap_drivers::pmem::{
+    AccessError, Afterwards, Generation, Patience, Pmem, Region, ScrubError,
+};
 use rustix::io::Errno;
 
 const PATIENCE: Option<Duration> = Some(Duration::from_secs(20));
@@ -88,7 +90,8 @@ fn the_list_survives_a_restart() {
     assert_eq!(ranges(&pmem), [9..16]);
     assert_eq!(pmem.read(8000, &mut [0; 512]), Err(bad(8000)));
     assert_eq!(region.bad_blocks().ranges(), [4096 + 9..4096 + 16]);
-    pmem.unbind(None, Afterwards::Keep, |_| ()).unwrap();
+    pmem.unbind(&Patience::new(None), Afterwards::Keep, |_| ())
+        .unwrap();
     let pmem = region.bind(&map(), 0).unwrap();
     assert_eq!(ranges(&pmem), [9..16]);
 }
@@ -171,6 +174,7 @@ fn unbind_interrupts_a_scrub() {
         let pmem = Arc::clone(&pmem);
         thread::spawn(move || pmem.wait_for_scrub(scrub, PATIENCE))
     };
-    pmem.unbind(PATIENCE, Afterwards::Forget, |_| ()).unwrap();
+    pmem.unbind(&Patience::new(PATIENCE), Afterwards::Forget, |_| ())
+        .unwrap();
     assert_eq!(waits.join().unwrap(), Err(ScrubError::Interrupted));
 }

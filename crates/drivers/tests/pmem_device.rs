@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 
 use common::{client, map, open, spec};
 use pgmap_drivers::block::{Access, BlockDevice, BlockError, Contents, Zeros};
-use pgmap_drivers::pmem::{AccessError, Afterwards, Align, Region, Sharing, Wanted};
+use pgmap_drivers::pmem::{AccessError, Afterwards, Align, Patience, Region, Sharing, Wanted};
 
 const MIB: u64 = 1 << 20;
 
@@ -78,14 +78,19 @@ fn bytes_pass_directly_to_a_socket() {
     pmem.read(0, &mut bytes).unwrap();
     assert_eq!(&bytes, b"to the socket");
     // A request under way keeps the device.
-    let held = pmem.unbind(Some(Duration::ZERO), Afterwards::Keep, |_| ());
+    let held = pmem.unbind(
+        &Patience::new(Some(Duration::ZERO)),
+        Afterwards::Keep,
+        |_| (),
+    );
     assert!(
         held.unwrap_err()
             .to_string()
             .contains("1 requests under way")
     );
     drop(direct);
-    pmem.unbind(None, Afterwards::Keep, |_| ()).unwrap();
+    pmem.unbind(&Patience::new(None), Afterwards::Keep, |_| ())
+        .unwrap();
     let refused = pmem.direct(0..13, Access::Read).unwrap_err();
     assert!(matches!(refused, BlockError::Frozen(_)));
 }
@@ -181,7 +186,8 @@ fn a_raw_namespace_has_nothing_to_map() {
         pmem.pin(0..4096, client("test")).unwrap_err(),
         AccessError::NoFrames
     );
-    pmem.unbind(None, Afterwards::Keep, |_| ()).unwrap();
+    pmem.unbind(&Patience::new(None), Afterwards::Keep, |_| ())
+        .unwrap();
 }
 
 /// Each region has frames of its own, above RAM, and its namespaces are in one range.

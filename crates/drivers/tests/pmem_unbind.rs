@@ -10,8 +10,10 @@ use std::time::Instant;
 
 use common::{client, map, open};
 use pgmap_core::addr::Pfn;
-use pgmap_drivers::block::{BlockDevice, BlockError};
-use pgmap_drivers::pmem::{AccessError, Afterwards, HoldKind, Pmem, Sharing, UnbindError};
+use pgmap_drivers::block::{Access, BlockDevice, BlockError};
+use pgmap_drivers::pmem::{
+    AccessError, Afterwards, HoldKind, Patience, Pmem, Sharing, UnbindError,
+};
 
 const MIB: u64 = 1 << 20;
 const SOON: Option<Duration> = Some(Duration::from_millis(20));
@@ -36,9 +38,11 @@ fn still_works(pmem: &Arc<Pmem>) {
 fn a_pin_is_waited_for_and_named() {
     let directory = tempfile::tempdir().unwrap();
     for text in ["memory,size=8M".to_owned(), image(&directory)] {
-        let (_region, pmem) = open(&text);
+        let (_region, pmem) = open(&format!("{text},align=4K"));
         let pin = pmem.pin(4096..3 * 4096, client("a client")).unwrap();
-        let held = pmem.unbind(SOON, Afterwards::Keep, |_| ()).unwrap_err();
+        let held = pmem
+            .unbind(&Patience::new(SOON), Afterwards::Keep, |_| ())
+            .unwrap_err();
         let said = held.to_string();
         let UnbindError::Held(holders) = held else {
             panic!("{said}")
@@ -50,9 +54,9 @@ fn a_pin_is_waited_for_and_named() {
         let pin_hold = &holders.holds[0];
         assert_eq!(
             (pin_hold.kind, pin_hold.pid),
-            (HoldKind::Pinned, std::process::id())
+            (HoldKind::Pinned, Some(std::process::id()))
         );
-        assert_eq!(pin_hold.holder.range, 4096..3 * 4096);
+        assert_eq!(pin_hold.bytes, 4096..3 * 4096);
         assert!(pin_hold.age(holders.now_ns) >= Duration::from_millis(20));
         assert!(said.contains("a client (pid"), "{said}");
         still_works(&pmem);
@@ -63,10 +67,30 @@ fn a_pin_is_waited_for_and_named() {
                 drop(pin);
             });
 
-            pmem.unbind(None, Afterwards::Keep, |_| ()).unwrap();
+            pmem.unbind(&Patience::new(None), Afterwards::Keep, |_| ())
+                .unwrap();
             assert!(started.elapsed() >= Duration::from_millis(40));
         });
     }
+}
+
+/// MAP-6: who loses interest need not wait for the deadline, and everything works as before.
+#[test]
+fn a_wait_can_be_given_up() {
+    let (_region, pmem) = open("memory,size=8M");
+    let pin = pmem.pin(0..4096, client("pins")).unwrap();
+    let request = pmem.direct(0..4096, Access::Read).unwrap();
+    let lost_interest = || true;
+    let give_up = || {
+        let patience = Patience::new(None).or_until(&lost_interest);
+        pmem.unbind(&patience, Afterwards::Keep, |_| ())
+            .unwrap_err()
+    };
+    assert!(give_up().to_string().contains("1 requests"));
+    drop(request);
+    assert!(give_up().to_string().contains("pins (pid"));
+    drop(pin);
+    still_works(&pmem);
 }
 
 /// PMEM-2: a mapping of a file is waited for, and named; its client is asked to let go.
@@ -77,7 +101,9 @@ fn a_mapping_of_a_file_is_asked_back() {
     let mapped = pmem
         .map(0..4 * MIB, Sharing::Shared, client("mapper"))
         .unwrap();
-    let held = pmem.unbind(SOON, Afterwards::Keep, |_| ()).unwrap_err();
+    let held = pmem
+        .unbind(&Patience::new(SOON), Afterwards::Keep, |_| ())
+        .unwrap_err();
     assert!(held.to_string().contains("mapper (pid"), "{held}");
     still_works(&pmem);
     let asked = |holds: &[pgmap_drivers::pmem::Hold]| {
@@ -85,7 +111,8 @@ fn a_mapping_of_a_file_is_asked_back() {
         assert_eq!(holds[0].kind, HoldKind::Mapped);
         drop(mapped);
     };
-    pmem.unbind(SOON, Afterwards::Keep, asked).unwrap();
+    pmem.unbind(&Patience::new(SOON), Afterwards::Keep, asked)
+        .unwrap();
 }
 
 /// PMEM-2: what is taken away refuses everything, and its frames are nobody's.
@@ -93,7 +120,8 @@ fn a_mapping_of_a_file_is_asked_back() {
 fn after_unbind_everything_is_refused() {
     let (region, pmem) = open("memory,size=8M");
     let first = pmem.pagemap().unwrap().ranges()[0].start();
-    pmem.unbind(None, Afterwards::Keep, |_| ()).unwrap();
+    pmem.unbind(&Patience::new(None), Afterwards::Keep, |_| ())
+        .unwrap();
     assert!(matches!(
         pmem.read(0, &mut [0; 1]),
         Err(BlockError::Frozen(_))
@@ -112,32 +140,51 @@ fn after_unbind_everything_is_refused() {
     let late = pmem.map(0..2 * MIB, Sharing::Shared, client("late"));
     assert_eq!(late.unwrap_err(), AccessError::Leaving);
     assert!(!pmem.pagemap().unwrap().contains(first));
-    let again = pmem.unbind(None, Afterwards::Keep, |_| ());
+    let again = pmem.unbind(&Patience::new(None), Afterwards::Keep, |_| ());
     assert!(matches!(again, Err(UnbindError::Already)));
     assert!(region.bound(0).is_none());
 }
 
-/// Volatile memory keeps its bytes while it is disabled, mapped or not; unless they are not wanted.
+/// PMEM-2: who maps volatile memory that is to be kept is waited for, so that no store is lost; if it is not to be kept, nobody is.
+#[test]
+fn a_mapping_of_memory_is_waited_for_only_if_its_bytes_are_wanted() {
+    let (region, pmem) = open("memory,size=8M");
+    let mapped = pmem
+        .map(0..2 * MIB, Sharing::Shared, client("mapper"))
+        .unwrap();
+    let kept = pmem.unbind(&Patience::new(SOON), Afterwards::Keep, |_| ());
+    let said = kept.unwrap_err().to_string();
+    assert!(said.contains("mapper (pid"), "{said}");
+    still_works(&pmem);
+    let forever = Patience::new(None);
+    pmem.unbind(&forever, Afterwards::Forget, |_| ()).unwrap();
+    drop(mapped);
+    assert!(region.bound(0).is_none());
+}
+
+/// Volatile memory keeps its bytes while it is disabled, unless they are not wanted.
 #[test]
 fn volatile_memory_keeps_its_bytes() {
     let map = map();
     let (region, pmem) = open("memory,size=8M");
     pmem.write(5 * MIB + 3, b"kept").unwrap();
-    pmem.unbind(None, Afterwards::Keep, |_| ()).unwrap();
+    pmem.unbind(&Patience::new(None), Afterwards::Keep, |_| ())
+        .unwrap();
     let pmem = region.bind(&map, 0).unwrap();
-    let _mapped = pmem
+    let mapped = pmem
         .map(0..8 * MIB, Sharing::Shared, client("test"))
         .unwrap();
     pmem.write(8 * MIB - 1, &[9]).unwrap();
-    pmem.unbind(None, Afterwards::Keep, |_| ()).unwrap();
+    drop(mapped);
+    pmem.unbind(&Patience::new(None), Afterwards::Keep, |_| ())
+        .unwrap();
     let pmem = region.bind(&map, 0).unwrap();
     let (mut bytes, mut last) = ([0; 4], [0; 1]);
     pmem.read(5 * MIB + 3, &mut bytes).unwrap();
     pmem.read(8 * MIB - 1, &mut last).unwrap();
     assert_eq!((&bytes, last), (b"kept", [9]));
-    // What was never written takes no room after the move either.
-    assert_eq!(pmem.extents(0..4 * MIB).unwrap().len(), 1);
-    pmem.unbind(None, Afterwards::Forget, |_| ()).unwrap();
+    pmem.unbind(&Patience::new(None), Afterwards::Forget, |_| ())
+        .unwrap();
     let pmem = region.bind(&map, 0).unwrap();
     pmem.read(5 * MIB + 3, &mut bytes).unwrap();
     assert_eq!(bytes, [0; 4]);
@@ -147,7 +194,7 @@ fn volatile_memory_keeps_its_bytes() {
 #[test]
 fn pins_are_exact() {
     let map = map();
-    let (region, pmem) = open("memory,size=8M");
+    let (region, pmem) = open("memory,size=8M,align=4K");
     drop(pmem);
     let pmem = region.bind(&map, 0).unwrap();
     let first = pmem.pagemap().unwrap().ranges()[0].start();

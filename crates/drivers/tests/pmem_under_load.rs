@@ -11,7 +11,7 @@ use std::time::Instant;
 use common::power::Dice;
 use common::{client, map, spec};
 use pgmap_drivers::block::{BlockDevice, BlockError};
-use pgmap_drivers::pmem::{AccessError, Afterwards, Pmem, Region, Sharing, UnbindError};
+use pgmap_drivers::pmem::{AccessError, Afterwards, Patience, Pmem, Region, Sharing, UnbindError};
 use pgmap_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 const MIB: u64 = 1 << 20;
@@ -129,7 +129,7 @@ fn take_away(
         thread::sleep(Duration::from_micros(dice.throw(3000) as u64));
         let pmem = load.pmem();
         let patience = Duration::from_micros(dice.throw(3000) as u64);
-        match pmem.unbind(Some(patience), Afterwards::Keep, |_| ()) {
+        match pmem.unbind(&Patience::new(Some(patience)), Afterwards::Keep, |_| ()) {
             Ok(()) => {
                 gone += 1;
 
@@ -171,7 +171,8 @@ fn under_load(text: &str) {
     assert!(gone > 10 && answered > 100 && refused > 0);
     let pmem = load.pmem();
     assert!(pmem.holds().is_empty());
-    pmem.unbind(None, Afterwards::Keep, |_| ()).unwrap();
+    pmem.unbind(&Patience::new(None), Afterwards::Keep, |_| ())
+        .unwrap();
 }
 
 /// PMEM-2: an image that is taken away under load, many times: each request is answered once, what was written is there

@@ -1,11 +1,11 @@
-//! The floor of a pager: userfaultfd alone, with no page table, no device and no policy.
+//! The floor of a pager: userfaultfd alone, with no page table, no device and no policy; and a bare mapping of a file.
 //!
 //! One thread touches, one answers with `UFFDIO_COPY`; or batches are copied and moved with nobody waiting.
 //! Layouts and numbers are those of the kernel's user interface (`linux/userfaultfd.h`).
 
 use core::ffi::c_void;
 use core::ptr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::thread;
 
 use anyhow::ensure;
@@ -14,7 +14,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::ioctl::{Opcode, Updater, ioctl, opcode};
 use rustix::mm::{
-    Advice, MapFlags, ProtFlags, UserfaultfdFlags, madvise, mmap_anonymous, munmap, userfaultfd,
+    Advice, MapFlags, ProtFlags, UserfaultfdFlags, madvise, mmap, mmap_anonymous, munmap,
+    userfaultfd,
 };
 
 const GROUP: u8 = 0xAA;
@@ -160,4 +161,45 @@ impl Drop for Bare {
 pub(crate) unsafe fn touch(at: usize) {
     // SAFETY: by this function's contract.
     core::hint::black_box(unsafe { (at as *const u8).read_volatile() });
+}
+
+/// A part of a file, mapped for reading.
+///
+/// # Invariants
+///
+/// `start` is a mapping of `len` bytes, which is ours until `drop`, and whole words.
+pub(crate) struct Mapped {
+    start: *mut c_void,
+    len: usize,
+}
+
+impl Mapped {
+    pub(crate) fn new(file: BorrowedFd<'_>, offset: u64, bytes: u64) -> anyhow::Result<Self> {
+        let len = usize::try_from(bytes)?;
+        anyhow::ensure!(len.is_multiple_of(8), "{len} bytes are no whole words");
+        let (protection, flags) = (ProtFlags::READ, MapFlags::SHARED);
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
+        let start = unsafe { mmap(ptr::null_mut(), len, protection, flags, file, offset) }?;
+        // INVARIANT: just mapped.
+        Ok(Self { start, len })
+    }
+
+    /// Reads every word.
+    pub(crate) fn sum(&self) -> u64 {
+        let words = self.start.cast::<u64>();
+        let word = |nth| {
+            // SAFETY: by the type invariant it is inside of the mapping.
+            let word = unsafe { words.add(nth) };
+            // SAFETY: mapped, readable and aligned; nobody has a reference to it.
+            unsafe { word.read() }
+        };
+        (0..self.len / 8).map(word).fold(0, u64::wrapping_add)
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        // SAFETY: ours by the type invariant, and nobody refers to it.
+        let _ = unsafe { munmap(self.start, self.len) };
+    }
 }

@@ -53,6 +53,7 @@ impl DevPagemap {
         let ticket = self.map.holders().add_frames(FrameHolder {
             label: label.into(),
             who,
+            how,
             since_ns: self.map.now_ns(),
             frames: range,
         });

@@ -59,6 +59,12 @@ impl Killed {
         &self.device
     }
 
+    /// Waits until nobody uses the mapping, at most `patience`. Says whether nobody does; then [`drain`](Self::drain) does not wait.
+    #[must_use]
+    pub fn wait_until_unused(&self, patience: Option<Duration>) -> bool {
+        self.device.users().wait_for_zero(patience)
+    }
+
     /// Waits until nobody uses the mapping, at most `patience`.
     ///
     /// # Errors
@@ -71,7 +77,7 @@ impl Killed {
                 device: self.device,
             });
         }
-        if self.device.users().wait_for_zero(patience) {
+        if self.wait_until_unused(patience) {
             // INVARIANT: dead and at zero, so it stays at zero.
             return Ok(Drained {
                 device: self.device,

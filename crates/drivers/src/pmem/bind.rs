@@ -2,23 +2,21 @@
 
 use std::sync::Arc;
 
-use pgmap_core::addr::{MAX_PFN, PAGE_SIZE, Pfn, PfnRange};
-use pgmap_core::memremap::{DevPagemap, MapError, MemoryMap, MemoryType};
+use pgmap_core::altmap::Altmap;
+use pgmap_core::memremap::{DevPagemap, MapError, MemoryMap, MemoryType, Order, Request};
 use pgmap_core::queue::RequestQueue;
 use pgmap_host::shared::SharedFrames;
-use pgmap_sync::{Mutex, WaitQueue};
+use pgmap_sync::{Mutex, PercpuRef, WaitQueue};
 
+use super::altmap::ImagePages;
 use super::dax::Dax;
 use super::device::{Bad, Pmem};
-use super::ledger::Ledger;
 use super::medium::Medium;
-use super::namespace::{Mode, Namespace};
+use super::namespace::{Align, Mode, Namespace};
+use super::place::Place;
 use super::region::{Region, RegionError, State, Storage};
 use super::scrub::Scrub;
 use super::unbind::Stage;
-
-/// Regions begin at multiples of 1 GiB, so that a namespace can be mapped in such units.
-const REGION_FRAMES: u64 = (1 << 30) / PAGE_SIZE as u64;
 
 /// Why a namespace cannot be taken into use.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
@@ -52,13 +50,18 @@ impl Region {
             Mode::Fsdax => Some(MemoryType::FsDax(Arc::new(WaitQueue::new()))),
             Mode::Devdax => Some(MemoryType::Generic),
         };
-        let dax = dax
-            .map(|kind| give_frames(&mut state, map, &namespace, kind))
-            .transpose()?;
+        let name = self.device_name(&namespace);
+        let dax = match dax {
+            Some(kind) => {
+                let place = state.place(map)?;
+                Some(give_frames(place, map, &name, &namespace, &medium, kind)?)
+            }
+            None => None,
+        };
         let bad = Bad::default();
         bad.load(&state.label().bad, &namespace.data);
         let pmem = Arc::new_cyclic(|own| Pmem {
-            name: self.device_name(&namespace),
+            name,
             namespace,
             region: Arc::clone(self),
             medium,
@@ -108,48 +111,41 @@ impl Region {
 
 /// Gives frames to a namespace, at its place in its region.
 fn give_frames(
-    state: &mut State,
+    place: &Place,
     map: &Arc<MemoryMap>,
+    name: &str,
     namespace: &Namespace,
+    medium: &Arc<dyn Medium>,
     kind: MemoryType,
-) -> Result<Dax, BindError> {
-    let base = match state.base {
-        Some(base) => base,
-        None => free_range(map, state.label().medium_bytes / PAGE_SIZE as u64)?,
+) -> Result<Dax, MapError> {
+    let (data, metadata) = (&namespace.data, &namespace.metadata);
+    let frames = place.frames(data).ok_or(MapError::NoRoom)?;
+    let altmap = place.frames(metadata).and_then(|area| {
+        let pages = ImagePages {
+            medium: Arc::clone(medium),
+            first: frames.start(),
+            start: data.start,
+        };
+        Altmap::new(Arc::new(pages), area, 0)
+    });
+    let all = place.frames(&(data.start..data.end.max(metadata.end)));
+    let ranges = [all.ok_or(MapError::NoRoom)?];
+    let request = Request {
+        order: match namespace.align {
+            Align::Page => Order::Base,
+            Align::Pmd => Order::Pmd,
+            Align::Pud => Order::Pud,
+        },
+        altmap,
+        ..Request::at(name.to_owned(), &ranges, kind)
     };
-    let first = base.checked_add(namespace.data.start / PAGE_SIZE as u64);
-    let frames = first
-        .and_then(|first| PfnRange::new(first, namespace.size_bytes() / PAGE_SIZE as u64))
-        .ok_or(MapError::NoRoom)?;
-    // `namespace.metadata` is where an altmap goes (MAP-8), and `namespace.align` is the order of the compounds.
-    let pagemap = map.memremap_pages(&[frames], kind)?;
-    state.base = Some(base);
     Ok(Dax {
         map: Arc::clone(map),
-        pagemap,
+        pagemap: map.memremap_request(request)?,
         frames,
-        ledger: Ledger::default(),
+        mappings: PercpuRef::new(),
+        holes: Mutex::new(()),
     })
-}
-
-/// The start of a range of frames that nobody has. It is looked for by having it for a moment.
-fn free_range(map: &Arc<MemoryMap>, frames: u64) -> Result<Pfn, MapError> {
-    let mut start = REGION_FRAMES;
-    while start < MAX_PFN {
-        let first = Pfn::new(start).ok_or(MapError::NoRoom)?;
-        let range = PfnRange::new(first, frames.max(1)).ok_or(MapError::NoRoom)?;
-        let in_the_way = match map.memremap_pages(&[range], MemoryType::Generic) {
-            Ok(free) => {
-                give_back(free);
-                return Ok(first);
-            }
-            Err(MapError::Conflict(other)) => other.end(),
-            Err(MapError::IntersectsRam(_)) => start + 1,
-            Err(error) => return Err(error),
-        };
-        start = in_the_way.max(start + 1).next_multiple_of(REGION_FRAMES);
-    }
-    Err(MapError::NoRoom)
 }
 
 /// Takes frames away that nobody can have got hold of for longer than a lookup.

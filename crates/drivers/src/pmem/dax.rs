@@ -2,22 +2,20 @@
 //!
 //! The server calls this for its clients, who get a file descriptor to map. A mapping is shared and aligned, or refused.
 
-use core::mem::ManuallyDrop;
 use core::ops::Range;
-use core::panic::Location;
 use std::borrow::Cow;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use pgmap_core::addr::{PAGE_SIZE, Pfn, PfnRange};
-use pgmap_core::holders::Holder;
-use pgmap_core::memremap::{DevPagemap, MemoryMap, PgmapGuard};
-use pgmap_core::page::GetError;
+use pgmap_core::holders::{FrameHolder, FrameTicket, Who};
+use pgmap_core::memremap::{DevPagemap, HeldPages, Hold, MemoryMap, PageError, PgmapGuard};
+use pgmap_sync::{Mutex, PercpuRef};
 use rustix::io::Errno;
 
 use super::badblocks::SECTOR_BYTES;
 use super::device::Pmem;
-use super::ledger::{Entry, Hold, HoldKind, Ledger};
+use super::hold;
 use super::namespace::Align;
 use super::region::Storage;
 
@@ -28,8 +26,12 @@ const PAGE: u64 = PAGE_SIZE as u64;
 pub(super) struct Dax {
     pub(super) map: Arc<MemoryMap>,
     pub(super) pagemap: DevPagemap,
+    /// Those of its bytes; the device may have more, for their metadata.
     pub(super) frames: PfnRange,
-    pub(super) ledger: Ledger,
+    /// Mappings of volatile memory, which hold no frames.
+    pub(super) mappings: PercpuRef,
+    /// Held while a hole is punched, and while a hold is entered: never both.
+    pub(super) holes: Mutex<()>,
 }
 
 /// Whether a client wants to see what others write.
@@ -77,6 +79,9 @@ pub enum AccessError {
     /// A frame has as many references or pins as can be counted (REF-5).
     #[error("the range is held as often as can be counted: somebody leaks holds")]
     TooMany,
+    /// Somebody is letting go of a page of the range just now.
+    #[error("somebody is letting go of the range: try again")]
+    Busy,
     /// There is no room for all of the range, and a store to it would be a SIGBUS.
     #[error("there is no room for all of the range: {0}")]
     NoRoom(Errno),
@@ -131,41 +136,31 @@ impl Pmem {
     ///
     /// [`AccessError`]; nothing is pinned then.
     #[doc(alias = "pin_user_pages")]
-    #[track_caller]
     pub fn pin(
         self: &Arc<Self>,
         bytes: Range<u64>,
         client: Client,
     ) -> Result<PinGuard, AccessError> {
         let dax = self.dax.as_ref().ok_or(AccessError::NoFrames)?;
-        let _held = dax.pagemap.try_get().ok_or(AccessError::Leaving)?;
         let frames = self.frames_of(&bytes, Align::Page)?;
-        // Entered first: no hole is punched from here on.
-        let entry = dax.enter(HoldKind::Pinned, &bytes, client);
-        let pinned = match self.bad.first_in(&bytes) {
-            Some(sector) => Err(AccessError::Bad {
-                offset: sector * SECTOR_BYTES,
-            }),
-            None => dax.pin_all(frames),
-        };
-        if let Err(error) = pinned {
-            dax.ledger.remove(entry);
-            return Err(error);
+        let held = dax.hold(frames, Hold::Pin, client)?;
+        // Looked at while it is held: what is not lost now is pinned.
+        if let Some(sector) = self.bad.first_in(&bytes) {
+            let offset = sector * SECTOR_BYTES;
+            return Err(AccessError::Bad { offset });
         }
         Ok(PinGuard {
-            pmem: Arc::clone(self),
-            frames,
-            entry,
+            held,
+            _pmem: Arc::clone(self),
         })
     }
 
     /// Lets a client map bytes: it gets the guard's descriptor, and says when it has unmapped by dropping the guard.
-    /// Of a file, taking the device away waits for that; volatile memory is taken away from under the mapping.
+    /// Taking the device away waits for that, unless it is volatile memory that nobody wants to keep.
     ///
     /// # Errors
     ///
     /// [`AccessError`]: shared and aligned mappings only (DAX-1).
-    #[track_caller]
     pub fn map(
         self: &Arc<Self>,
         bytes: Range<u64>,
@@ -174,44 +169,46 @@ impl Pmem {
     ) -> Result<MapGuard, AccessError> {
         let dax = self.dax.as_ref().ok_or(AccessError::NoFrames)?;
         let shared = self.medium.frames().ok_or(AccessError::NoFrames)?;
-        let _held = dax.pagemap.try_get().ok_or(AccessError::Leaving)?;
         match sharing {
             Sharing::Shared => {}
             Sharing::Private => return Err(AccessError::NotShared),
         }
         let frames = self.frames_of(&bytes, self.namespace.align)?;
-        let entry = dax.enter(HoldKind::Mapped, &bytes, client);
-        let held = match self.region.storage() {
-            // Revoked by truncation, so it holds nothing.
-            Storage::MemoryFiles => Ok(Units::None),
+        let stake = match self.region.storage() {
+            Storage::MemoryFiles => Stake::Revocable(dax.register(frames, client)?),
             Storage::Medium => {
+                let held = dax.hold(frames, Hold::Reference, client)?;
                 let range = self.start + bytes.start..self.start + bytes.end;
                 match shared.allocate(&range) {
-                    Ok(()) | Err(Errno::OPNOTSUPP) => dax.hold_units(frames, self.namespace.align),
-                    Err(errno) => Err(AccessError::NoRoom(errno)),
+                    Ok(()) | Err(Errno::OPNOTSUPP) => Stake::Frames { _held: held },
+                    Err(errno) => return Err(AccessError::NoRoom(errno)),
                 }
             }
         };
-        match held {
-            Ok(units) => Ok(MapGuard {
-                pmem: Arc::clone(self),
-                bytes,
-                units,
-                entry,
-            }),
-            Err(error) => {
-                dax.ledger.remove(entry);
-                Err(error)
-            }
-        }
+        Ok(MapGuard {
+            stake,
+            pmem: Arc::clone(self),
+            bytes,
+        })
     }
 
     /// Who maps or pins what, oldest first.
     #[must_use]
-    pub fn holds(&self) -> Vec<Hold> {
-        self.dax
-            .as_ref()
-            .map_or_else(Vec::new, |dax| dax.ledger.all())
+    pub fn holds(&self) -> Vec<hold::Hold> {
+        let Some(dax) = &self.dax else {
+            return Vec::new();
+        };
+        let holders = dax.map.holders().of_frames(dax.frames).into_iter();
+        holders
+            .map(|holder| hold::Hold::of(holder, dax.frames))
+            .collect()
+    }
+
+    /// The frames that bytes touch.
+    pub(super) fn frames_around(&self, bytes: &Range<u64>) -> Option<PfnRange> {
+        let first = bytes.start / PAGE;
+        let start = self.dax.as_ref()?.frames.start().checked_add(first)?;
+        PfnRange::new(start, bytes.end.div_ceil(PAGE).checked_sub(first)?)
     }
 
     /// The frames of whole units of bytes.
@@ -232,124 +229,83 @@ impl Pmem {
     }
 }
 
-/// The frames of a range, one in each `step`.
-fn each(frames: PfnRange, step: u64) -> impl Iterator<Item = Pfn> {
-    let steps = frames.count().div_ceil(step);
-    (0..steps).filter_map(move |nth| frames.start().checked_add(nth * step))
-}
-
 impl Dax {
-    #[track_caller]
-    fn enter(&self, kind: HoldKind, bytes: &Range<u64>, client: Client) -> Entry {
-        let as_usize = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
-        let holder = Holder {
-            label: client.label,
-            site: Location::caller(),
-            since_ns: self.map.now_ns(),
-            range: as_usize(bytes.start)..as_usize(bytes.end),
-        };
-        let pid = client.pid;
-        self.ledger.add(Hold { kind, pid, holder })
-    }
-
-    /// Takes a reference to a frame, the first of which keeps the device from being taken away (REF-2).
-    fn hold(&self, pfn: Pfn) -> Result<(), AccessError> {
-        let frame = self.map.frame(pfn);
-        loop {
-            match frame.try_get() {
-                Ok(()) => return Ok(()),
-                Err(GetError::TooMany(_)) => return Err(AccessError::TooMany),
-                Err(GetError::NotLive) => {}
-            }
-            let guard = self.pagemap.try_get().ok_or(AccessError::Leaving)?;
-            if frame.allocate() {
-                // The frame keeps the guard's reference, until `put_page` finds it unused.
-                let _kept = ManuallyDrop::new(guard);
-                return Ok(());
-            }
-            if frame.is_poisoned() {
-                let offset = (pfn.get() - self.frames.start().get()) * PAGE;
-                return Err(AccessError::Bad { offset });
-            }
-        }
-    }
-
-    fn pin_all(&self, frames: PfnRange) -> Result<(), AccessError> {
-        for (done, pfn) in each(frames, 1).enumerate() {
-            let pinned = self.pin_one(pfn);
-            if let Err(error) = pinned {
-                each(frames, 1).take(done).for_each(|pfn| self.unpin(pfn));
-                return Err(error);
-            }
-        }
-        Ok(())
-    }
-
-    fn pin_one(&self, pfn: Pfn) -> Result<(), AccessError> {
-        self.hold(pfn)?;
-        self.map.frame(pfn).try_pin().map_err(|_| {
-            self.pagemap.put_page(pfn);
-            AccessError::TooMany
+    /// Holds the pages that frames are in, unless a hole is being punched there.
+    fn hold(&self, frames: PfnRange, how: Hold, client: Client) -> Result<HeldPages, AccessError> {
+        let _no_hole = self.holes.lock();
+        let who = Who::Process(client.pid);
+        let held = self.pagemap.hold(frames, how, client.label, who);
+        held.map_err(|error| match error {
+            PageError::Dying => AccessError::Leaving,
+            PageError::NotOurs(_) => AccessError::OutOfRange,
+            PageError::TooMany(_) => AccessError::TooMany,
+            PageError::Busy(_) => AccessError::Busy,
+            PageError::Poisoned(pfn) => AccessError::Bad {
+                offset: (pfn.get() - self.frames.start().get()) * PAGE,
+            },
         })
     }
 
-    fn unpin(&self, pfn: Pfn) {
-        // Never the last hold: the reference that came with the pin is still there.
-        let _held = self.map.frame(pfn).unpin();
-        self.pagemap.put_page(pfn);
+    /// Enters a mapping that holds no frames, since it can be revoked.
+    fn register(&self, frames: PfnRange, client: Client) -> Result<FrameTicket, AccessError> {
+        let _alive = self.pagemap.try_get().ok_or(AccessError::Leaving)?;
+        if !self.mappings.try_get_live() {
+            return Err(AccessError::Leaving);
+        }
+        let _no_hole = self.holes.lock();
+        Ok(self.map.holders().add_frames(FrameHolder {
+            label: client.label,
+            who: Who::Process(client.pid),
+            how: Hold::Reference,
+            since_ns: self.map.now_ns(),
+            frames,
+        }))
     }
 
-    /// A reference to the first frame of each unit of mapping: it stands for the unit.
-    fn hold_units(&self, frames: PfnRange, unit: Align) -> Result<Units, AccessError> {
-        let step = unit.bytes() / PAGE;
-        for (done, pfn) in each(frames, step).enumerate() {
-            if let Err(error) = self.hold(pfn) {
-                let held = each(frames, step).take(done);
-                held.for_each(|pfn| self.pagemap.put_page(pfn));
-                return Err(error);
-            }
-        }
-        Ok(Units::Held { frames, step })
+    /// Does something to frames, unless somebody holds them; nobody begins to meanwhile.
+    pub(super) fn unless_held(
+        &self,
+        frames: PfnRange,
+        punch: impl FnOnce() -> Result<(), Errno>,
+    ) -> Option<Result<(), Errno>> {
+        let _no_hold = self.holes.lock();
+        let held = self.map.holders().of_frames(frames);
+        held.is_empty().then(punch)
     }
 }
 
 /// Pins on whole pages; dropping it unpins them.
 #[derive(Debug)]
 pub struct PinGuard {
-    pmem: Arc<Pmem>,
-    frames: PfnRange,
-    entry: Entry,
+    // Dropped in this order: the device waits for its frames.
+    held: HeldPages,
+    _pmem: Arc<Pmem>,
 }
 
 impl PinGuard {
     /// The pinned frames.
     #[must_use]
     pub const fn frames(&self) -> PfnRange {
-        self.frames
+        self.held.range()
     }
 }
 
-impl Drop for PinGuard {
-    fn drop(&mut self) {
-        let Some(dax) = &self.pmem.dax else { return };
-        each(self.frames, 1).for_each(|pfn| dax.unpin(pfn));
-        dax.ledger.remove(self.entry);
-    }
-}
-
+/// What a mapping has of the device.
 #[derive(Debug)]
-enum Units {
-    None,
-    Held { frames: PfnRange, step: u64 },
+enum Stake {
+    /// References: it is waited for.
+    Frames { _held: HeldPages },
+    /// A place in the register: it may be revoked.
+    Revocable(FrameTicket),
 }
 
 /// Bytes that a client maps; dropping it says that it has unmapped them.
 #[derive(Debug)]
 pub struct MapGuard {
+    // Dropped in this order: the device waits for its frames.
+    stake: Stake,
     pmem: Arc<Pmem>,
     bytes: Range<u64>,
-    units: Units,
-    entry: Entry,
 }
 
 impl MapGuard {
@@ -385,10 +341,12 @@ impl MapGuard {
 
 impl Drop for MapGuard {
     fn drop(&mut self) {
-        let Some(dax) = &self.pmem.dax else { return };
-        dax.ledger.remove(self.entry);
-        if let Units::Held { frames, step } = self.units {
-            each(frames, step).for_each(|pfn| dax.pagemap.put_page(pfn));
+        match (&self.stake, &self.pmem.dax) {
+            (Stake::Revocable(ticket), Some(dax)) => {
+                dax.map.holders().remove_frames(ticket);
+                dax.mappings.put();
+            }
+            (Stake::Frames { .. }, _) | (Stake::Revocable(_), None) => {}
         }
     }
 }

@@ -221,8 +221,8 @@ impl Pmem {
         bytes: &Range<u64>,
         punch: impl FnOnce() -> Result<(), Errno>,
     ) -> Option<Result<(), Errno>> {
-        match &self.dax {
-            Some(dax) => dax.ledger.unless_held(bytes, punch),
+        match self.dax.as_ref().zip(self.frames_around(bytes)) {
+            Some((dax, frames)) => dax.unless_held(frames, punch),
             None => Some(punch()),
         }
     }

@@ -9,14 +9,12 @@ use core::str::FromStr;
 
 use super::uuid::Uuid;
 
-/// Bytes at the start of a labelled medium that belong to its label: two slots, and room for metadata.
+/// Bytes at the start of a labelled medium that belong to its label: two slots, and the rest of a sub-section.
 pub const LABEL_AREA_BYTES: u64 = 2 << 20;
-/// Where the room for small metadata begins in the label area, after the slots.
-const SMALL_METADATA: u64 = 1 << 20;
 /// Namespaces begin at multiples of this: two never share a sub-section (MAP-4).
 const GRANULE_BYTES: u64 = 2 << 20;
-/// Bytes that are known about one frame, or one compound of frames.
-const FRAME_METADATA_BYTES: u64 = 32;
+/// Bytes of the frames' metadata of one sub-section, 32 for each frame (MAP-8).
+const METADATA_BYTES: u64 = 16 << 10;
 /// Most namespaces of a region.
 pub const MAX_NAMESPACES: usize = 255;
 /// Most bytes of a namespace's name.
@@ -239,32 +237,35 @@ impl Namespace {
             medium_bytes,
             others,
         };
+        let map = effective(wanted.mode, align, wanted.map);
+        let fit = |room: &Range<u64>| fit(room, align, map);
         let fits = |room: &Range<u64>| {
-            let bytes = space.fit(room, wanted);
+            let bytes = fit(room);
             bytes != 0 && wanted.size_bytes.is_none_or(|wanted| wanted <= bytes)
         };
         let gaps = space.gaps(align);
-        let most_bytes = gaps.iter().map(|room| space.fit(room, wanted)).max();
+        let most_bytes = gaps.iter().map(fit).max();
         let most_bytes = most_bytes.unwrap_or(0);
         let best = match wanted.size_bytes {
             Some(_) => gaps.into_iter().find(fits),
-            None => gaps
-                .into_iter()
-                .filter(fits)
-                .max_by_key(|room| space.fit(room, wanted)),
+            None => gaps.into_iter().filter(fits).max_by_key(fit),
         };
         let room = best.ok_or(NoNamespace::NoRoom { most_bytes })?;
-        let size = wanted.size_bytes.unwrap_or(space.fit(&room, wanted));
-        let (data, metadata) = space.divide(&room, size, wanted);
+        let size = wanted.size_bytes.unwrap_or(fit(&room));
+        let end = room.start + size;
+        let metadata = match metadata_bytes(size, map) {
+            0 => 0..0,
+            bytes => end..end + bytes,
+        };
         Ok(Self {
             index,
             uuid,
             name: wanted.name.clone(),
             mode: wanted.mode,
             align,
-            map: wanted.map,
+            map,
             activation: Activation::Enabled,
-            data,
+            data: room.start..end,
             metadata,
         })
     }
@@ -302,8 +303,11 @@ impl Namespace {
         if metadata.start > metadata.end || metadata.end > medium_bytes {
             return Err("a namespace's metadata is not on the medium");
         }
-        let needed = metadata_bytes(self.size_bytes(), self.mode, self.align, self.map);
-        let placed = needed == 0 || metadata.start >= SMALL_METADATA;
+        if self.map != effective(self.mode, self.align, self.map) {
+            return Err("a namespace has metadata on the medium that it does not need");
+        }
+        let needed = metadata_bytes(self.size_bytes(), self.map);
+        let placed = metadata.is_empty() || metadata.start == data.end;
         if metadata.end - metadata.start != needed || !placed {
             return Err("a namespace's metadata has the wrong size or place");
         }
@@ -317,14 +321,19 @@ fn is_name(name: &str) -> bool {
     name.len() <= MAX_NAME_BYTES && !name.chars().any(char::is_control)
 }
 
-/// Bytes of the device that the metadata of so many bytes takes, in whole pages: one record for each unit of mapping.
-fn metadata_bytes(size_bytes: u64, mode: Mode, align: Align, map: MapLocation) -> u64 {
-    match (mode, map) {
-        (Mode::Raw, MapLocation::Mem | MapLocation::Dev)
-        | (Mode::Fsdax | Mode::Devdax, MapLocation::Mem) => 0,
-        (Mode::Fsdax | Mode::Devdax, MapLocation::Dev) => {
-            (size_bytes / align.bytes() * FRAME_METADATA_BYTES).next_multiple_of(4096)
-        }
+/// Where metadata really goes: of compound pages only the heads' is used, too little to spend the device on.
+const fn effective(mode: Mode, align: Align, map: MapLocation) -> MapLocation {
+    match (mode, align) {
+        (Mode::Fsdax | Mode::Devdax, Align::Page) => map,
+        (Mode::Raw, _) | (Mode::Fsdax | Mode::Devdax, Align::Pmd | Align::Pud) => MapLocation::Mem,
+    }
+}
+
+/// Bytes of the device that the metadata of so many bytes takes, behind them: that of all sub-sections that both touch.
+const fn metadata_bytes(size_bytes: u64, map: MapLocation) -> u64 {
+    match map {
+        MapLocation::Mem => 0,
+        MapLocation::Dev => size_bytes.div_ceil(GRANULE_BYTES - METADATA_BYTES) * METADATA_BYTES,
     }
 }
 
@@ -355,45 +364,17 @@ impl Space<'_> {
         }
         gaps
     }
+}
 
-    /// How large a namespace the room has place for, metadata included.
-    fn fit(&self, room: &Range<u64>, wanted: &Wanted) -> u64 {
-        let unit = wanted.align.bytes();
-        let all = room.end - room.start;
-        let mut size = all - all % unit;
-        while size > 0 {
-            let metadata = metadata_bytes(size, wanted.mode, wanted.align, wanted.map);
-            if self.small_metadata(metadata).is_some() || size + metadata <= all {
-                break;
-            }
-            let over = size + metadata - all;
-            // Half of it has to go in any case, since metadata is far smaller than what it is about: never a unit too many.
-            size -= (over / 2).next_multiple_of(unit).min(size);
-        }
-        size
-    }
-
-    /// The room as data and metadata.
-    fn divide(&self, room: &Range<u64>, size: u64, wanted: &Wanted) -> (Range<u64>, Range<u64>) {
-        let end = room.start + size;
-        let bytes = metadata_bytes(size, wanted.mode, wanted.align, wanted.map);
-        let metadata = match self.small_metadata(bytes) {
-            Some(small) => small,
-            None => end..end + bytes,
-        };
-        (room.start..end, metadata)
-    }
-
-    /// A place for metadata in the label area, if there is one.
-    fn small_metadata(&self, bytes: u64) -> Option<Range<u64>> {
-        if bytes == 0 {
-            return Some(0..0);
-        }
-        let others = self.others.iter().map(|other| &other.metadata);
-        let ends = others.filter(|range| range.end <= LABEL_AREA_BYTES && !range.is_empty());
-        let start = ends.map(|range| range.end).max().unwrap_or(SMALL_METADATA);
-        (start + bytes <= LABEL_AREA_BYTES).then(|| start..start + bytes)
-    }
+/// How large a namespace the room has place for, metadata included.
+fn fit(room: &Range<u64>, align: Align, map: MapLocation) -> u64 {
+    let all = room.end - room.start;
+    let metadata = match map {
+        MapLocation::Mem => 0,
+        MapLocation::Dev => all.div_ceil(GRANULE_BYTES) * METADATA_BYTES,
+    };
+    let size = all.saturating_sub(metadata);
+    size - size % align.bytes()
 }
 
 #[cfg(test)]
@@ -408,22 +389,20 @@ mod tests {
         Namespace::place(wanted, Uuid::random().unwrap(), medium, others)
     }
 
-    /// A namespace that nobody gave a size fills its region, and its metadata is on the device beside it.
+    /// A namespace that nobody gave a size fills its region. Of base pages, the metadata is on the device behind it (MAP-8); of
+    /// compound pages it is too little for that.
     #[test]
     fn one_namespace_fills_a_region() {
         let one = place(&Wanted::default(), 1024 * MIB, &[]).unwrap();
         assert_eq!((one.size_bytes(), one.index), (1022 * MIB, 0));
-        assert_eq!(one.metadata, MIB..MIB + 16384);
+        assert_eq!((one.map, one.metadata), (MapLocation::Mem, 0..0));
         let wanted = Wanted {
             align: Align::Page,
             ..Wanted::default()
         };
         let one = place(&wanted, 1024 * MIB, &[]).unwrap();
-        assert_eq!(
-            one.metadata.end - one.metadata.start,
-            (one.size_bytes() / 4096 * 32).next_multiple_of(4096)
-        );
-        assert!(one.metadata.end <= 1024 * MIB && one.size_bytes() > 1010 * MIB);
+        assert_eq!(one.metadata, one.data.end..1024 * MIB);
+        assert_eq!(one.size_bytes(), 1022 * MIB - 511 * METADATA_BYTES);
     }
 
     /// What cannot be had says how much can.

@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
-use pgmap_core::addr::Pfn;
+use pgmap_core::memremap::{MapError, MemoryMap};
 use pgmap_host::shared::SharedFrames;
 use pgmap_sync::{Mutex, MutexGuard};
 use rustix::io::Errno;
@@ -21,6 +21,7 @@ use super::medium::{Medium, is_zero};
 use super::namespace::{
     Activation, LABEL_AREA_BYTES, MapLocation, Mode, Namespace, NoNamespace, Wanted,
 };
+use super::place::Place;
 use super::spec::{Foreign, PmemSpec, Source};
 use super::uuid::Uuid;
 
@@ -54,7 +55,7 @@ pub(crate) struct State {
     /// The memory files of volatile namespaces.
     pub(crate) files: BTreeMap<u32, Arc<SharedFrames>>,
     /// Where the region is among the physical addresses, once a namespace was bound.
-    pub(crate) base: Option<Pfn>,
+    place: Option<Place>,
 }
 
 #[derive(Debug)]
@@ -259,7 +260,7 @@ impl Region {
             labels,
             bound: BTreeMap::new(),
             files: BTreeMap::new(),
-            base: None,
+            place: None,
         };
         Arc::new(Self {
             number,
@@ -347,9 +348,17 @@ impl Region {
     /// [`RegionError`].
     pub fn create_namespace(&self, wanted: &Wanted) -> Result<Namespace, RegionError> {
         let uuid = Uuid::random()?;
+        let wanted = Wanted {
+            map: match self.storage {
+                Storage::Medium => wanted.map,
+                // The device is RAM.
+                Storage::MemoryFiles => MapLocation::Mem,
+            },
+            ..wanted.clone()
+        };
         self.change(|label| {
             let (bytes, others) = (label.medium_bytes, &label.namespaces);
-            let made = Namespace::place(wanted, uuid, bytes, others)?;
+            let made = Namespace::place(&wanted, uuid, bytes, others)?;
             label.namespaces.push(made.clone());
             Ok(made)
         })
@@ -464,6 +473,16 @@ impl State {
     /// What the region says about itself.
     pub(crate) const fn label(&self) -> &Label {
         self.labels.label()
+    }
+
+    /// Where the region is on this map, from now on.
+    pub(crate) fn place(&mut self, map: &Arc<MemoryMap>) -> Result<&Place, MapError> {
+        let known = self.place.take().filter(|place| place.is_on(map));
+        let place = match known {
+            Some(place) => place,
+            None => Place::new(map, self.label().medium_bytes)?,
+        };
+        Ok(self.place.insert(place))
     }
 
     fn commit(&mut self, medium: &dyn Medium, label: Label) -> Result<(), CommitError> {

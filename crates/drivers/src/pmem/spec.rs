@@ -89,7 +89,11 @@ impl PmemSpec {
         Wanted {
             mode: self.mode,
             align: self.align,
-            map: self.map,
+            map: match self.source {
+                Source::Image(_) => self.map,
+                // The device is RAM.
+                Source::Memory => MapLocation::Mem,
+            },
             ..Wanted::default()
         }
     }

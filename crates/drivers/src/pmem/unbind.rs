@@ -1,22 +1,20 @@
 //! Taking a namespace out of use while others use it (PMEM-2).
 //!
 //! The order is MAP-6's: the queue is frozen, the mapping killed, who still holds frames is waited for, who maps volatile
-//! memory loses it, and then the frames go. Until all are gone, everything can be taken back, and is at the deadline.
+//! memory that nobody wants to keep loses it, and then the frames go. Until nobody has any, everything can be taken back,
+//! and is at the deadline.
 
 use core::fmt;
 use core::time::Duration;
-use std::sync::Arc;
-use std::time::Instant;
-
-use pgmap_host::shared::{Extent, SharedFrames};
+use pgmap_core::memremap::{Drained, Killed, StillHeld};
+use pgmap_host::shared::SharedFrames;
 use rustix::io::Errno;
 
+use super::dax::Dax;
 use super::device::Pmem;
-use super::ledger::{Hold, Mapped};
+use super::hold::Hold;
+use super::patience::Patience;
 use super::region::Storage;
-
-/// Bytes that are moved at once from memory that is taken away.
-const CHUNK_BYTES: u64 = 2 << 20;
 
 /// How far a namespace has been taken out of use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -63,12 +61,9 @@ pub enum UnbindError {
     /// What was written cannot be made durable; everything is as it was.
     #[error("what was written cannot be made durable: {0}")]
     Flush(Errno),
-    /// There is no memory for the bytes to be kept; everything is as it was.
-    #[error("there is no memory to keep the bytes in: {0}")]
-    NoMemory(Errno),
-    /// The device is out of use, and some of its bytes are lost.
-    #[error("the device is out of use, and bytes of it are lost: {0}")]
-    Lost(Errno),
+    /// The device is out of use, but who maps it keeps what he maps.
+    #[error("the device is out of use, but its memory cannot be taken away from who maps it: {0}")]
+    Revoke(Errno),
 }
 
 impl fmt::Display for Holders {
@@ -87,9 +82,9 @@ impl fmt::Display for Holders {
 }
 
 impl Pmem {
-    /// Takes the namespace out of use, waiting at most `patience` for those who use it. Requests that began end, later
-    /// ones are refused. `ask` is called once nobody new can come, to ask those who hold it to let go: who maps
-    /// volatile memory gets SIGBUS afterwards, all others are waited for.
+    /// Takes the namespace out of use, waiting for those who use it as long as `patience` says. Requests that began end, later
+    /// ones are refused. `ask` is called once nobody new can come, to ask those who hold it to let go. All are waited for, but for
+    /// who maps volatile memory that is to be forgotten: they get SIGBUS.
     ///
     /// # Errors
     ///
@@ -97,44 +92,37 @@ impl Pmem {
     #[doc(alias = "nvdimm_bus_remove")]
     pub fn unbind(
         &self,
-        patience: Option<Duration>,
+        patience: &Patience<'_>,
         afterwards: Afterwards,
         ask: impl FnOnce(&[Hold]),
     ) -> Result<(), UnbindError> {
         self.begin()?;
-        let started = Instant::now();
-        let left = || patience.map(|patience| patience.saturating_sub(started.elapsed()));
-        if !self.queue.freeze(left()) {
+        if !patience.wait_for(|left| self.queue.freeze(left)) {
             let holders = self.holders(self.queue.in_flight(), 0);
             return Err(self.back_to_life(UnbindError::Held(holders)));
         }
         if let Err(errno) = self.medium.flush() {
             return Err(self.back_to_life(UnbindError::Flush(errno)));
         }
-        let fresh = match self.room_for(afterwards) {
-            Ok(fresh) => fresh,
-            Err(errno) => return Err(self.back_to_life(UnbindError::NoMemory(errno))),
-        };
         let Some(dax) = &self.dax else {
-            self.leave(afterwards, None);
+            self.leave(afterwards);
             return Ok(());
         };
         let killed = dax.pagemap.clone().kill();
-        ask(&dax.ledger.all());
-        let drained = match killed.drain(left()) {
+        ask(&self.holds());
+        let drained = match dax.drain(killed, patience, afterwards) {
             Ok(drained) => drained,
             Err(still) => {
                 let holders = self.holders(0, still.users);
                 let _alive = still.killed.resurrect();
+                dax.mappings.resurrect();
                 return Err(self.back_to_life(UnbindError::Held(holders)));
             }
         };
-        // Nobody new can have mapped it since `drain`, so what is known about that stays true.
-        let moved = self.take_away(afterwards, fresh);
+        let revoked = self.revoke(afterwards);
         drained.remove();
-        let (moved, error) = moved;
-        self.leave(afterwards, moved);
-        error.map_or(Ok(()), |errno| Err(UnbindError::Lost(errno)))
+        self.leave(afterwards);
+        revoked.map_err(UnbindError::Revoke)
     }
 
     fn begin(&self) -> Result<(), UnbindError> {
@@ -163,49 +151,53 @@ impl Pmem {
         }
     }
 
-    /// Memory to which the bytes can be moved, if they will have to be.
-    fn room_for(&self, afterwards: Afterwards) -> Result<Option<SharedFrames>, Errno> {
+    /// Takes volatile memory that is not needed away from whoever maps it still.
+    fn revoke(&self, afterwards: Afterwards) -> Result<(), Errno> {
         match (self.region.storage(), afterwards) {
-            (Storage::MemoryFiles, Afterwards::Keep) => {
-                SharedFrames::memory("pgmap-pmem", self.namespace.size_bytes()).map(Some)
+            (Storage::MemoryFiles, Afterwards::Forget) => {
+                self.medium.frames().map_or(Ok(()), SharedFrames::revoke)
             }
-            (Storage::MemoryFiles, Afterwards::Forget)
-            | (Storage::Medium, Afterwards::Keep | Afterwards::Forget) => Ok(None),
-        }
-    }
-
-    /// Takes volatile memory away from whoever maps it. Says where the bytes are then, and what went wrong on the way.
-    fn take_away(
-        &self,
-        afterwards: Afterwards,
-        fresh: Option<SharedFrames>,
-    ) -> (Option<SharedFrames>, Option<Errno>) {
-        let Some(old) = self.medium.frames() else {
-            return (None, None);
-        };
-        let mapped = self.dax.as_ref().map(|dax| dax.ledger.mapped_ever());
-        match (self.region.storage(), afterwards, mapped, fresh) {
-            (Storage::MemoryFiles, Afterwards::Forget, ..) => (None, old.revoke().err()),
-            (Storage::MemoryFiles, Afterwards::Keep, Some(Mapped::Once), Some(fresh)) => {
-                let error = move_bytes(old, &fresh).err();
-                (Some(fresh), error)
-            }
-            (Storage::MemoryFiles | Storage::Medium, ..) => (None, None),
+            (Storage::MemoryFiles, Afterwards::Keep)
+            | (Storage::Medium, Afterwards::Keep | Afterwards::Forget) => Ok(()),
         }
     }
 
     /// Forgets the device: its namespace can be bound again.
-    fn leave(&self, afterwards: Afterwards, moved: Option<SharedFrames>) {
+    fn leave(&self, afterwards: Afterwards) {
         *self.stage.lock() = Stage::Gone;
         let mut state = self.region.lock();
         let index = self.namespace.index;
-        if let Some(file) = moved {
-            state.files.insert(index, Arc::new(file));
-        }
         if afterwards == Afterwards::Forget {
             state.files.remove(&index);
         }
         state.bound.remove(&index);
+    }
+}
+
+impl Dax {
+    /// Waits for who maps bytes that are to be kept, and then for all who have frames.
+    fn drain(
+        &self,
+        killed: Killed,
+        patience: &Patience<'_>,
+        afterwards: Afterwards,
+    ) -> Result<Drained, StillHeld> {
+        let unmapped = match afterwards {
+            Afterwards::Keep => {
+                self.mappings.kill();
+                patience.wait_for(|left| self.mappings.wait_for_zero(left))
+            }
+            Afterwards::Forget => true,
+        };
+        if unmapped {
+            patience.wait_for(|left| killed.wait_until_unused(left));
+            return killed.drain(Some(Duration::ZERO));
+        }
+        Err(StillHeld {
+            users: self.pagemap.users_now(),
+            holders: self.pagemap.holders(),
+            killed,
+        })
     }
 }
 
@@ -218,23 +210,4 @@ impl Drop for Pmem {
             super::bind::give_back(dax.pagemap.clone());
         }
     }
-}
-
-/// Moves all bytes to a file that is as long, from the end on; what was moved is taken away from whoever maps it, so that at
-/// no time more than one chunk takes room twice, and nobody sees zeros.
-fn move_bytes(from: &SharedFrames, to: &SharedFrames) -> Result<(), Errno> {
-    let mut bytes = vec![0; usize::try_from(CHUNK_BYTES).unwrap_or(0)];
-    let mut end = from.size_bytes();
-    while end > 0 {
-        let start = (end - 1) / CHUNK_BYTES * CHUNK_BYTES;
-        for extent in from.extents(start..end)? {
-            let Extent::Data(data) = extent else { continue };
-            let len = usize::try_from(data.end - data.start).unwrap_or(0);
-            from.read(data.start, &mut bytes[..len])?;
-            to.write(data.start, &bytes[..len])?;
-        }
-        from.revoke_from(start)?;
-        end = start;
-    }
-    Ok(())
 }

@@ -44,10 +44,10 @@ impl Manager for Service {
             Request::Disable {
                 namespace,
                 timeout_ms,
-            } => self.disable(&namespace, timeout_ms.map(Duration::from_millis)),
+            } => self.disable(&namespace, timeout_ms.map(Duration::from_millis), session),
             Request::Plug { spec } => self.plug_text(&spec),
             Request::Unplug { device, timeout_ms } => {
-                self.unplug(&device, timeout_ms.map(Duration::from_millis))
+                self.unplug(&device, timeout_ms.map(Duration::from_millis), session)
             }
             Request::InjectError {
                 namespace,
@@ -225,10 +225,15 @@ impl Service {
         set_activation(&region, namespace.index, Activation::Enabled)
     }
 
-    fn disable(&self, name: &str, patience: Option<Duration>) -> Result<Answer, Failure> {
+    fn disable(
+        &self,
+        name: &str,
+        patience: Option<Duration>,
+        session: &Session,
+    ) -> Result<Answer, Failure> {
         let (region, namespace) = self.namespace(name)?;
         let key = (region.number(), namespace.index);
-        self.take_away(key, patience, Keep::Bytes)?;
+        self.take_away(key, patience, Keep::Bytes, session)?;
         set_activation(&region, namespace.index, Activation::Disabled)
     }
 
@@ -244,7 +249,12 @@ impl Service {
     }
 
     /// Takes a namespace away until it is enabled again, or a region with all of its namespaces.
-    fn unplug(&self, name: &str, patience: Option<Duration>) -> Result<Answer, Failure> {
+    fn unplug(
+        &self,
+        name: &str,
+        patience: Option<Duration>,
+        session: &Session,
+    ) -> Result<Answer, Failure> {
         let number = self.regions.lock().all.values().find_map(|region| {
             let number = region.number();
             (format!("region{number}") == name).then_some(number)
@@ -252,7 +262,7 @@ impl Service {
         let Some(number) = number else {
             let (region, namespace) = self.namespace(name)?;
             let key = (region.number(), namespace.index);
-            self.take_away(key, patience, Keep::Nothing)?;
+            self.take_away(key, patience, Keep::Nothing, session)?;
             return Ok(Answer::Done);
         };
         let keys: Vec<_> = {
@@ -261,7 +271,7 @@ impl Service {
             keys.filter(|key| key.0 == number).collect()
         };
         for key in keys {
-            self.take_away(key, patience, Keep::Nothing)?;
+            self.take_away(key, patience, Keep::Nothing, session)?;
         }
         self.regions.lock().all.remove(&number);
         Ok(Answer::Done)

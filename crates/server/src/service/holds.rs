@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use pgmap_drivers::block::BlockDevice;
 use pgmap_drivers::pmem::{
-    AccessError, Client, Hold, HoldKind, Holders, Pmem, Sharing, UnbindError,
+    AccessError, Client, Hold, HoldKind, Holders, Patience, Pmem, Sharing, UnbindError,
 };
 
 use super::{Keep, Service, afterwards};
@@ -59,14 +59,17 @@ impl Service {
         key: (u32, u32),
         patience: Option<Duration>,
         keep: Keep,
+        session: &Session,
     ) -> Result<(), Failure> {
         let found = self.regions.lock().devices.get(&key).cloned();
         let Some(device) = found else {
             return Ok(());
         };
+        let hung_up = || session.is_hung_up();
+        let patience = Patience::new(patience).or_until(&hung_up);
         device
             .pmem
-            .unbind(patience, afterwards(keep), |_| {})
+            .unbind(&patience, afterwards(keep), |_| {})
             .map_err(|error| unbind_failure(&error, &device.pmem))?;
         self.regions.lock().devices.remove(&key);
         self.disconnect(&device.export.name);
@@ -92,7 +95,7 @@ fn bytes_of(range: &RangeOf, pmem: &Arc<Pmem>) -> core::ops::Range<u64> {
 fn access_failure(error: &AccessError) -> Failure {
     let code = match error {
         AccessError::NoFrames => Code::Unsupported,
-        AccessError::Leaving | AccessError::TooMany => Code::Busy,
+        AccessError::Leaving | AccessError::TooMany | AccessError::Busy => Code::Busy,
         AccessError::OutOfRange | AccessError::NotAligned(_) | AccessError::NotShared => {
             Code::Invalid
         }
@@ -134,16 +137,16 @@ fn all(holders: &Holders) -> Vec<Holder> {
 
 /// One who maps or pins, as the protocol says it.
 pub(super) fn holder(hold: &Hold, now_ns: u64) -> Holder {
-    let range = &hold.holder.range;
+    let bytes = &hold.bytes;
     Holder {
         kind: match hold.kind {
             HoldKind::Mapped => "map".into(),
             HoldKind::Pinned => "pin".into(),
         },
-        label: hold.holder.label.to_string(),
-        pid: (hold.pid != 0).then_some(hold.pid),
+        label: hold.label.to_string(),
+        pid: hold.pid,
         age_ms: u64::try_from(hold.age(now_ns).as_millis()).ok(),
-        offset: Some(range.start as u64),
-        length: range.len() as u64,
+        offset: Some(bytes.start),
+        length: bytes.end - bytes.start,
     }
 }
