@@ -237,3 +237,43 @@ fn an_image_is_taken_away_under_load() {
 fn volatile_memory_is_disabled_under_load() {
     under_load("memory,size=32M", &["disable"]);
 }
+
+/// PMEM-4: when a device is enabled and disabled at once, its label says in the end what is so.
+#[test]
+fn enabling_and_disabling_do_not_cross() {
+    let place = Place::new();
+    let mut server = place.serve(&["disk.img,size=16M"]);
+    let namespace = || "pmem0".to_owned();
+    let enable = || Request::Enable {
+        namespace: namespace(),
+    };
+    let disable = || Request::Disable {
+        namespace: namespace(),
+        timeout_ms: None,
+    };
+    for _ in 0..8 {
+        let until = Instant::now() + Duration::from_millis(100);
+        let control = server.control();
+        let ask = |request: &dyn Fn() -> Request| {
+            let mut client = Client::connect(&control).unwrap();
+            while Instant::now() < until {
+                // Refused if the other comes in between.
+                let _ = client.ask(&request());
+            }
+        };
+        thread::scope(|scope| {
+            scope.spawn(|| ask(&enable));
+            scope.spawn(|| ask(&enable));
+            scope.spawn(|| ask(&disable));
+        });
+        let is_enabled = |server: &Server| {
+            let listed = place.ok(&["list"]).contains("nbd+unix");
+            assert_eq!(connect(server.nbd()).is_ok(), listed);
+            listed
+        };
+        let before = is_enabled(&server);
+        drop(server.end(libc::SIGKILL));
+        server = place.serve(&["disk.img"]);
+        assert_eq!(is_enabled(&server), before, "the label says otherwise");
+    }
+}

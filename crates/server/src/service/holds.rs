@@ -62,15 +62,13 @@ impl Service {
     ) -> Result<(), Failure> {
         let found = self.regions.lock().devices.get(&key).cloned();
         let Some(device) = found else {
-            return Ok(());
+            return self.regions.lock().note_absence(key, keep);
         };
         device
             .pmem
             .unbind(patience, afterwards(keep), |_| {})
             .map_err(|error| unbind_failure(&error, &device.pmem))?;
-        self.regions.lock().devices.remove(&key);
-        self.disconnect(&device.export.name);
-        Ok(())
+        self.forget(key, keep, &device)
     }
 }
 
