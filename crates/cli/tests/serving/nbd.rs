@@ -95,6 +95,12 @@ impl Nbd {
         self.stream.write_all(&request)
     }
 
+    /// Asks for bytes, and does not take them.
+    pub(crate) fn send_read(&mut self, offset: u64, length: usize) -> io::Result<()> {
+        let (_, request) = self.head(0, READ, offset, length);
+        self.stream.write_all(&request)
+    }
+
     pub(crate) fn reply(&mut self) -> io::Result<Reply> {
         let mut head = [0; 16];
         self.stream.read_exact(&mut head)?;
