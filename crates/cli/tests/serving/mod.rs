@@ -78,7 +78,12 @@ impl Place {
 
     #[track_caller]
     pub(crate) fn serve_with(&self, arguments: &[&str]) -> Server {
-        let mut command = self.pgmap(arguments);
+        self.start(self.pgmap(arguments))
+    }
+
+    /// Starts a command that becomes a server.
+    #[track_caller]
+    pub(crate) fn start(&self, mut command: Command) -> Server {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut server = Server {
             child: command.spawn().unwrap(),
@@ -92,7 +97,7 @@ impl Place {
                 let mut errors = String::new();
                 let mut stderr = server.child.stderr.take().unwrap();
                 stderr.read_to_string(&mut errors).unwrap();
-                panic!("{arguments:?} ended: {errors}");
+                panic!("{command:?} ended: {errors}");
             }
             server.announced += &line;
             if let Some(path) = line.strip_prefix("control: ") {

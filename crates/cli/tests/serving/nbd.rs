@@ -19,6 +19,7 @@ const FUA: u16 = 1;
 const READ: u16 = 0;
 const WRITE: u16 = 1;
 const FLUSH: u16 = 3;
+const TRIM: u16 = 4;
 /// Requests that a writer sends ahead.
 const AHEAD: usize = 8;
 
@@ -128,6 +129,12 @@ impl Nbd {
 
     pub(crate) fn flush(&mut self) -> io::Result<()> {
         let cookie = self.send(0, FLUSH, 0, &[])?;
+        self.finish(cookie)
+    }
+
+    pub(crate) fn trim(&mut self, offset: u64, length: usize) -> io::Result<()> {
+        let (cookie, request) = self.head(0, TRIM, offset, length);
+        self.stream.write_all(&request)?;
         self.finish(cookie)
     }
 
