@@ -13,6 +13,8 @@ use std::time::Instant;
 
 use tempfile::TempDir;
 
+pub(crate) mod nbd;
+
 /// A directory for images and sockets, and the servers that were started in it.
 pub(crate) struct Place {
     pub(crate) directory: TempDir,
@@ -76,7 +78,12 @@ impl Place {
 
     #[track_caller]
     pub(crate) fn serve_with(&self, arguments: &[&str]) -> Server {
-        let mut command = self.pgmap(arguments);
+        self.start(self.pgmap(arguments))
+    }
+
+    /// Starts a command that becomes a server.
+    #[track_caller]
+    pub(crate) fn start(&self, mut command: Command) -> Server {
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut server = Server {
             child: command.spawn().unwrap(),
@@ -90,7 +97,7 @@ impl Place {
                 let mut errors = String::new();
                 let mut stderr = server.child.stderr.take().unwrap();
                 stderr.read_to_string(&mut errors).unwrap();
-                panic!("{arguments:?} ended: {errors}");
+                panic!("{command:?} ended: {errors}");
             }
             server.announced += &line;
             if let Some(path) = line.strip_prefix("control: ") {
@@ -147,6 +154,16 @@ impl Server {
         format!("nbd+unix:///{export}?socket={}", self.nbd.display())
     }
 
+    /// The socket of NBD clients.
+    pub(crate) fn nbd(&self) -> &Path {
+        &self.nbd
+    }
+
+    /// The socket of those who ask.
+    pub(crate) fn control(&self) -> PathBuf {
+        self.nbd.with_extension("sock")
+    }
+
     /// Where metrics are had.
     pub(crate) fn metrics(&self) -> String {
         let line = self.announced.lines().find_map(|line| {
@@ -178,6 +195,18 @@ impl Drop for Server {
     }
 }
 
+/// Sends a signal to a process that the test started and has not waited for.
+pub(crate) fn signal(pid: u32, signal: i32) {
+    // SAFETY: a signal to a child touches no memory of ours.
+    assert_eq!(unsafe { libc::kill(pid.cast_signed(), signal) }, 0);
+}
+
+/// The same, to a group of processes, by its leader.
+pub(crate) fn signal_group(pid: u32, signal: i32) {
+    // SAFETY: a signal to children touches no memory of ours.
+    assert_eq!(unsafe { libc::kill(-pid.cast_signed(), signal) }, 0);
+}
+
 /// Whether a program is here; says so if it is not.
 pub(crate) fn has(program: &str) -> bool {
     let found = Command::new("sh")
@@ -192,15 +221,38 @@ pub(crate) fn has(program: &str) -> bool {
     found
 }
 
+/// Numbers that are the same for the same seed.
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) const fn new(seed: u64) -> Self {
+        Self(seed << 1 | 1)
+    }
+
+    const fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// A number that is less than `end`.
+    pub(crate) const fn below(&mut self, end: u64) -> u64 {
+        (self.next() >> 20) % end
+    }
+
+    /// A time that is shorter.
+    pub(crate) const fn sleep_below(&mut self, millis: u64) -> Duration {
+        Duration::from_millis(self.below(millis))
+    }
+}
+
 /// Bytes that are alike nowhere.
 pub(crate) fn pattern(len: usize, seed: u64) -> Vec<u8> {
-    let mut state = seed | 1;
+    let mut random = Random::new(seed);
     let mut bytes = Vec::with_capacity(len + 8);
     while bytes.len() < len {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        bytes.extend_from_slice(&state.to_le_bytes());
+        bytes.extend_from_slice(&random.next().to_le_bytes());
     }
     bytes.truncate(len);
     bytes

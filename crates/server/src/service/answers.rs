@@ -202,12 +202,21 @@ impl Service {
         Err(why)
     }
 
+    /// Takes a namespace into use, unless it is, and notes in its label that it is to be.
     fn bind(&self, region: &Arc<Region>, index: u32) -> Result<(), Failure> {
-        let pmem = region.bind(&self.map, index);
-        let pmem = pmem.map_err(|error| Failure::new(Code::Failed, error))?;
+        let mut regions = self.regions.lock();
         let key = (region.number(), index);
-        self.regions.lock().devices.insert(key, Device::new(pmem));
-        Ok(())
+        let bound = region.bound(index).is_some();
+        if !regions.all.contains_key(&key.0) || (!bound && regions.devices.contains_key(&key)) {
+            let text = "it is just being taken out of use: try again";
+            return Err(Failure::new(Code::Busy, text));
+        }
+        if !bound {
+            let pmem = region.bind(&self.map, index);
+            let pmem = pmem.map_err(|error| Failure::new(Code::Failed, error))?;
+            regions.devices.insert(key, Device::new(pmem));
+        }
+        set_activation(region, index, Activation::Enabled)
     }
 
     fn destroy(&self, name: &str) -> Result<Answer, Failure> {
@@ -219,10 +228,8 @@ impl Service {
 
     fn enable(&self, name: &str) -> Result<Answer, Failure> {
         let (region, namespace) = self.namespace(name)?;
-        if region.bound(namespace.index).is_none() {
-            self.bind(&region, namespace.index)?;
-        }
-        set_activation(&region, namespace.index, Activation::Enabled)
+        self.bind(&region, namespace.index)?;
+        Ok(Answer::Done)
     }
 
     fn disable(
@@ -234,7 +241,7 @@ impl Service {
         let (region, namespace) = self.namespace(name)?;
         let key = (region.number(), namespace.index);
         self.take_away(key, patience, Keep::Bytes, session)?;
-        set_activation(&region, namespace.index, Activation::Disabled)
+        Ok(Answer::Done)
     }
 
     fn plug_text(&self, spec: &str) -> Result<Answer, Failure> {
@@ -273,7 +280,12 @@ impl Service {
         for key in keys {
             self.take_away(key, patience, Keep::Nothing, session)?;
         }
-        self.regions.lock().all.remove(&number);
+        let mut regions = self.regions.lock();
+        if regions.devices.keys().any(|key| key.0 == number) {
+            let text = format!("a namespace of {name} was enabled meanwhile: unplug it again");
+            return Err(Failure::new(Code::Busy, text));
+        }
+        regions.all.remove(&number);
         Ok(Answer::Done)
     }
 
@@ -326,10 +338,11 @@ impl Service {
     }
 }
 
-fn set_activation(region: &Region, index: u32, to: Activation) -> Result<Answer, Failure> {
+/// Notes in the label whether a namespace is to be in use.
+pub(super) fn set_activation(region: &Region, index: u32, to: Activation) -> Result<(), Failure> {
     match region.set_activation(index, to) {
         // A file without a label has nowhere to keep it: that is what raw means.
-        Ok(()) | Err(RegionError::Unlabelled(_)) => Ok(Answer::Done),
+        Ok(()) | Err(RegionError::Unlabelled(_)) => Ok(()),
         Err(error) => Err(region_failure(&error)),
     }
 }

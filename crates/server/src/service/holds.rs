@@ -63,7 +63,7 @@ impl Service {
     ) -> Result<(), Failure> {
         let found = self.regions.lock().devices.get(&key).cloned();
         let Some(device) = found else {
-            return Ok(());
+            return self.regions.lock().note_absence(key, keep);
         };
         let hung_up = || session.is_hung_up();
         let patience = Patience::new(patience).or_until(&hung_up);
@@ -71,9 +71,7 @@ impl Service {
             .pmem
             .unbind(&patience, afterwards(keep), |_| {})
             .map_err(|error| unbind_failure(&error, &device.pmem))?;
-        self.regions.lock().devices.remove(&key);
-        self.disconnect(&device.export.name);
-        Ok(())
+        self.forget(key, keep, &device)
     }
 }
 

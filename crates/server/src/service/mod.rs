@@ -21,6 +21,7 @@ use pgmap_drivers::pmem::{
 use pgmap_host::platform::HostPlatform;
 use pgmap_sync::Mutex;
 
+use crate::control::protocol::Failure;
 use crate::nbd::{Export, Server};
 
 pub use metrics::Metrics;
@@ -143,6 +144,17 @@ impl Service {
         lines.collect()
     }
 
+    /// The last step of taking a device out of use. Until then it is in the list, so that nobody brings its namespace back
+    /// into use in between.
+    fn forget(&self, key: (u32, u32), keep: Keep, device: &Device) -> Result<(), Failure> {
+        let mut regions = self.regions.lock();
+        regions.devices.remove(&key);
+        let noted = regions.note_absence(key, keep);
+        drop(regions);
+        self.disconnect(&device.export.name);
+        noted
+    }
+
     /// Where NBD clients find an export.
     fn uri(&self, name: &str) -> Option<String> {
         let (_, uris) = self.nbd.get()?;
@@ -154,6 +166,18 @@ impl Service {
     fn disconnect(&self, name: &str) {
         if let Some((server, _)) = self.nbd.get() {
             server.disconnect(name);
+        }
+    }
+}
+
+impl Regions {
+    /// Notes in the label that a namespace is to stay out of use, if it is and that is wanted.
+    fn note_absence(&self, key: (u32, u32), keep: Keep) -> Result<(), Failure> {
+        match (keep, self.all.get(&key.0)) {
+            (Keep::Bytes, Some(region)) if !self.devices.contains_key(&key) => {
+                answers::set_activation(region, key.1, Activation::Disabled)
+            }
+            (Keep::Bytes | Keep::Nothing, _) => Ok(()),
         }
     }
 }
