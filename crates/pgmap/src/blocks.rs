@@ -29,10 +29,10 @@ impl Memory {
     /// (HOT-4); so does a lack of other places for `patience`.
     #[doc(alias = "memory_block_offline")]
     pub fn offline(&self, block: BlockId, patience: Duration) -> Result<(), HotplugError> {
-        let deadline = Instant::now() + patience;
+        let begun = Instant::now();
         let space = self.space().inner();
         space.offline(Caller::Reclaimer, block, |round| {
-            if Instant::now() >= deadline {
+            if begun.elapsed() >= patience {
                 return ControlFlow::Break(());
             }
             if round.gone_frames == 0 {

@@ -20,8 +20,6 @@ use crate::control::protocol::{
 };
 use crate::control::{Manager, Session};
 
-/// How long a change may take that nobody set a time for.
-const LONG: Duration = Duration::from_secs(1 << 30);
 /// How often a change is looked at.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -114,7 +112,7 @@ impl Running {
         patience: Option<Duration>,
         session: &Session,
     ) -> Result<Answer, Failure> {
-        let change = self.control.unplug(name, patience.unwrap_or(LONG));
+        let change = self.control.unplug(name, patience.unwrap_or(Duration::MAX));
         self.wait(change.map_err(|error| refused(&error))?, session)
     }
 
@@ -160,7 +158,9 @@ impl Running {
             State::Online => budget + self.blocks.bytes,
             State::Offline => budget.saturating_sub(self.blocks.bytes),
         };
-        let change = self.control.set_ram(wanted, patience.unwrap_or(LONG));
+        let change = self
+            .control
+            .set_ram(wanted, patience.unwrap_or(Duration::MAX));
         self.wait(change.map_err(|error| refused(&error))?, session)?;
         changed.insert(block, to);
         Ok(Answer::Done)

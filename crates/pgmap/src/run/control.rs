@@ -148,7 +148,7 @@ impl Control {
         let nth = state.find(name)?;
         self.forget_hunger();
         self.want(&mut state, nth, Wish::Leaving);
-        let until = Instant::now() + patience;
+        let until = from_now(patience);
         Ok(state.begin(UnderWay::Leave { nth, until }))
     }
 
@@ -177,7 +177,7 @@ impl Control {
             .store(if bytes < before { before } else { 0 }, Ordering::Relaxed);
         self.region.ram_bytes().store(bytes, Ordering::Relaxed);
         state.highest_ram_bytes = state.highest_ram_bytes.max(bytes);
-        let until = Instant::now() + patience;
+        let until = from_now(patience);
         Ok(state.begin(UnderWay::Lower { until }))
     }
 
@@ -310,6 +310,13 @@ impl State {
             }
         })
     }
+}
+
+/// The end of somebody's patience; what no clock can tell is as long as nobody lives.
+fn from_now(patience: Duration) -> Instant {
+    const LONG: Duration = Duration::from_secs(1 << 30);
+    let now = Instant::now();
+    now.checked_add(patience).unwrap_or(now + LONG)
 }
 
 /// Whether a process has ended, even if its parent has not asked for its status yet.
