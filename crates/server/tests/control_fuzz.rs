@@ -24,7 +24,7 @@ fn corpus() -> Vec<Vec<u8>> {
 }
 
 fn lines(bytes: &[u8]) -> usize {
-    bytes.iter().filter(|byte| **byte == b'\n').count()
+    bytes.split(|byte| *byte == b'\n').count() - 1
 }
 
 /// Every request of the corpus is answered, once.
