@@ -12,7 +12,7 @@ use crate::ask::args::Verb;
 /// More than any machine's addresses.
 const MOST_RAM_BYTES: u64 = 1 << 46;
 
-/// Run programs in less RAM than they ask for: the rest lives on devices of your choice.
+/// Memory that is not plain RAM: run programs in less RAM than they ask for, serve images and memory to others
 #[derive(Parser, Debug)]
 #[command(name = "pgmap", version, arg_required_else_help = true, after_help = EXAMPLES)]
 pub(crate) struct Cli {
@@ -81,7 +81,9 @@ const EXAMPLES: &str = "\
 Examples:
   pgmap doctor
   pgmap run --ram 64M
-  pgmap run --ram 256M --device compressed:2G -- python3 job.py";
+  pgmap run --ram 256M --device compressed:2G -- python3 job.py
+  pgmap serve --pmem disk.img,size=1G
+  pgmap list";
 
 const RUN_USAGE: &str = "pgmap run --ram <SIZE> [OPTIONS] [--] [PROGRAM [ARGUMENTS]...]";
 
