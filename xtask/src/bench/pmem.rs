@@ -198,7 +198,7 @@ fn requests(map: &Arc<MemoryMap>, effort: Effort) -> anyhow::Result<[Row; 2]> {
         ours: median(ours),
         theirs: Some(median(theirs)),
         unit: "ns",
-        want: Want::AtMost(1.1),
+        want: Want::AtMost(1.2),
     };
     Ok([row("4 KiB read", read), row("4 KiB written", write)])
 }
