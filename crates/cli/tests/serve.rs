@@ -125,6 +125,23 @@ fn a_killed_unplug_changes_nothing() {
     kill(client);
 }
 
+/// PMEM-2: to disable volatile memory waits for who maps it, since its bytes are kept; nobody's store is lost.
+#[test]
+fn disabling_memory_waits_for_who_maps_it() {
+    let place = Place::new();
+    let _server = place.serve(&["memory,size=32M"]);
+    place.write("pmem0", "0", b"kept");
+    let arguments = ["map", "pmem0", "--", "sleep", "60"];
+    let client = place.pgmap(&arguments).spawn().unwrap();
+    place.wait_for(&["holders", "pmem0"], "map");
+    let refused = place.refused(&["disable", "pmem0", "--timeout", "200ms"]);
+    assert!(refused.contains("pmem0 is in use"), "{refused}");
+    kill(client);
+    place.ok(&["disable", "pmem0", "--timeout", "10s"]);
+    place.ok(&["enable", "pmem0"]);
+    assert!(place.read("pmem0").starts_with(b"kept"));
+}
+
 /// PMEM-2: who still maps volatile memory that was taken away gets SIGBUS, and never old bytes or zeros.
 #[test]
 fn whoever_maps_what_is_gone_gets_sigbus() {

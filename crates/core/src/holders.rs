@@ -126,6 +126,13 @@ impl Holders {
         self.frames.lock().holders.remove(&ticket.0);
     }
 
+    /// Forgets all who have any of these frames: they were revoked. Their tickets mean nothing from here on.
+    pub fn revoke_frames(&self, range: PfnRange) {
+        let mut registry = self.frames.lock();
+        let kept = |holder: &FrameHolder| !holder.frames.intersects(range);
+        registry.holders.retain(|_, holder| kept(holder));
+    }
+
     /// Who holds any of these frames of devices, oldest first.
     #[must_use]
     pub fn of_frames(&self, range: PfnRange) -> Vec<FrameHolder> {

@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
-use common::{client, map, open};
+use common::{client, map, open, spec};
 use pgmap_core::addr::Pfn;
 use pgmap_drivers::block::{Access, BlockDevice, BlockError};
 use pgmap_drivers::pmem::{
-    AccessError, Afterwards, HoldKind, Patience, Pmem, Sharing, UnbindError,
+    AccessError, Afterwards, HoldKind, Patience, Pmem, Region, Sharing, UnbindError,
 };
 
 const MIB: u64 = 1 << 20;
@@ -148,7 +148,9 @@ fn after_unbind_everything_is_refused() {
 /// PMEM-2: who maps volatile memory that is to be kept is waited for, so that no store is lost; if it is not to be kept, nobody is.
 #[test]
 fn a_mapping_of_memory_is_waited_for_only_if_its_bytes_are_wanted() {
-    let (region, pmem) = open("memory,size=8M");
+    let map = map();
+    let region = Region::open(&spec("memory,size=8M"), 0).unwrap();
+    let pmem = region.bind(&map, 0).unwrap();
     let mapped = pmem
         .map(0..2 * MIB, Sharing::Shared, client("mapper"))
         .unwrap();
@@ -158,8 +160,12 @@ fn a_mapping_of_memory_is_waited_for_only_if_its_bytes_are_wanted() {
     still_works(&pmem);
     let forever = Patience::new(None);
     pmem.unbind(&forever, Afterwards::Forget, |_| ()).unwrap();
+    // The next who has the frames is not told of a mapping that is gone.
+    let next = region.bind(&map, 0).unwrap();
+    assert!(next.holds().is_empty() && pmem.holds().is_empty());
+    still_works(&next);
     drop(mapped);
-    assert!(region.bound(0).is_none());
+    assert!(next.holds().is_empty());
 }
 
 /// Volatile memory keeps its bytes while it is disabled, unless they are not wanted.

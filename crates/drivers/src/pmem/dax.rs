@@ -192,10 +192,11 @@ impl Pmem {
         })
     }
 
-    /// Who maps or pins what, oldest first.
+    /// Who maps or pins what, oldest first. Nobody does once the device is out of use: its frames are others' then.
     #[must_use]
     pub fn holds(&self) -> Vec<hold::Hold> {
-        let Some(dax) = &self.dax else {
+        let ours = |dax: &&Dax| dax.pagemap.contains(dax.frames.start());
+        let Some(dax) = self.dax.as_ref().filter(ours) else {
             return Vec::new();
         };
         let holders = dax.map.holders().of_frames(dax.frames).into_iter();

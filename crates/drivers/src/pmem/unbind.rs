@@ -120,6 +120,8 @@ impl Pmem {
             }
         };
         let revoked = self.revoke(afterwards);
+        // Who is left has no frames, only a mapping that was revoked.
+        dax.map.holders().revoke_frames(dax.frames);
         drained.remove();
         self.leave(afterwards);
         revoked.map_err(UnbindError::Revoke)

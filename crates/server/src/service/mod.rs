@@ -1,7 +1,7 @@
 //! What `pgmap serve` is: regions, the devices of their namespaces, and the answers to what is asked about them.
 //!
-//! The command builds a [`Service`] and lends it to the fronts: NBD finds devices in it ([`Exports`]), the control socket
-//! asks it ([`Manager`]). What must never happen here: a device that is out of use and can still be had by a new client.
+//! The command builds a [`Service`] and lends it to the fronts: NBD finds devices in it ([`Exports`](crate::nbd::Exports)), the control socket
+//! asks it ([`Manager`](crate::control::Manager)). What must never happen here: a device that is out of use and can still be had by a new client.
 
 mod answers;
 mod exports;
