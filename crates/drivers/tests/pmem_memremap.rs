@@ -69,7 +69,11 @@ fn metadata_of_base_pages_is_on_the_image() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("disk.img");
     let map = map();
-    let (region, pmem) = bind(&map, &format!("{},size=16M,align=4K", path.display()), 0);
+    let (region, pmem) = bind(
+        &map,
+        &format!("{},size=16M,align=4K,map=dev", path.display()),
+        0,
+    );
     let namespace = pmem.namespace().clone();
     let (data, metadata) = (namespace.data.clone(), namespace.metadata.clone());
     assert_eq!((data.end, metadata.end), (metadata.start, 16 * MIB));

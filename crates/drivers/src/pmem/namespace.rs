@@ -172,7 +172,7 @@ impl Default for Wanted {
             size_bytes: None,
             mode: Mode::Fsdax,
             align: Align::Pmd,
-            map: MapLocation::Dev,
+            map: MapLocation::Mem,
             name: String::new(),
         }
     }
@@ -398,6 +398,7 @@ mod tests {
         assert_eq!((one.map, one.metadata), (MapLocation::Mem, 0..0));
         let wanted = Wanted {
             align: Align::Page,
+            map: MapLocation::Dev,
             ..Wanted::default()
         };
         let one = place(&wanted, 1024 * MIB, &[]).unwrap();

@@ -233,7 +233,7 @@ mod tests {
         for text in [
             "disk.img",
             "/a/b.img,size=1G",
-            "disk.img,size=3G,mode=devdax,align=1G,map=mem,overwrite",
+            "disk.img,size=3G,mode=devdax,align=1G,map=dev,overwrite",
             "memory,size=512M,align=4K",
             "other.img,mode=raw",
         ] {
