@@ -116,13 +116,25 @@ fn qemu_img_converts_compares_and_measures() {
     let (_, from, bytes) = file(&place, 32 * MIB);
     let uri = server.uri("pmem0");
     let raw = ["-f", "raw"];
-    run("qemu-img", &[&["convert", "-n", "-O", "raw"], &raw[..], &[&from, &uri]].concat());
+    run(
+        "qemu-img",
+        &[&["convert", "-n", "-O", "raw"], &raw[..], &[&from, &uri]].concat(),
+    );
     assert!(place.read("pmem0") == bytes, "not what was converted");
-    run("qemu-img", &[&["compare", "-F", "raw"], &raw[..], &[&from, &uri]].concat());
+    run(
+        "qemu-img",
+        &[&["compare", "-F", "raw"], &raw[..], &[&from, &uri]].concat(),
+    );
     let back = place.path("back.qcow2");
     let back = back.to_str().unwrap();
-    run("qemu-img", &[&["convert", "-O", "qcow2"], &raw[..], &[&uri, back]].concat());
-    run("qemu-img", &["compare", "-f", "raw", "-F", "qcow2", &from, back]);
+    run(
+        "qemu-img",
+        &[&["convert", "-O", "qcow2"], &raw[..], &[&uri, back]].concat(),
+    );
+    run(
+        "qemu-img",
+        &["compare", "-f", "raw", "-F", "qcow2", &from, back],
+    );
     let benches: [&[&str]; 4] = [
         &["-s", "4k", "-d", "32"],
         &["-s", "64k", "-d", "8"],
@@ -130,7 +142,10 @@ fn qemu_img_converts_compares_and_measures() {
         &["-w", "-s", "64k", "-d", "8", "--flush-interval=8"],
     ];
     for bench in benches {
-        run("qemu-img", &[&["bench", "-c", "1000"], &raw[..], bench, &[&uri]].concat());
+        run(
+            "qemu-img",
+            &[&["bench", "-c", "1000"], &raw[..], bench, &[&uri]].concat(),
+        );
     }
 }
 
@@ -170,7 +185,10 @@ fn fio_verifies_what_its_jobs_wrote() {
     if !has("fio") {
         return;
     }
-    if !run("fio", &["--enghelp"]).lines().any(|line| line.trim() == "nbd") {
+    if !run("fio", &["--enghelp"])
+        .lines()
+        .any(|line| line.trim() == "nbd")
+    {
         eprintln!("SKIPPED: this fio has no nbd engine");
         return;
     }
@@ -193,14 +211,20 @@ fn fio_verifies_what_its_jobs_wrote() {
             "--offset_increment=16M",
             "--fsync=64",
         ];
-        run("fio", &[&arguments[..], &[size, depth, &uri, &aux]].concat());
+        run(
+            "fio",
+            &[&arguments[..], &[size, depth, &uri, &aux]].concat(),
+        );
     }
 }
 
 /// PMEM-1: a kernel's file system in a namespace: it is whole as block device, as memory, and after a restart.
 #[test]
 fn a_file_system_is_whole_on_every_way() {
-    if !["mkfs.ext4", "e2fsck", "debugfs", "nbdcopy"].iter().all(|program| has(program)) {
+    if !["mkfs.ext4", "e2fsck", "debugfs", "nbdcopy"]
+        .iter()
+        .all(|program| has(program))
+    {
         return;
     }
     let place = Place::new();
@@ -211,7 +235,10 @@ fn a_file_system_is_whole_on_every_way() {
     let created = fs::File::create(&image).unwrap();
     created.set_len(32 << 20).unwrap();
     run("mkfs.ext4", &["-q", &image]);
-    run("debugfs", &["-w", "-R", &format!("write {payload} payload"), &image]);
+    run(
+        "debugfs",
+        &["-w", "-R", &format!("write {payload} payload"), &image],
+    );
     run("nbdcopy", &["--flush", &image, &server.uri("pmem0")]);
     let check = |image: &str| {
         run("e2fsck", &["-f", "-n", image]);

@@ -26,7 +26,10 @@ fn with_little_room(place: &Place, room: &str, regions: [&str; 2]) -> Option<Ser
     let namespace = ["-rm", "sh", "-c"];
     let mount = format!("mount -t tmpfs -o size={room} none small");
     let mut probe = Command::new("unshare");
-    probe.args(namespace).arg(&mount).current_dir(&place.directory);
+    probe
+        .args(namespace)
+        .arg(&mount)
+        .current_dir(&place.directory);
     if !probe.output().is_ok_and(|output| output.status.success()) {
         eprintln!("SKIPPED: this machine mounts no tmpfs in a namespace of our own");
         return None;
@@ -74,7 +77,10 @@ fn a_full_disk_is_an_error_of_one_write() {
     let output = child.output().unwrap();
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(2), "{said}");
-    assert!(said.contains("No space left") && said.lines().count() == 1, "{said}");
+    assert!(
+        said.contains("No space left") && said.lines().count() == 1,
+        "{said}"
+    );
     // Others notice nothing.
     let mut other = connect(&server, "pmem1");
     other.write(0, &bytes).unwrap();
@@ -91,7 +97,10 @@ fn a_full_disk_is_an_error_of_one_write() {
     let mut nbd = connect(&server, "pmem0");
     assert!(nbd.read(32 * MIB as u64, MIB).unwrap() == bytes);
     let output = server.end(libc::SIGTERM);
-    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{output:?}"
+    );
 }
 
 /// PMEM-3: of an image that is cut off while it is served, what is gone is an error, and nobody dies of it.
@@ -122,7 +131,10 @@ fn a_truncated_image_is_an_error() {
     }
     nbd.write(MIB as u64, &bytes).unwrap();
     assert!(nbd.read(0, MIB).unwrap() == bytes);
-    assert_eq!(fs::metadata(place.path("disk.img")).unwrap().len(), 10 << 20);
+    assert_eq!(
+        fs::metadata(place.path("disk.img")).unwrap().len(),
+        10 << 20
+    );
     place.pgmap(&["scrub", "--wait"]).output().unwrap();
     connect(&server, "pmem1").write(0, &bytes).unwrap();
     place.ok(&["unplug", "pmem0", "--timeout", "2s"]);
@@ -131,7 +143,10 @@ fn a_truncated_image_is_an_error() {
     assert!(output.status.code().is_some(), "{output:?}");
     // Such an image is not served again, and says why.
     let said = place.refused(&["serve", "--pmem", "disk.img"]);
-    assert!(said.contains("was truncated") && said.lines().count() == 1, "{said}");
+    assert!(
+        said.contains("was truncated") && said.lines().count() == 1,
+        "{said}"
+    );
 }
 
 /// One image has one server, by whatever name and in whatever mode.
@@ -142,11 +157,23 @@ fn an_image_has_one_server() {
     place.write("pmem0", "0", &pattern(MIB, 2));
     std::os::unix::fs::symlink("disk.img", place.path("symbolic")).unwrap();
     fs::hard_link(place.path("disk.img"), place.path("hard")).unwrap();
-    for spec in ["disk.img", "symbolic", "hard", "disk.img,mode=raw", "disk.img,mode=devdax"] {
+    for spec in [
+        "disk.img",
+        "symbolic",
+        "hard",
+        "disk.img,mode=raw",
+        "disk.img,mode=devdax",
+    ] {
         let said = place.refused(&["serve", "--pmem", spec]);
-        assert!(said.contains("in use") && said.lines().count() == 1, "{said}");
+        assert!(
+            said.contains("in use") && said.lines().count() == 1,
+            "{said}"
+        );
         let said = place.refused(&["plug", spec]);
-        assert!(said.contains("in use") && said.lines().count() == 1, "{said}");
+        assert!(
+            said.contains("in use") && said.lines().count() == 1,
+            "{said}"
+        );
     }
     assert!(place.read("pmem0").starts_with(&pattern(MIB, 2)));
     drop(server);
@@ -178,13 +205,23 @@ fn images_of_other_programs_are_refused() {
     is_refused(&place, "late", &late);
     if has("qemu-img") {
         let arguments = ["create", "-q", "-f", "qcow2", &text("made"), "64M"];
-        assert!(Command::new("qemu-img").args(arguments).status().unwrap().success());
+        assert!(
+            Command::new("qemu-img")
+                .args(arguments)
+                .status()
+                .unwrap()
+                .success()
+        );
         is_refused(&place, "qcow2", &fs::read(place.path("made")).unwrap());
     }
     if has("mkfs.ext4") {
         fs::write(place.path("made"), vec![0; 16 * MIB]).unwrap();
         let made = Command::new("sh")
-            .args(["-c", "PATH=$PATH:/usr/sbin mkfs.ext4 -q \"$0\"", &text("made")])
+            .args([
+                "-c",
+                "PATH=$PATH:/usr/sbin mkfs.ext4 -q \"$0\"",
+                &text("made"),
+            ])
             .status();
         assert!(made.unwrap().success());
         is_refused(&place, "ext4", &fs::read(place.path("made")).unwrap());

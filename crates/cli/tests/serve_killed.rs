@@ -235,5 +235,8 @@ fn garbage_disturbs_nobody() {
     });
     place.ok(&["unplug", "pmem0", "--timeout", "2s"]);
     let output = server.end(libc::SIGTERM);
-    assert!(output.status.success() && output.stderr.is_empty(), "{output:?}");
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{output:?}"
+    );
 }

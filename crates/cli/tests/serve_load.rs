@@ -184,7 +184,8 @@ while True:
             writers.map(|writer| writer.join().unwrap())
         });
         self.place.ok(&["enable", "pmem0"]);
-        self.place.wait_for(&["holders", "pmem0"], "nobody holds pmem0");
+        self.place
+            .wait_for(&["holders", "pmem0"], "nobody holds pmem0");
         let mut nbd = connect(self.server.nbd()).unwrap();
         for writer in &writers {
             eprintln!("{} writes done, {} refused", writer.done, writer.refused);
