@@ -3,8 +3,8 @@
 
 mod serving;
 
-use core::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use core::time::Duration;
+use pgmap_sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;

@@ -4,8 +4,8 @@
 
 mod serving;
 
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use core::time::Duration;
+use pgmap_sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
