@@ -3,9 +3,10 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 use pgmap::run::LEAST_RAM_BYTES;
 use pgmap::spec::{DeviceSpec, SizeError, SpecError, parse_size};
+use serde::Deserialize;
 
 use crate::ask::args::Verb;
 
@@ -69,6 +70,9 @@ Examples:
       an image; clients find it at the nbd+unix address that is printed
   pgmap serve --pmem memory,size=512M --nbd 127.0.0.1:10809
       volatile memory, for clients on this machine
+  pgmap serve --pmem disk.img --nbd 0.0.0.0:10809 --tls require \\
+      --tls-certificates /etc/pki/pgmap --tls-verify-peer
+      for clients anywhere that have a certificate
 
 Regions:
   PATH,size=SIZE[,mode=fsdax|devdax|raw][,align=4K|2M|1G][,map=mem|dev]
@@ -149,6 +153,19 @@ Examples:
   pgmap man --out ~/.local/share/man/man1
       install all pages, for `man pgmap-run`";
 
+/// Whether NBD clients speak TLS.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Tls {
+    /// They may.
+    On,
+    /// They have to.
+    Require,
+    /// They cannot.
+    #[default]
+    Off,
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct ServeArgs {
     /// A region to serve; may be given several times
@@ -157,8 +174,22 @@ pub(crate) struct ServeArgs {
 
     /// Where NBD clients connect: unix:PATH, or ADDRESS:PORT of this machine; may be given several times [default: a
     /// socket beside the control socket]
+    ///
+    /// An address that other machines reach takes `--tls require` and --tls-verify-peer.
     #[arg(long, value_name = "WHERE")]
     pub(crate) nbd: Vec<String>,
+
+    /// Whether NBD clients speak TLS: they may, they have to, or they cannot [default: off]
+    #[arg(long, value_name = "WHEN")]
+    pub(crate) tls: Option<Tls>,
+
+    /// Where server-cert.pem and server-key.pem are, and with --tls-verify-peer ca-cert.pem, and ca-crl.pem if there is one
+    #[arg(long, value_name = "DIR")]
+    pub(crate) tls_certificates: Option<PathBuf>,
+
+    /// Turn NBD clients away that have no certificate of the authority in ca-cert.pem
+    #[arg(long)]
+    pub(crate) tls_verify_peer: bool,
 
     /// The control socket [default: serve-PID.sock in the user's runtime directory]
     #[arg(long, value_name = "PATH")]

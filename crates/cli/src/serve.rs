@@ -17,13 +17,13 @@ use std::sync::Arc;
 use anyhow::{Context, anyhow, bail, ensure};
 use pgmap_server::control::protocol::{Answer, Kind, Request};
 use pgmap_server::control::{Client, Listener, place};
-use pgmap_server::nbd::{self, Exports, Limits, Stopped};
+use pgmap_server::nbd::{self, Credentials, Exports, Limits, Peers, Security, Stopped};
 use pgmap_server::service::{Metrics, Service, Uri};
 use serde::Deserialize;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::args::ServeArgs;
+use crate::args::{ServeArgs, Tls};
 use crate::ask::show;
 use crate::output;
 
@@ -32,12 +32,15 @@ const LAST_REPLIES: Duration = Duration::from_secs(10);
 
 /// The options, wherever they come from: the fields of the configuration file.
 #[derive(Debug, Default, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 struct Options {
     pmem: Vec<String>,
     nbd: Vec<String>,
     socket: Option<PathBuf>,
     metrics: Option<String>,
+    tls: Tls,
+    tls_certificates: Option<PathBuf>,
+    tls_verify_peer: bool,
     quiet: bool,
 }
 
@@ -47,6 +50,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         !options.pmem.is_empty(),
         "nothing to serve: give at least one --pmem, such as --pmem disk.img,size=1G"
     );
+    let security = options.security()?;
     // Before there are threads: none of them is to die of a signal that we wait for.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("cannot wait for signals")?;
     let service = Service::new()?;
@@ -59,7 +63,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
             .map_err(|error| anyhow!("--pmem {spec}: {error}"))?;
     }
     let control = control_path(&options)?;
-    let nbd = nbd::Server::new(Arc::clone(&service) as Arc<dyn Exports>, Limits::default())?;
+    let nbd = nbd::Server::new(Arc::clone(&service) as Arc<dyn Exports>, Limits::default(), security)?;
     let fronts = Fronts::open(&nbd, &options, &control)?;
     service.set_nbd(nbd.clone(), fronts.uris());
     let listener = Listener::start(&control, Arc::clone(&service) as _)
@@ -113,8 +117,47 @@ impl Options {
         options.nbd.extend(args.nbd.iter().cloned());
         options.socket = args.socket.clone().or(options.socket);
         options.metrics = args.metrics.clone().or(options.metrics);
+        options.tls = args.tls.unwrap_or(options.tls);
+        options.tls_certificates = args.tls_certificates.clone().or(options.tls_certificates);
+        options.tls_verify_peer |= args.tls_verify_peer;
         options.quiet |= args.quiet;
         Ok(options)
+    }
+
+    fn peers(&self) -> Peers {
+        if self.tls_verify_peer {
+            Peers::Verified
+        } else {
+            Peers::Anybody
+        }
+    }
+
+    fn security(&self) -> anyhow::Result<Security> {
+        let security = match self.tls {
+            Tls::Off => {
+                // Whoever gives these means to be safe.
+                ensure!(
+                    self.tls_certificates.is_none() && !self.tls_verify_peer,
+                    "TLS is off: give --tls require, or --tls on if clients may do without"
+                );
+                return Ok(Security::Plain);
+            }
+            Tls::On => Security::Offered,
+            Tls::Require => Security::Required,
+        };
+        let directory = self
+            .tls_certificates
+            .as_deref()
+            .context("TLS needs a certificate: name its directory with --tls-certificates")?;
+        Ok(security(Credentials::read(directory, self.peers())?))
+    }
+
+    /// Who may reach us by TCP. NBD has no passwords: who is not on this machine shows a certificate.
+    fn reach(&self) -> Reach {
+        match (self.tls, self.peers()) {
+            (Tls::Require, Peers::Verified) => Reach::Anywhere,
+            (Tls::Require, Peers::Anybody) | (Tls::On | Tls::Off, _) => Reach::ThisMachine,
+        }
     }
 
     fn read(path: &Path) -> anyhow::Result<Self> {
@@ -143,16 +186,32 @@ fn control_path(options: &Options) -> anyhow::Result<PathBuf> {
     Ok(place::own(&directory, Kind::Serve))
 }
 
+/// Where TCP clients may be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Reach {
+    ThisMachine,
+    Anywhere,
+}
+
 /// The sockets of NBD clients.
 #[derive(Debug, Default)]
 struct Fronts {
     unix: Vec<PathBuf>,
     tcp: Vec<SocketAddr>,
+    /// How URIs begin: `nbds` if clients have to speak TLS.
+    scheme: &'static str,
 }
 
 impl Fronts {
     fn open(nbd: &nbd::Server, options: &Options, control: &Path) -> anyhow::Result<Self> {
-        let mut fronts = Self::default();
+        let scheme = match options.tls {
+            Tls::Require => "nbds",
+            Tls::On | Tls::Off => "nbd",
+        };
+        let mut fronts = Self {
+            scheme,
+            ..Self::default()
+        };
         let beside = format!("unix:{}", control.with_extension("nbd").display());
         let places = match options.nbd.as_slice() {
             [] => vec![beside],
@@ -166,7 +225,7 @@ impl Fronts {
                 fronts.unix.push(path);
                 nbd::Listener::Unix(listener)
             } else {
-                let listener = TcpListener::bind(tcp(&place)?).with_context(cannot)?;
+                let listener = TcpListener::bind(tcp(&place, options.reach())?).with_context(cannot)?;
                 fronts.tcp.push(listener.local_addr()?);
                 nbd::Listener::Tcp(listener)
             };
@@ -176,12 +235,13 @@ impl Fronts {
     }
 
     fn uris(&self) -> Vec<Uri> {
+        let scheme = self.scheme;
         let unix = self.unix.iter().map(|path| Uri {
-            before: "nbd+unix:///".into(),
+            before: format!("{scheme}+unix:///"),
             after: format!("?socket={}", path.display()),
         });
         let tcp = self.tcp.iter().map(|address| Uri {
-            before: format!("nbd://{address}/"),
+            before: format!("{scheme}://{address}/"),
             after: String::new(),
         });
         unix.chain(tcp).collect()
@@ -213,15 +273,15 @@ fn unix(path: &Path) -> std::io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// An address of this machine: NBD has no passwords.
-fn tcp(place: &str) -> anyhow::Result<SocketAddr> {
+/// An address that nobody reaches who may not.
+fn tcp(place: &str, reach: Reach) -> anyhow::Result<SocketAddr> {
     let usage =
         || format!("`{place}` is no place for NBD clients: write unix:PATH or 127.0.0.1:10809");
     let mut addresses = place.to_socket_addrs().with_context(usage)?;
     let address = addresses.next().with_context(usage)?;
     ensure!(
-        address.ip().is_loopback(),
-        "{place} can be reached from other machines, and NBD knows no passwords: use 127.0.0.1, and a tunnel"
+        reach == Reach::Anywhere || address.ip().is_loopback(),
+        "{place} can be reached from other machines, and NBD knows no passwords: use 127.0.0.1, or --tls require with --tls-verify-peer"
     );
     Ok(address)
 }

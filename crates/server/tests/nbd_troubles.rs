@@ -12,7 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
-use pgmap_server::nbd::{Count, Limits, Listener, Stopped};
+use pgmap_server::nbd::{Count, Limits, Listener, Security, Stopped};
 use pgmap_sync::atomic::{AtomicBool, Ordering};
 
 mod common;
@@ -183,6 +183,7 @@ fn hundreds_of_clients_are_served() {
             clients: 300,
             ..Limits::default()
         },
+        Security::Plain,
     );
     let mut clients: Vec<_> = (0..300).map(|_| rig.client(Replies::Simple)).collect();
     assert!(is_over(&mut rig.connect()));

@@ -1,4 +1,4 @@
-//! Agreeing with a client: which export, and how replies look. Fixed newstyle, without TLS.
+//! Agreeing with a client: which export, and how replies look. Fixed newstyle, in the clear or under TLS.
 //!
 //! The whole of it has one deadline, so a client that stalls, or goes on haggling, is dropped.
 
@@ -6,6 +6,7 @@ use core::time::Duration;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::credentials::Security;
 use super::export::{Export, Exports, Writable};
 use super::option::{Choice, Contexts};
 use super::proto::{
@@ -13,6 +14,7 @@ use super::proto::{
     PREFERRED_BLOCK, handshake_flag, info, option, option_reply, transmission_flag,
 };
 use super::socket::{End, More, Socket};
+use super::stream::Stream;
 
 /// The longest data of an option that is looked at, in bytes.
 const MOST_DATA: usize = 64 << 10;
@@ -46,16 +48,19 @@ pub(super) struct Agreed {
 /// # Errors
 ///
 /// Why there is nothing to serve.
-pub(super) fn agree(
-    socket: &Socket,
+pub(super) fn agree<'a>(
+    socket: &'a Socket,
+    stream: &mut Stream<'a>,
     exports: &dyn Exports,
+    security: &Security,
     patience: Duration,
 ) -> Result<Agreed, End> {
     let deadline = Instant::now() + patience;
     socket.limit_sends(Some(patience))?;
     let mut haggling = Haggling {
-        socket,
+        stream,
         exports,
+        security,
         deadline,
         padding: 124,
         replies: Replies::Simple,
@@ -71,9 +76,10 @@ pub(super) fn agree(
     Ok(agreed)
 }
 
-struct Haggling<'a> {
-    socket: &'a Socket,
-    exports: &'a dyn Exports,
+struct Haggling<'a, 'b> {
+    stream: &'b mut Stream<'a>,
+    exports: &'b dyn Exports,
+    security: &'b Security,
     deadline: Instant,
     /// Zeros behind the reply to the oldest option.
     padding: usize,
@@ -82,15 +88,15 @@ struct Haggling<'a> {
     contexts_of: Option<Arc<Export>>,
 }
 
-impl Haggling<'_> {
+impl Haggling<'_, '_> {
     fn greet(&mut self) -> Result<(), End> {
         let flags = handshake_flag::FIXED_NEWSTYLE | handshake_flag::NO_ZEROES;
         let mut greeting = INIT_MAGIC.to_be_bytes().to_vec();
         greeting.extend(OPTION_MAGIC.to_be_bytes());
         greeting.extend(flags.to_be_bytes());
-        self.socket.send_all(&greeting, More::Nothing)?;
+        self.stream.send_all(&greeting, More::Nothing)?;
         let mut answer = [0; 4];
-        self.socket.receive_until(self.deadline, &mut answer)?;
+        self.stream.receive_until(self.deadline, &mut answer)?;
         let answer = u32::from_be_bytes(answer);
         if answer & !u32::from(flags) != 0 {
             return Err(End::Garbage("unknown flags in the handshake"));
@@ -104,14 +110,18 @@ impl Haggling<'_> {
     /// Answers one option. Says what is agreed on, if it was the last.
     fn option(&mut self) -> Result<Option<Agreed>, End> {
         let mut head = [0; 16];
-        self.socket.receive_until(self.deadline, &mut head)?;
+        self.stream.receive_until(self.deadline, &mut head)?;
         let mut fields = Fields(&head);
         let magic = fields.u64();
         let (Some(OPTION_MAGIC), Some(kind), Some(len)) = (magic, fields.u32(), fields.u32())
         else {
             return Err(End::Garbage("an option without its magic"));
         };
-        let Some(data) = self.data(len)? else {
+        let data = self.data(len)?;
+        if self.is_too_early(kind) {
+            return self.refuse_early(kind).map(|()| None);
+        }
+        let Some(data) = data else {
             let too_long = "the option's data is too long";
             self.reply(kind, option_reply::ERR_TOO_BIG, too_long.as_bytes())?;
             return Ok(None);
@@ -135,28 +145,58 @@ impl Haggling<'_> {
             }
             option::GO => return self.choose(kind, &data),
             option::LIST_META_CONTEXT | option::SET_META_CONTEXT => self.contexts(kind, &data)?,
-            option::START_TLS => {
-                self.reply(kind, option_reply::ERR_UNSUP, b"there is no TLS here")?;
-            }
+            option::START_TLS => self.start_tls(kind, &data)?,
             _ => self.reply(kind, option_reply::ERR_UNSUP, b"unknown option")?,
         }
         Ok(None)
     }
 
+    /// Whether the client has to begin TLS before it may ask for that.
+    fn is_too_early(&self, kind: u32) -> bool {
+        matches!(self.security, Security::Required(_))
+            && self.stream.plain().is_some()
+            && !matches!(kind, option::START_TLS | option::ABORT)
+    }
+
+    fn refuse_early(&mut self, kind: u32) -> Result<(), End> {
+        if kind == option::EXPORT_NAME {
+            return Err(End::Refused);
+        }
+        self.reply(kind, option_reply::ERR_TLS_REQD, b"begin TLS first")
+    }
+
+    /// Goes on under TLS, as if nothing had been said before: somebody else may have said it.
+    fn start_tls(&mut self, kind: u32, data: &[u8]) -> Result<(), End> {
+        let Some(credentials) = self.security.credentials() else {
+            return self.reply(kind, option_reply::ERR_UNSUP, b"there is no TLS here");
+        };
+        let Some(socket) = self.stream.plain() else {
+            return self.invalid(kind, "TLS has begun already");
+        };
+        if !data.is_empty() {
+            return self.invalid(kind, "the option takes no data");
+        }
+        self.reply(kind, option_reply::ACK, &[])?;
+        self.stream.secure(socket, credentials, self.deadline)?;
+        self.replies = Replies::Simple;
+        self.contexts_of = None;
+        Ok(())
+    }
+
     /// The data of an option. `None` if it is too long, and skipped.
-    fn data(&self, len: u32) -> Result<Option<Vec<u8>>, End> {
+    fn data(&mut self, len: u32) -> Result<Option<Vec<u8>>, End> {
         if len > MOST_SKIPPED {
             return Err(End::Garbage("an option with far too much data"));
         }
         let mut left = usize::try_from(len).unwrap_or(usize::MAX);
         let mut data = vec![0; left.min(MOST_DATA)];
         if left <= MOST_DATA {
-            self.socket.receive_until(self.deadline, &mut data)?;
+            self.stream.receive_until(self.deadline, &mut data)?;
             return Ok(Some(data));
         }
         while left > 0 {
             let piece = left.min(MOST_DATA);
-            self.socket
+            self.stream
                 .receive_until(self.deadline, &mut data[..piece])?;
             left -= piece;
         }
@@ -164,17 +204,17 @@ impl Haggling<'_> {
     }
 
     /// The oldest way to choose, which knows no errors.
-    fn export_name(&self, name: &[u8]) -> Result<Agreed, End> {
+    fn export_name(&mut self, name: &[u8]) -> Result<Agreed, End> {
         let name = str::from_utf8(name).map_err(|_| End::Garbage("a name that is no text"))?;
         let export = self.exports.find(name).map_err(|_| End::Refused)?;
         let mut reply = export.device.size_bytes().to_be_bytes().to_vec();
         reply.extend(self.flags(&export).to_be_bytes());
         reply.resize(reply.len() + self.padding, 0);
-        self.socket.send_all(&reply, More::Nothing)?;
+        self.stream.send_all(&reply, More::Nothing)?;
         Ok(self.agreed(export))
     }
 
-    fn list(&self) -> Result<(), End> {
+    fn list(&mut self) -> Result<(), End> {
         let mut replies = Vec::new();
         for export in self.exports.list() {
             let mut data = len_u32(&export.name).to_be_bytes().to_vec();
@@ -183,11 +223,11 @@ impl Haggling<'_> {
             put_reply(&mut replies, option::LIST, option_reply::SERVER, &data);
         }
         put_reply(&mut replies, option::LIST, option_reply::ACK, &[]);
-        self.socket.send_all(&replies, More::Nothing)
+        self.stream.send_all(&replies, More::Nothing)
     }
 
     /// Tells about an export; agrees on it if that is what the client wants.
-    fn choose(&self, kind: u32, data: &[u8]) -> Result<Option<Agreed>, End> {
+    fn choose(&mut self, kind: u32, data: &[u8]) -> Result<Option<Agreed>, End> {
         let Some(choice) = Choice::parse(data) else {
             self.invalid(kind, "the option's data is malformed")?;
             return Ok(None);
@@ -212,7 +252,7 @@ impl Haggling<'_> {
             }
         }
         put_reply(&mut replies, kind, option_reply::ACK, &[]);
-        self.socket.send_all(&replies, More::Nothing)?;
+        self.stream.send_all(&replies, More::Nothing)?;
         Ok((kind == option::GO).then(|| self.agreed(export)))
     }
 
@@ -251,7 +291,7 @@ impl Haggling<'_> {
             put_reply(&mut replies, kind, option_reply::META_CONTEXT, &data);
         }
         put_reply(&mut replies, kind, option_reply::ACK, &[]);
-        self.socket.send_all(&replies, More::Nothing)
+        self.stream.send_all(&replies, More::Nothing)
     }
 
     fn agreed(&self, export: Arc<Export>) -> Agreed {
@@ -284,14 +324,14 @@ impl Haggling<'_> {
         always | structured | changes
     }
 
-    fn invalid(&self, kind: u32, message: &str) -> Result<(), End> {
+    fn invalid(&mut self, kind: u32, message: &str) -> Result<(), End> {
         self.reply(kind, option_reply::ERR_INVALID, message.as_bytes())
     }
 
-    fn reply(&self, kind: u32, reply: u32, data: &[u8]) -> Result<(), End> {
+    fn reply(&mut self, kind: u32, reply: u32, data: &[u8]) -> Result<(), End> {
         let mut bytes = Vec::new();
         put_reply(&mut bytes, kind, reply, data);
-        self.socket.send_all(&bytes, More::Nothing)
+        self.stream.send_all(&bytes, More::Nothing)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::proto::Request;
 use super::socket::{End, Socket};
+use super::stream::Stream;
 
 /// Bytes that are received at once: few enough to be in the CPU's cache when they are written to the device.
 const BYTES: usize = 256 << 10;
@@ -44,9 +45,9 @@ impl Input {
     }
 
     /// Receives what there is, at least a byte.
-    pub(super) fn receive(&mut self, socket: &Socket) -> Result<(), End> {
+    pub(super) fn receive(&mut self, stream: &mut Stream<'_>) -> Result<(), End> {
         self.make_room();
-        self.end += socket.receive(&mut self.bytes[self.end..])?;
+        self.end += stream.receive(&mut self.bytes[self.end..])?;
         Ok(())
     }
 
@@ -60,10 +61,14 @@ impl Input {
     }
 
     /// Receives until `count` bytes can be used, or as many as there is room for, and none that come after.
-    pub(super) fn receive_payload(&mut self, socket: &Socket, count: usize) -> Result<(), End> {
+    pub(super) fn receive_payload(
+        &mut self,
+        stream: &mut Stream<'_>,
+        count: usize,
+    ) -> Result<(), End> {
         self.make_room();
         let end = count.min(self.bytes.len()).max(self.end);
-        socket.receive_all(&mut self.bytes[self.end..end])?;
+        stream.receive_all(&mut self.bytes[self.end..end])?;
         self.end = end;
         Ok(())
     }

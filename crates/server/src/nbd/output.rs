@@ -3,7 +3,8 @@
 use super::failure::Failure;
 use super::handshake::Replies;
 use super::proto::{CHUNK_MAGIC, MOST_STRING, Request, SIMPLE_REPLY_MAGIC, chunk};
-use super::socket::{End, More, Socket};
+use super::socket::{End, More};
+use super::stream::Stream;
 
 /// The longest payload that is copied here, in bytes. Longer ones go past it.
 pub(super) const MOST_COPIED: usize = 64 << 10;
@@ -36,18 +37,18 @@ impl Output {
     }
 
     /// Sends all of it.
-    pub(super) fn flush(&mut self, socket: &Socket, more: More) -> Result<(), End> {
-        socket.send_all(&self.bytes[..self.len], more)?;
+    pub(super) fn flush(&mut self, stream: &mut Stream<'_>, more: More) -> Result<(), End> {
+        stream.send_all(&self.bytes[..self.len], more)?;
         self.len = 0;
         Ok(())
     }
 
     /// Sends what is here if a reply with `payload` bytes might find no room.
-    pub(super) fn reserve(&mut self, socket: &Socket, payload: usize) -> Result<(), End> {
+    pub(super) fn reserve(&mut self, stream: &mut Stream<'_>, payload: usize) -> Result<(), End> {
         // More than any reply's fields and message.
         let most = payload + MOST_STRING;
         if self.len + most > self.bytes.len() {
-            self.flush(socket, More::Nothing)?;
+            self.flush(stream, More::Nothing)?;
         }
         Ok(())
     }

@@ -18,9 +18,11 @@ use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
 use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
 
+use super::credentials::Security;
 use super::export::Exports;
 use super::handshake::agree;
 use super::socket::{End, Socket};
+use super::stream::Stream;
 use super::transmission::Session;
 
 /// How long we wait before we accept again, if the machine had nothing to spare.
@@ -95,6 +97,7 @@ pub struct Server {
 struct Shared {
     exports: Arc<dyn Exports>,
     limits: Limits,
+    security: Security,
     stopping: AtomicBool,
     /// Readable for ever once the server is stopping.
     stop: OwnedFd,
@@ -122,10 +125,11 @@ impl Server {
     /// # Errors
     ///
     /// What the machine answers when it is asked for a file descriptor.
-    pub fn new(exports: Arc<dyn Exports>, limits: Limits) -> io::Result<Self> {
+    pub fn new(exports: Arc<dyn Exports>, limits: Limits, security: Security) -> io::Result<Self> {
         let shared = Shared {
             exports,
             limits,
+            security,
             stopping: AtomicBool::new(false),
             stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
             connections: Mutex::new(Connections::default()),
@@ -297,14 +301,25 @@ struct Open {
 impl Open {
     fn serve(&self, socket: &Socket, pid: Option<u32>) -> End {
         let shared = &*self.shared;
-        let agreed = match agree(socket, &*shared.exports, shared.limits.handshake) {
+        let mut stream = Stream::Plain(socket);
+        let patience = shared.limits.handshake;
+        let agreed = match agree(
+            socket,
+            &mut stream,
+            &*shared.exports,
+            &shared.security,
+            patience,
+        ) {
             Ok(agreed) => agreed,
-            Err(end) => return end,
+            Err(end) => {
+                stream.close();
+                return end;
+            }
         };
         if let Some(connection) = shared.connections.lock().open.get_mut(&self.number) {
             connection.client.export = Some(agreed.export.name.clone());
         }
-        Session::new(socket, &agreed, pid, &shared.stopping).serve()
+        Session::new(stream, &agreed, pid, &shared.stopping).serve()
     }
 }
 

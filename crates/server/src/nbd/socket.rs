@@ -1,6 +1,7 @@
 //! A stream socket as a session uses it: it waits, and an end of the stream is an end of the session.
 
 use core::time::Duration;
+use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Instant;
 
@@ -9,14 +10,14 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{
     Timeout, set_socket_send_buffer_size, set_socket_timeout, set_tcp_nodelay,
 };
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, send, sendmsg};
 
 /// Bytes that may wait in a unix socket: enough to keep both sides busy, and few enough for the CPU's cache. Measured: ten
 /// times as many are a third slower.
 const BUFFER_BYTES: usize = 512 << 10;
 
 /// Why a session is over.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum End {
     /// The client has said so, or has gone.
     #[error("the client has disconnected")]
@@ -33,6 +34,9 @@ pub enum End {
     /// The device failed when the reply was under way, and the client had asked for replies that cannot say so.
     #[error("the device failed in the middle of a reply")]
     Truncated,
+    /// Client and server do not agree on TLS, or somebody has changed its bytes.
+    #[error("TLS failed: {0}")]
+    Tls(String),
     /// The socket has failed.
     #[error("the connection failed: {0}")]
     Broken(#[from] Errno),
@@ -105,9 +109,7 @@ impl Socket {
     /// Waits until all of `to` is received, until `deadline` at most.
     pub(super) fn receive_until(&self, deadline: Instant, mut to: &mut [u8]) -> Result<(), End> {
         while !to.is_empty() {
-            if !self.wait(PollFlags::IN, deadline)? {
-                return Err(End::Stalled);
-            }
+            self.wait_readable_until(deadline)?;
             let count = self.receive(to)?;
             to = &mut to[count..];
         }
@@ -130,6 +132,17 @@ impl Socket {
         Ok(())
     }
 
+    /// Waits until some of the bytes are sent. Says how many.
+    pub(super) fn send_parts(&self, from: &[IoSlice<'_>]) -> Result<usize, Errno> {
+        loop {
+            let mut nothing = SendAncillaryBuffer::default();
+            match sendmsg(&self.0, from, &mut nothing, SendFlags::NOSIGNAL) {
+                Err(Errno::INTR) => {}
+                sent => return sent,
+            }
+        }
+    }
+
     /// How long a send may wait; for ever if `None`.
     pub(super) fn limit_sends(&self, patience: Option<Duration>) -> Result<(), End> {
         Ok(set_socket_timeout(&self.0, Timeout::Send, patience)?)
@@ -147,6 +160,14 @@ impl Socket {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(errno) => Err(errno.into()),
         }
+    }
+
+    /// Waits until there are bytes, or the end; until `deadline` at most, also if bytes never cease to come.
+    pub(super) fn wait_readable_until(&self, deadline: Instant) -> Result<(), End> {
+        if Instant::now() < deadline && self.wait(PollFlags::IN, deadline)? {
+            return Ok(());
+        }
+        Err(End::Stalled)
     }
 
     fn wait(&self, what: PollFlags, deadline: Instant) -> Result<bool, End> {

@@ -16,6 +16,7 @@ use super::output::{MOST_COPIED, Output};
 use super::proto::{ALLOCATION_ID, Command, MOST_PAYLOAD, Request, command_flag};
 use super::socket::{End, More, Socket, broken};
 use super::status::{Most, block_status};
+use super::stream::Stream;
 
 /// The longest payload that is received only to be refused, in bytes.
 const MOST_DRAINED: u32 = 2 * MOST_PAYLOAD;
@@ -32,7 +33,7 @@ pub(super) type Outcome = Result<Result<(), Failure>, End>;
 /// A client in the transmission phase.
 #[derive(Debug)]
 pub(super) struct Session<'a> {
-    pub(super) socket: &'a Socket,
+    pub(super) stream: Stream<'a>,
     pub(super) output: Output,
     pub(super) device: &'a dyn BlockDevice,
     input: Input,
@@ -45,27 +46,27 @@ pub(super) struct Session<'a> {
     peer: Option<u32>,
     placement: Placement,
     unflushed: bool,
-    expected: Expected,
+    expected: Expected<'a>,
 }
 
 /// What the client is likely to send next.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Expected {
+#[derive(Clone, Copy, Debug)]
+enum Expected<'a> {
     Anything,
-    /// A payload that is not to be received into our own buffer.
-    LongWrite,
+    /// A payload that is not to be received into our own buffer, but from the socket.
+    LongWrite(&'a Socket),
 }
 
 impl<'a> Session<'a> {
     pub(super) fn new(
-        socket: &'a Socket,
+        stream: Stream<'a>,
         agreed: &'a Agreed,
         peer: Option<u32>,
         stopping: &'a AtomicBool,
     ) -> Self {
         let device = &*agreed.export.device;
         Self {
-            socket,
+            stream,
             output: Output::new(agreed.replies),
             device,
             input: Input::new(),
@@ -89,7 +90,8 @@ impl<'a> Session<'a> {
             }
         };
         // What was answered before goes out, if the socket still takes it.
-        let _ = self.output.flush(self.socket, More::Nothing);
+        let _ = self.output.flush(&mut self.stream, More::Nothing);
+        self.stream.close();
         if self.unflushed && self.is_stopping() {
             // Nobody is there to be told if it fails.
             let _ = self.device.flush();
@@ -137,7 +139,7 @@ impl<'a> Session<'a> {
 
     /// Answers a request, unless its payload was the answer.
     fn answer(&mut self, request: &Request, outcome: Result<(), Failure>) -> Result<(), End> {
-        self.output.reserve(self.socket, 0)?;
+        self.output.reserve(&mut self.stream, 0)?;
         match (outcome, request.command) {
             (Ok(()), Command::Read | Command::BlockStatus) => {}
             (Ok(()), _) => self.output.done(request),
@@ -155,13 +157,15 @@ impl<'a> Session<'a> {
             if let Some(request) = self.input.request() {
                 return request;
             }
-            if self.expected == Expected::LongWrite && self.input.try_receive_head(self.socket)? {
+            if let Expected::LongWrite(socket) = self.expected
+                && self.input.try_receive_head(socket)?
+            {
                 continue;
             }
-            self.output.flush(self.socket, More::Nothing)?;
+            self.output.flush(&mut self.stream, More::Nothing)?;
             match self.expected {
-                Expected::Anything => self.input.receive(self.socket)?,
-                Expected::LongWrite => self.socket.wait_readable()?,
+                Expected::Anything => self.input.receive(&mut self.stream)?,
+                Expected::LongWrite(socket) => socket.wait_readable()?,
             }
         }
     }
@@ -227,14 +231,18 @@ impl<'a> Session<'a> {
         }
         let end = request.offset.saturating_add(u64::from(request.length));
         let mut at = end - u64::from(request.length);
-        self.expected = if end - at >= DIRECT && self.device.likes_direct_writes() {
-            Expected::LongWrite
-        } else {
-            Expected::Anything
+        self.expected = match self.stream.plain() {
+            Some(socket) if end - at >= DIRECT && self.device.likes_direct_writes() => {
+                Expected::LongWrite(socket)
+            }
+            Some(_) | None => Expected::Anything,
         };
         while at < end {
-            if self.expected == Expected::LongWrite && self.input.len() == 0 && so_far.is_ok() {
-                at = self.write_direct(at, end)?;
+            if let Expected::LongWrite(socket) = self.expected
+                && self.input.len() == 0
+                && so_far.is_ok()
+            {
+                at = self.write_direct(socket, at, end)?;
             }
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);
             self.receive_payload(left)?;
@@ -260,19 +268,19 @@ impl<'a> Session<'a> {
     }
 
     /// Receives a payload straight to where it belongs, as far as that works. Says how far: the rest is still to come.
-    fn write_direct(&mut self, mut at: u64, end: u64) -> Result<u64, End> {
+    fn write_direct(&mut self, socket: &Socket, mut at: u64, end: u64) -> Result<u64, End> {
         // Lost blocks, and a device that is being taken away, are `write`'s business.
         while at < end
             && let Ok(direct) = self.device.direct(at..end, Access::Write)
         {
             self.unflushed = true;
-            match self.receive_direct(direct, &mut at, end) {
+            match receive_direct(direct, socket, &mut at, end) {
                 // What cannot be put there is still to come.
                 Ok(()) | Err(Errno::FAULT) => break,
                 // No bytes are here: the request is not under way while we wait for some.
                 Err(Errno::AGAIN) => {
-                    self.output.flush(self.socket, More::Nothing)?;
-                    self.socket.wait_readable()?;
+                    self.output.flush(&mut self.stream, More::Nothing)?;
+                    socket.wait_readable()?;
                 }
                 Err(errno) => return Err(broken(errno)),
             }
@@ -280,28 +288,15 @@ impl<'a> Session<'a> {
         Ok(at)
     }
 
-    /// Receives what there is of the bytes before `end`.
-    fn receive_direct(&self, mut direct: Direct<'_>, at: &mut u64, end: u64) -> Result<(), Errno> {
-        while *at < end {
-            match direct.receive(self.socket.fd()) {
-                // The client has gone.
-                Ok(0) => return Err(Errno::CONNRESET),
-                Err(errno) if errno != Errno::INTR => return Err(errno),
-                Ok(_) | Err(_) => *at = end - direct.left(),
-            }
-        }
-        Ok(())
-    }
-
     /// Receives some of the `left` bytes of a payload: all of a short one, some blocks of a long one.
     fn receive_payload(&mut self, left: usize) -> Result<(), End> {
         let enough = left.min(MOST_COPIED);
         while self.input.len() < enough {
-            self.output.flush(self.socket, More::Nothing)?;
+            self.output.flush(&mut self.stream, More::Nothing)?;
             if left <= MOST_COPIED {
-                self.input.receive(self.socket)?;
+                self.input.receive(&mut self.stream)?;
             } else {
-                self.input.receive_payload(self.socket, left)?;
+                self.input.receive_payload(&mut self.stream, left)?;
             }
         }
         Ok(())
@@ -376,7 +371,7 @@ impl<'a> Session<'a> {
         };
         match block_status(self.device, range, most) {
             Ok(extents) => {
-                self.output.reserve(self.socket, 8 * extents.len())?;
+                self.output.reserve(&mut self.stream, 8 * extents.len())?;
                 self.output.block_status(request, ALLOCATION_ID, &extents);
                 self.count(Count::Statuses, 1);
                 Ok(Ok(()))
@@ -393,6 +388,24 @@ impl<'a> Session<'a> {
         // Relaxed: it is looked at again for every request, and nothing else is read by it.
         self.stopping.load(Ordering::Relaxed)
     }
+}
+
+/// Receives what there is of the bytes before `end`.
+fn receive_direct(
+    mut direct: Direct<'_>,
+    socket: &Socket,
+    at: &mut u64,
+    end: u64,
+) -> Result<(), Errno> {
+    while *at < end {
+        match direct.receive(socket.fd()) {
+            // The client has gone.
+            Ok(0) => return Err(Errno::CONNRESET),
+            Err(errno) if errno != Errno::INTR => return Err(errno),
+            Ok(_) | Err(_) => *at = end - direct.left(),
+        }
+    }
+    Ok(())
 }
 
 /// Whether zeros may be holes. Zeros that must be fast are refused where they may not.

@@ -11,7 +11,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use pgmap_server::nbd::{Export, Exports, Limits, Listener, Server, Stopped, Writable};
+use pgmap_server::nbd::{
+    Export, Exports, Limits, Listener, Security, Server, Stopped, Writable,
+};
 
 pub(crate) mod disk;
 
@@ -43,12 +45,16 @@ pub(crate) struct Rig {
 
 impl Rig {
     pub(crate) fn new(bytes: u64) -> Self {
-        let handshake = Duration::from_millis(300);
-        let clients = 300;
-        Self::with(bytes, Limits { handshake, clients })
+        Self::secured(bytes, Security::Plain)
     }
 
-    pub(crate) fn with(bytes: u64, limits: Limits) -> Self {
+    pub(crate) fn secured(bytes: u64, security: Security) -> Self {
+        let handshake = Duration::from_millis(300);
+        let clients = 300;
+        Self::with(bytes, Limits { handshake, clients }, security)
+    }
+
+    pub(crate) fn with(bytes: u64, limits: Limits, security: Security) -> Self {
         let disk = MemoryDisk::new("disk", bytes).unwrap();
         let mut export = Export::new(disk.clone());
         export.description.push_str("a disk of memory");
@@ -57,7 +63,7 @@ impl Rig {
         "still".clone_into(&mut still.name);
         still.writable = Writable::No;
         let exports: Arc<dyn Exports> = Arc::new(Fixed(vec![export.clone(), Arc::new(still)]));
-        let server = Server::new(exports, limits).unwrap();
+        let server = Server::new(exports, limits, security).unwrap();
         let directory = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(directory.path().join("socket")).unwrap();
         server.serve(Listener::Unix(listener)).unwrap();

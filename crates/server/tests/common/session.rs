@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
 use std::thread;
 
-use pgmap_server::nbd::{Export, Limits, Server};
+use pgmap_server::nbd::{Export, Limits, Security, Server};
 
 #[path = "disk.rs"]
 pub(crate) mod disk;
@@ -38,7 +38,7 @@ pub(crate) fn whole(bytes: &[u8]) -> Vec<u8> {
             handshake: Duration::from_secs(1),
             ..Limits::default()
         };
-        Server::new(Arc::new(exports), limits).expect("a server")
+        Server::new(Arc::new(exports), limits, Security::Plain).expect("a server")
     });
     let (ours, theirs) = UnixStream::pair().expect("sockets");
     server.admit_unix(OwnedFd::from(theirs));
