@@ -63,7 +63,11 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
             .map_err(|error| anyhow!("--pmem {spec}: {error}"))?;
     }
     let control = control_path(&options)?;
-    let nbd = nbd::Server::new(Arc::clone(&service) as Arc<dyn Exports>, Limits::default(), security)?;
+    let nbd = nbd::Server::new(
+        Arc::clone(&service) as Arc<dyn Exports>,
+        Limits::default(),
+        security,
+    )?;
     let fronts = Fronts::open(&nbd, &options, &control)?;
     service.set_nbd(nbd.clone(), fronts.uris());
     let listener = Listener::start(&control, Arc::clone(&service) as _)
@@ -225,7 +229,8 @@ impl Fronts {
                 fronts.unix.push(path);
                 nbd::Listener::Unix(listener)
             } else {
-                let listener = TcpListener::bind(tcp(&place, options.reach())?).with_context(cannot)?;
+                let listener =
+                    TcpListener::bind(tcp(&place, options.reach())?).with_context(cannot)?;
                 fronts.tcp.push(listener.local_addr()?);
                 nbd::Listener::Tcp(listener)
             };

@@ -18,7 +18,7 @@ use pgmap_sync::atomic::{AtomicBool, Ordering};
 mod common;
 
 use common::{
-    Client, DISCONNECT, FLUSH, FUA, MIB, OPTION_MAGIC, READ, Replies, Rig, WRITE, greet, option,
+    Client, DISCONNECT, FLUSH, MIB, OPTION_MAGIC, READ, Replies, Rig, WRITE, greet, load, option,
     option_bytes, pattern, request,
 };
 
@@ -254,16 +254,12 @@ fn freezing_under_load_loses_nothing() {
         .map(|writer| {
             let (mut client, done) = (rig.client(Replies::Structured), done.clone());
             let mut reader = rig.client(Replies::Simple);
-            std::thread::spawn(move || write_under_freezes(writer, &mut client, &mut reader, &done))
+            std::thread::spawn(move || {
+                load::write_under_freezes(writer, &mut client, &mut reader, &done)
+            })
         })
         .collect();
-    for round in 0..60u64 {
-        std::thread::sleep(Duration::from_micros(round * 7919 % 9000));
-        assert!(rig.disk.queue.freeze(Some(Duration::from_secs(10))));
-        assert_eq!(rig.disk.queue.in_flight(), 0);
-        std::thread::sleep(Duration::from_micros(round * 104_729 % 3000));
-        rig.disk.queue.thaw();
-    }
+    load::freeze_and_thaw(&rig);
     // Relaxed: the writers are joined below.
     done.store(true, Ordering::Relaxed);
     let counts: Vec<_> = writers
@@ -272,54 +268,6 @@ fn freezing_under_load_loses_nothing() {
         .collect();
     assert!(counts.iter().all(|(written, _)| *written > 0), "{counts:?}");
     assert!(counts.iter().any(|(_, refused)| *refused > 0), "{counts:?}");
-}
-
-/// Writes eight requests ahead, short ones and long ones, until told to stop. Says how many were done, and refused.
-fn write_under_freezes(
-    writer: u64,
-    client: &mut Client,
-    reader: &mut Client,
-    done: &AtomicBool,
-) -> (u64, u64) {
-    let (base, mut counts, mut seed) = (writer * 4 * MIB, (0, 0), writer << 32);
-    while !done.load(Ordering::Relaxed) {
-        seed += 8;
-        let length = |slot: u64| {
-            if (seed / 8 + slot).is_multiple_of(3) {
-                300_000
-            } else {
-                4096
-            }
-        };
-        let cookies: Vec<_> = (0..8)
-            .map(|slot| {
-                let bytes = pattern(seed + slot, length(slot));
-                let len = u32::try_from(bytes.len()).unwrap();
-                let cookie = client.send(WRITE, FUA, base + slot * 400_000, len);
-                client.stream.write_all(&bytes).unwrap();
-                cookie
-            })
-            .collect();
-        let replies: Vec<_> = cookies
-            .into_iter()
-            .map(|cookie| client.reply(cookie, 0))
-            .collect();
-        for (slot, reply) in (0..).zip(replies) {
-            if reply.error == 108 {
-                counts.1 += 1;
-                continue;
-            }
-            assert_eq!(reply.error, 0);
-            counts.0 += 1;
-            let len = u32::try_from(length(slot)).unwrap();
-            let mut read = reader.ask(READ, 0, base + slot * 400_000, len);
-            while read.error == 108 {
-                read = reader.ask(READ, 0, base + slot * 400_000, len);
-            }
-            assert!(read.payload == pattern(seed + slot, length(slot)));
-        }
-    }
-    counts
 }
 
 /// Stopping answers what was sent, refuses what comes later, and hangs up, also on those who stall.

@@ -11,11 +11,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use pgmap_server::nbd::{
-    Export, Exports, Limits, Listener, Security, Server, Stopped, Writable,
-};
+use pgmap_server::nbd::{Export, Exports, Limits, Listener, Security, Server, Stopped, Writable};
 
 pub(crate) mod disk;
+pub(crate) mod load;
 
 use disk::{Fixed, MemoryDisk};
 
@@ -122,8 +121,8 @@ pub(crate) enum Replies {
 }
 
 /// A client by hand.
-pub(crate) struct Client {
-    pub(crate) stream: UnixStream,
+pub(crate) struct Client<S = UnixStream> {
+    pub(crate) stream: S,
     pub(crate) size: u64,
     pub(crate) flags: u16,
     replies: Replies,
@@ -142,6 +141,13 @@ pub(crate) struct Reply {
 impl Client {
     pub(crate) fn new(mut stream: UnixStream, export: &str, replies: Replies) -> Self {
         greet(&mut stream, 3);
+        Self::greeted(stream, export, replies)
+    }
+}
+
+impl<S: Read + Write> Client<S> {
+    /// Goes on where the greetings are over.
+    pub(crate) fn greeted(mut stream: S, export: &str, replies: Replies) -> Self {
         if replies == Replies::Structured {
             assert_eq!(option(&mut stream, 8, &[])[0].0, 1);
             let mut data = string(export);
@@ -264,7 +270,7 @@ pub(crate) fn request(command: u16, flags: u16, cookie: u64, offset: u64, length
 }
 
 /// Reads the server's greeting, and answers with flags.
-pub(crate) fn greet(stream: &mut UnixStream, flags: u32) {
+pub(crate) fn greet(stream: &mut (impl Read + Write), flags: u32) {
     let mut greeting = [0; 18];
     stream.read_exact(&mut greeting).unwrap();
     assert_eq!(&greeting, b"NBDMAGICIHAVEOPT\0\x03");
@@ -287,7 +293,11 @@ pub(crate) fn option_bytes(kind: u32, data: &[u8]) -> Vec<u8> {
 }
 
 /// Sends an option; gives all replies, the last being an acknowledgement or an error.
-pub(crate) fn option(stream: &mut UnixStream, kind: u32, data: &[u8]) -> Vec<(u32, Vec<u8>)> {
+pub(crate) fn option(
+    stream: &mut (impl Read + Write),
+    kind: u32,
+    data: &[u8],
+) -> Vec<(u32, Vec<u8>)> {
     stream.write_all(&option_bytes(kind, data)).unwrap();
     let mut replies = Vec::new();
     loop {
