@@ -175,13 +175,13 @@ fn stalled_handshakes_are_dropped() {
     let pki = Pki::new();
     let rig = Rig::secured(MIB, Security::Offered(pki.server(Peers::Anybody)));
     let begin = Instant::now();
-    let begun = || {
+    let in_handshake = || {
         let mut stream = rig.connect();
         greet(&mut stream, 3);
         assert_eq!(option(&mut stream, START_TLS, &[])[0].0, ACK);
         stream
     };
-    let (silent, mut slow) = (begun(), begun());
+    let (silent, mut slow) = (in_handshake(), in_handshake());
     let slow = std::thread::spawn(move || {
         // The head of a record, a byte at a time, and no end of it.
         for byte in [0x16, 3, 1, 0x3f, 0xff]
@@ -241,7 +241,7 @@ fn stalled_clients_hold_no_request() {
     let cookie = reader.send(READ, 0, 0, 24 << 20);
     let mut writer = client(&rig, &pki, Replies::Structured);
     let write = writer.send(WRITE, 0, 0, 1 << 20);
-    writer.stream.write_all(&[7; 200_000]).unwrap();
+    writer.stream.write_all(&vec![7; 200_000]).unwrap();
     std::thread::sleep(Duration::from_millis(200));
     assert!(rig.disk.queue.freeze(Some(Duration::from_secs(5))));
     let reply = reader.reply(cookie, 24 << 20);
