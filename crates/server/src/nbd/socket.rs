@@ -8,7 +8,7 @@ use std::time::Instant;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::{
-    Timeout, set_socket_send_buffer_size, set_socket_timeout, set_tcp_nodelay,
+    Timeout, set_socket_keepalive, set_socket_send_buffer_size, set_socket_timeout, set_tcp_nodelay,
 };
 use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, recv, send, sendmsg};
 
@@ -64,6 +64,8 @@ impl Socket {
     pub(super) fn tcp(fd: OwnedFd) -> Self {
         // With delays it is slower, and right.
         let _ = set_tcp_nodelay(&fd, true);
+        // A client whose machine has vanished is missed some time; without, it keeps its place for ever.
+        let _ = set_socket_keepalive(&fd, true);
         Self(fd)
     }
 
