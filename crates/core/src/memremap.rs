@@ -187,6 +187,7 @@ impl MemoryMap {
         // Relaxed, here and where it is set: this thread's own. Frames whose metadata stays on the device stay reserved.
         undo.push(|| {
             if !stuck.load(Ordering::Relaxed) {
+                let _hotplug = self.mem_hotplug_begin();
                 self.resources.lock().remove(pgmap.entry);
             }
         });
