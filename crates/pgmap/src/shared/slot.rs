@@ -210,12 +210,9 @@ mod tests {
         let (region, _file) = Region::create(1 << 30, 0).unwrap();
         let slot = &region.devices()[0];
         let texts = ["x".repeat(TEXT_BYTES), "y".repeat(TEXT_BYTES)];
+        let rewrite = || assert!((0..20_000).all(|nth| slot.describe(&texts[nth % 2])));
         std::thread::scope(|scope| {
-            let writer = scope.spawn(|| {
-                for nth in 0..20_000 {
-                    assert!(slot.describe(&texts[nth % 2]));
-                }
-            });
+            let writer = scope.spawn(rewrite);
             while !writer.is_finished() {
                 let read = slot.description();
                 let whole = read.is_empty() || texts.contains(&read);
