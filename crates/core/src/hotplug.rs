@@ -205,11 +205,11 @@ impl MemoryMap {
         self.resources.lock().tree.insert(resource)
     }
 
-    /// Enters what the lowest free frames are from `from` on: `frames` of them, aligned to `align`. Answers which.
+    /// Enters what the lowest free frames are from `from` on: `frames` of them, aligned to `align` frames. Answers which.
     ///
     /// # Errors
     ///
-    /// [`MapError::NoRoom`].
+    /// [`MapError::NoRoom`], also where no frames can be: `frames` or `align` is 0.
     pub fn allocate_resource(
         &self,
         frames: u64,

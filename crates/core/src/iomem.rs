@@ -107,17 +107,6 @@ pub enum RemapError {
     Refused(BackError),
 }
 
-/// How a range lies to System RAM.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Intersection {
-    /// No byte of it.
-    Disjoint,
-    /// A part of it.
-    Mixed,
-    /// All of it.
-    Whole,
-}
-
 /// A mapped range. Dropping it releases exactly that, once (REMAP-2).
 ///
 /// # Invariants
@@ -152,11 +141,11 @@ impl MemoryMap {
         remapper: &Arc<dyn Remapper>,
     ) -> Result<Remapped, RemapError> {
         let modes = modes.into();
-        let whole = match self.region_intersects_ram(range) {
+        let whole = match self.ram_frames(range) {
             None => return Err(RemapError::Outside),
-            Some(Intersection::Mixed) => return Err(RemapError::Mixed),
-            Some(Intersection::Whole) => true,
-            Some(Intersection::Disjoint) => false,
+            Some(0) => false,
+            Some(ram) if ram == range.count() => true,
+            Some(_) => return Err(RemapError::Mixed),
         };
         let (address, mode) = if whole {
             if !modes.contains(CacheMode::WriteBack) {

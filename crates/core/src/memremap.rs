@@ -16,7 +16,6 @@ use crate::altmap::Altmap;
 use crate::devres::Devres;
 use crate::driver::PrivateOps;
 use crate::holders::Holders;
-use crate::iomem::Intersection;
 use crate::memtype::Memtypes;
 use crate::page::Frame;
 use crate::platform::{OutOfAddressSpace, Platform};
@@ -106,16 +105,9 @@ impl MemoryMap {
         &self.memtypes
     }
 
-    /// How a range lies to System RAM; `None` if it is not inside the map.
-    pub(crate) fn region_intersects_ram(&self, range: PfnRange) -> Option<Intersection> {
-        if range.end() > self.max_frames {
-            return None;
-        }
-        Some(match self.resources.lock().ram_frames(range) {
-            0 => Intersection::Disjoint,
-            all if all == range.count() => Intersection::Whole,
-            _ => Intersection::Mixed,
-        })
+    /// How many frames of a range are System RAM; `None` if it is not inside the map.
+    pub(crate) fn ram_frames(&self, range: PfnRange) -> Option<u64> {
+        (range.end() <= self.max_frames).then(|| self.resources.lock().ram_frames(range))
     }
 
     /// The machine's clock, for ages.
@@ -187,6 +179,7 @@ impl MemoryMap {
         // Relaxed, here and where it is set: this thread's own. Frames whose metadata stays on the device stay reserved.
         undo.push(|| {
             if !stuck.load(Ordering::Relaxed) {
+                let _hotplug = self.mem_hotplug_begin();
                 self.resources.lock().remove(pgmap.entry);
             }
         });

@@ -462,7 +462,10 @@ impl Resources {
         let ends = self.tree.roots.iter().map(|root| aligned(root.range).1);
         ends.chain([from])
             .filter(|start| *start >= from)
-            .filter_map(|start| PfnRange::new(Pfn::new(start.next_multiple_of(align))?, frames))
+            .filter_map(|start| {
+                let start = start.checked_next_multiple_of(align)?;
+                PfnRange::new(Pfn::new(start)?, frames)
+            })
             .filter(|room| {
                 let room = whole(*room);
                 let mut roots = self.tree.roots.iter();

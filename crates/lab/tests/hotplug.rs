@@ -117,7 +117,10 @@ fn a_block_goes_off_line_under_faults_and_reclaim() {
 #[should_panic]
 fn a_replacement_that_forgets_the_slot_is_found() {
     seed(SeededBug::ReplaceForgetsTheSlot);
-    explore(offline_against_faults_and_reclaim);
+    // One exploration in four misses it: the slot that is forgotten may be the first.
+    for _ in 0..16 {
+        explore(offline_against_faults_and_reclaim);
+    }
 }
 
 /// A page that is pinned keeps its frame, and what a device writes to it is what the program reads; the block stays on line

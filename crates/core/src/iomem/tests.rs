@@ -150,16 +150,13 @@ fn a_managed_mapping_is_released_once() {
     let map = map();
     let (model, remapper) = model(WriteBack);
     let mut devres = Devres::new();
-    let group = devres.open_group();
     let kept = map.memremap(range(4096, 4), WriteBack, &remapper).unwrap();
     let managed = map.memremap(range(4096, 4), WriteBack, &remapper).unwrap();
-    devres.push_in(group, move || drop(managed));
+    devres.push(move || drop(managed));
     assert_eq!(model.mapped.lock().len(), 2);
-    devres.release_group(group);
+    drop(devres);
     let left = kept.address().addr().get();
     assert_eq!(*model.mapped.lock(), [(left, range(4096, 4), WriteBack)]);
-    drop(devres);
-    assert_eq!(model.mapped.lock().len(), 1);
     drop(kept);
     assert!(model.mapped.lock().is_empty());
 }

@@ -166,14 +166,19 @@ impl DevPagemap {
         }
     }
 
-    /// Says that the bytes of the page that a frame is in are lost (WB-6).
+    /// Says that the bytes of the page that a frame is in are lost (WB-6). Nothing if the frame is not the device's, or not
+    /// any more.
     pub fn poison_page(&self, pfn: Pfn) {
-        self.map.frame(self.pgmap.order.head(pfn)).poison();
+        if self.contains(pfn) {
+            self.map.frame(self.pgmap.order.head(pfn)).poison();
+        }
     }
 
-    /// Says that they were written anew.
+    /// Says that they were written anew. Nothing if the frame is not the device's, or not any more.
     pub fn heal_page(&self, pfn: Pfn) {
-        self.map.frame(self.pgmap.order.head(pfn)).heal();
+        if self.contains(pfn) {
+            self.map.frame(self.pgmap.order.head(pfn)).heal();
+        }
     }
 
     /// Drops one hold of each page; those that were the last give their live references back together.

@@ -73,12 +73,6 @@ impl HeldPages {
     pub const fn range(&self) -> PfnRange {
         self.range
     }
-
-    /// How they are held.
-    #[must_use]
-    pub const fn how(&self) -> Hold {
-        self.how
-    }
 }
 
 impl Drop for HeldPages {

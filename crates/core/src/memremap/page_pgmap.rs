@@ -72,22 +72,24 @@ impl MemoryMap {
         Some(PagePgmap { entry })
     }
 
-    /// Drops a reference, which the caller holds, of a device's page. The last one gives the page back as its kind of
-    /// memory demands (REF-3). Nothing if the frame is no device's.
+    /// Drops a reference of a device's page. The last one gives the page back as its kind of memory demands (REF-3).
+    ///
+    /// # Panics
+    ///
+    /// If the frame has no reference, or is no device's.
     pub fn put_dev_page(&self, pfn: Pfn) {
-        let Some(entry) = self.lookup.entry_of(pfn) else {
+        if self.frame(pfn).put() == Put::Held {
             return;
-        };
-        // INVARIANT: the caller holds a reference of the page, and it is not given up before the borrow ends: the page's
-        // user is taken away below.
-        let page = PagePgmap { entry };
-        debug_assert!(page.contains(pfn), "{pfn:?} is not in use");
-        let Some(pgmap) = page.pgmap() else {
-            return;
-        };
-        if self.frame(pfn).put() == Put::Last {
-            pgmap.free_page(self, pfn);
-            entry.users.put();
         }
+        let Some(entry) = self.lookup.entry_of(pfn) else {
+            panic!("{pfn:?} was put as a device's page, and is none");
+        };
+        // INVARIANT: who drops the last hold has the page's user of its mapping, which is taken away below.
+        let page = PagePgmap { entry };
+        debug_assert!(page.contains(pfn), "{pfn:?} was not in use");
+        if let Some(pgmap) = page.pgmap() {
+            pgmap.free_page(self, pfn);
+        }
+        entry.users.put();
     }
 }

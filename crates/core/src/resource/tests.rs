@@ -18,6 +18,22 @@ fn resource(start: u64, count: u64, flags: Flags, descriptor: Descriptor, name: 
     Resource::new(range(start, count), flags, descriptor, name)
 }
 
+/// HOT-1: what no frames can be is refused, whatever is asked for.
+#[test]
+fn a_resource_that_cannot_be_is_refused() {
+    let map = MemoryMap::new(&HeapPlatform, 1 << 20).unwrap();
+    for (frames, from, align) in [
+        (1, 0, 0),
+        (1, u64::MAX, 2),
+        (1, 1, u64::MAX),
+        (0, 0, 1),
+        (u64::MAX, 0, 1),
+    ] {
+        let refused = map.allocate_resource(frames, from, align, |_| unreachable!());
+        assert_eq!(refused, Err(MapError::NoRoom), "{frames} {from} {align}");
+    }
+}
+
 /// HOT-1: one print shows RAM, what lies in it, and devices with their names, in bytes of 64 bits.
 #[test]
 fn the_tree_prints_like_iomem() {

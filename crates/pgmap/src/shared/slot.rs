@@ -4,7 +4,7 @@
 //! older wish is never taken for one to the newest. A wish can be read at any time, also by a process that starts
 //! just then: it does what is wanted now, whatever was wanted before.
 
-use pgmap_sync::atomic::{AtomicU64, Ordering};
+use pgmap_sync::atomic::{AtomicU64, Ordering, fence};
 
 use crate::shared::DeviceUse;
 
@@ -49,8 +49,10 @@ pub enum Answer {
 #[repr(C)]
 pub struct DeviceSlot {
     order: AtomicU64, // the supervisor writes
-    text_len: AtomicU64,
-    /// Written while the wish is `Absent` and everybody has answered to that.
+    /// The length of the text in the low half, 0 while it is being written; how many there have been in the high one.
+    text_head: AtomicU64,
+    /// Written while the wish is `Absent` and everybody has answered to that. Who gives back what a process held may read it
+    /// all the same.
     text: [AtomicU64; TEXT_BYTES / 8],
     /// The most that the device has held, and what is taken of its capacity now.
     pub usage: DeviceUse,
@@ -93,25 +95,39 @@ impl DeviceSlot {
         if text.len() > TEXT_BYTES {
             return false;
         }
+        // Relaxed, both: only the supervisor writes, and the fence orders the store before those of the words.
+        let next = (self.text_head.load(Ordering::Relaxed) >> 32).wrapping_add(1) << 32;
+        self.text_head.store(next, Ordering::Relaxed);
+        // Pairs with the fence in `description`: who reads a new word finds a new head afterwards.
+        fence(Ordering::Release);
         for (word, bytes) in self.text.iter().zip(text.as_bytes().chunks(8)) {
             let mut all = [0; 8];
             all[..bytes.len()].copy_from_slice(bytes);
-            // Relaxed, here and below: the order that is stored next releases them.
+            // Relaxed: the head that is stored next releases them.
             word.store(u64::from_le_bytes(all), Ordering::Relaxed);
         }
-        self.text_len.store(text.len() as u64, Ordering::Relaxed);
+        // Release: pairs with the acquire in `description`.
+        let len = text.len() as u64;
+        self.text_head.store(next | len, Ordering::Release);
         true
     }
 
-    /// The description of the device that is wanted, or was last.
+    /// The description of the device that is wanted, or was last; empty if it is being rewritten.
     #[must_use]
     pub fn description(&self) -> String {
-        // Relaxed, all: acquired with the order that was read before.
-        let len = usize::try_from(self.text_len.load(Ordering::Relaxed)).unwrap_or(0);
+        // Acquire: pairs with the release in `describe`. Relaxed for the words: the head tells whether they are its own.
+        let head = self.text_head.load(Ordering::Acquire);
+        #[allow(clippy::cast_possible_truncation, reason = "the low half")]
+        let len = head as u32 as usize;
         let words = self.text.iter().take(len.div_ceil(8));
         let mut bytes: Vec<u8> = words
             .flat_map(|word| word.load(Ordering::Relaxed).to_le_bytes())
             .collect();
+        // Pairs with the fence in `describe`.
+        fence(Ordering::Acquire);
+        if self.text_head.load(Ordering::Relaxed) != head {
+            return String::new();
+        }
         bytes.truncate(len);
         String::from_utf8(bytes).unwrap_or_default()
     }
@@ -186,6 +202,24 @@ mod tests {
                 (wish, before + 1)
             );
         }
+    }
+
+    /// Who reads a description while it is rewritten reads the old one, the new one, or none.
+    #[test]
+    fn a_description_is_read_whole_or_not_at_all() {
+        let (region, _file) = Region::create(1 << 30, 0).unwrap();
+        let slot = &region.devices()[0];
+        let texts = ["x".repeat(TEXT_BYTES), "y".repeat(TEXT_BYTES)];
+        let rewrite = || assert!((0..20_000).all(|nth| slot.describe(&texts[nth % 2])));
+        std::thread::scope(|scope| {
+            let writer = scope.spawn(rewrite);
+            while !writer.is_finished() {
+                let read = slot.description();
+                let whole = read.is_empty() || texts.contains(&read);
+                assert!(whole, "{} bytes, mixed", read.len());
+            }
+        });
+        assert_eq!(slot.description(), texts[1]);
     }
 
     /// An answer to another order is none.

@@ -125,6 +125,22 @@ fn a_range_is_held_whole_or_not_at_all() {
     );
 }
 
+/// MAP-6, WB-6: a device that was removed loses no more pages, and heals none: the frames may be another's.
+#[test]
+fn a_removed_device_loses_and_heals_nothing() {
+    let map = map(8192);
+    let page = Pfn::from_u32(1030);
+    let gone = generic(&map, range(1024, 512), Order::Base);
+    gone.clone().kill().drain(None).unwrap().remove();
+    let device = generic(&map, range(1024, 512), Order::Base);
+    gone.poison_page(page);
+    assert_eq!(device.get_page(page), Ok(()));
+    device.put_page(page);
+    device.poison_page(page);
+    gone.heal_page(page);
+    assert_eq!(device.get_page(page), Err(PageError::Poisoned(page)));
+}
+
 /// MAP-6: nobody gets a page of a dying device, and who has one keeps it.
 #[test]
 fn a_dying_device_gives_no_page() {

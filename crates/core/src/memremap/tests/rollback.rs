@@ -453,3 +453,43 @@ fn crooked_compound_ranges_are_refused() {
     let refused = map.memremap_request(private).map(drop);
     assert_eq!(refused, Err(MapError::Allocated));
 }
+
+/// An area whose clearing fails, once somebody has begun to read.
+#[derive(Debug)]
+struct Waits(std::sync::Barrier);
+
+impl AltmapOps for Waits {
+    fn pages(&self, _: Pfn) -> DevicePages {
+        unreachable!("nothing is backed before it is cleared")
+    }
+    fn clear(&self, _: Pfn, _: u64) -> Result<(), DeviceError> {
+        self.0.wait();
+        self.0.wait();
+        Err(DeviceError::Io(5))
+    }
+}
+
+/// HOT-3: what a failed mapping had reserved is not given back under a reader's eyes.
+#[test]
+fn a_reader_holds_the_rollback_off() {
+    let map = MemoryMap::new(flaky(), 16384).unwrap();
+    let area = Arc::new(Waits(std::sync::Barrier::new(2)));
+    let reserved = || !map.resources.lock().tree.roots().is_empty();
+    let ranges = [range(4096, 512)];
+    std::thread::scope(|scope| {
+        let request = Request {
+            altmap: Altmap::new(Arc::clone(&area) as _, range(4096, 4), 0),
+            ..Request::at("pmem0", &ranges, MemoryType::Generic)
+        };
+        let failing = scope.spawn(|| map.memremap_request(request).map(drop));
+        area.0.wait();
+        let reading = map.get_online_mems();
+        area.0.wait();
+        std::thread::sleep(Duration::from_millis(30));
+        assert!(reserved(), "it waits for the reader");
+        drop(reading);
+        let failed = failing.join().unwrap();
+        assert_eq!(failed, Err(MapError::AltmapNotCleared(DeviceError::Io(5))));
+    });
+    assert!(!reserved());
+}
