@@ -38,6 +38,8 @@ pub struct Pmem {
     pub(super) dax: Option<Dax>,
     pub(super) scrub: Scrub,
     pub(super) stage: Mutex<Stage>,
+    /// Somebody who wanted to take the device away has heard that what was written cannot be made durable.
+    pub(super) loss_told: AtomicBool,
     /// For its own threads.
     pub(super) own: Weak<Self>,
 }
