@@ -204,17 +204,21 @@ impl Service {
 
     /// Takes a namespace into use, unless it is, and notes in its label that it is to be.
     fn bind(&self, region: &Arc<Region>, index: u32) -> Result<(), Failure> {
-        let mut regions = self.regions.lock();
+        let _turn = self.turn.lock();
         let key = (region.number(), index);
         let bound = region.bound(index).is_some();
-        if !regions.all.contains_key(&key.0) || (!bound && regions.devices.contains_key(&key)) {
+        let leaving = {
+            let regions = self.regions.lock();
+            !regions.all.contains_key(&key.0) || (!bound && regions.devices.contains_key(&key))
+        };
+        if leaving {
             let text = "it is just being taken out of use: try again";
             return Err(Failure::new(Code::Busy, text));
         }
         if !bound {
             let pmem = region.bind(&self.map, index);
             let pmem = pmem.map_err(|error| Failure::new(Code::Failed, error))?;
-            regions.devices.insert(key, Device::new(pmem));
+            self.regions.lock().devices.insert(key, Device::new(pmem));
         }
         set_activation(region, index, Activation::Enabled)
     }
@@ -280,6 +284,7 @@ impl Service {
         for key in keys {
             self.take_away(key, patience, Keep::Nothing, session)?;
         }
+        let _turn = self.turn.lock();
         let mut regions = self.regions.lock();
         if regions.devices.keys().any(|key| key.0 == number) {
             let text = format!("a namespace of {name} was enabled meanwhile: unplug it again");

@@ -1,0 +1,40 @@
+//! What is served, under changes that take their time.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+use core::time::Duration;
+use std::os::fd::AsRawFd;
+use std::thread;
+
+use pgmap_server::nbd::Exports;
+use pgmap_server::service::Service;
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::io::pwrite;
+
+const MIB: usize = 1 << 20;
+/// Reading as much takes a good part of a second.
+const IMAGE_MIB: u64 = 512;
+
+/// A region whose image takes long to look at holds nobody up who asks for another.
+#[test]
+fn who_looks_for_a_device_does_not_wait_for_a_plug() {
+    let file = memfd_create("image", MemfdFlags::CLOEXEC).unwrap();
+    for nth in 0..IMAGE_MIB {
+        pwrite(&file, &vec![0; MIB], nth * MIB as u64).unwrap();
+    }
+    let service = Service::new().unwrap();
+    service.plug(&"memory,size=4M".parse().unwrap()).unwrap();
+    let spec = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let spec = spec.parse().unwrap();
+    let looks = thread::scope(|scope| {
+        let plug = scope.spawn(|| service.plug(&spec).unwrap());
+        let mut looks = 0;
+        while !plug.is_finished() {
+            thread::sleep(Duration::from_millis(2));
+            assert!(service.find("pmem0").is_ok());
+            looks += 1;
+        }
+        looks
+    });
+    assert!(looks >= 5, "{looks}");
+    assert!(service.find("pmem1").is_ok());
+}
