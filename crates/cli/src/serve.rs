@@ -73,8 +73,13 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         announce(&control, metrics.as_ref())?;
     }
     signals.forever().next();
-    // From here on another signal ends us at once.
-    drop(signals);
+    // Another one ends us at once: who sends it does not want to wait for the clients' last replies.
+    std::thread::spawn(move || {
+        for signal in signals.forever() {
+            // It is one of the three above, which all end a process.
+            let _ = signal_hook::low_level::emulate_default_handler(signal);
+        }
+    });
     drop((metrics, listener));
     end(&service, &nbd, &fronts)
 }
