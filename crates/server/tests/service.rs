@@ -5,6 +5,8 @@ use core::time::Duration;
 use std::os::fd::AsRawFd;
 use std::thread;
 
+use pgmap_server::control::protocol::{Answer, CreateNamespace, Request};
+use pgmap_server::control::{Client, Listener};
 use pgmap_server::nbd::Exports;
 use pgmap_server::service::Service;
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -37,4 +39,46 @@ fn who_looks_for_a_device_does_not_wait_for_a_plug() {
     });
     assert!(looks >= 5, "{looks}");
     assert!(service.find("pmem1").is_ok());
+}
+
+/// A namespace that cannot be taken into use is not made: after a refusal everything is as it was.
+#[test]
+fn a_namespace_without_frames_is_not_made() {
+    let directory = tempfile::tempdir().unwrap();
+    let service = Service::new().unwrap();
+    let path = directory.path().join("socket");
+    let _listener = Listener::start(&path, service).unwrap();
+    let mut client = Client::connect(&path).unwrap();
+    let mut ask = |request| client.ask(&request);
+    let plug = |spec: String| Request::Plug { spec };
+    let image = format!("{},size=8T", directory.path().join("disk.img").display());
+    ask(plug(image.clone())).unwrap();
+    let namespace = || "namespace0.0".to_owned();
+    ask(Request::Disable {
+        namespace: namespace(),
+        timeout_ms: None,
+    })
+    .unwrap();
+    ask(Request::DestroyNamespace {
+        namespace: namespace(),
+    })
+    .unwrap();
+    ask(Request::Unplug {
+        device: "region0".into(),
+        timeout_ms: None,
+    })
+    .unwrap();
+    // There are addresses for 16 TiB.
+    ask(plug("memory,size=10T".into())).unwrap();
+    ask(plug(image)).unwrap();
+    let wanted = CreateNamespace {
+        region: Some("region2".into()),
+        ..CreateNamespace::default()
+    };
+    let refused = ask(Request::CreateNamespace(wanted)).unwrap_err();
+    assert!(refused.to_string().contains("no frames"), "{refused}");
+    let Answer::Listing(listing) = ask(Request::List).unwrap() else {
+        panic!("no listing")
+    };
+    assert!(listing.regions[1].namespaces.is_empty(), "{listing:?}");
 }

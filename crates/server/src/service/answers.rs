@@ -191,15 +191,22 @@ impl Service {
         let mut why = Failure::new(Code::NotFound, "there is no such region");
         for region in regions {
             match region.create_namespace(&wanted) {
-                Ok(namespace) => {
-                    self.bind(&region, namespace.index)?;
-                    let view = self.namespace_view(&region, &namespace);
-                    return Ok(Answer::Namespace(Box::new(view)));
-                }
+                Ok(namespace) => return self.begin(&region, &namespace),
                 Err(error) => why = region_failure(&error),
             }
         }
         Err(why)
+    }
+
+    /// Takes a namespace into use that was just made. If that cannot be, there is none.
+    fn begin(&self, region: &Arc<Region>, namespace: &Namespace) -> Result<Answer, Failure> {
+        if let Err(failure) = self.bind(region, namespace.index) {
+            // If it is in use all the same, it stays.
+            let _ = region.destroy_namespace(namespace.index);
+            return Err(failure);
+        }
+        let view = self.namespace_view(region, namespace);
+        Ok(Answer::Namespace(Box::new(view)))
     }
 
     /// Takes a namespace into use, unless it is, and notes in its label that it is to be.
