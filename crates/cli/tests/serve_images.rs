@@ -42,7 +42,7 @@ fn with_little_room(place: &Place, room: &str, regions: [&str; 2]) -> Option<Ser
         .args(["serve", "--pmem", regions[0], "--pmem", regions[1]])
         .current_dir(&place.directory)
         .env("XDG_RUNTIME_DIR", place.directory.path());
-    Some(place.start(command))
+    Some(Server::start(command))
 }
 
 fn errno(result: &io::Result<()>) -> Option<i32> {

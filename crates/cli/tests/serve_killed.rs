@@ -3,8 +3,8 @@
 
 mod serving;
 
-use core::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use core::time::Duration;
+use pgmap_sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -35,6 +35,17 @@ fn write_to_the_end(writer: &mut Writer, socket: &Path) {
     while writer.round(&mut nbd).is_ok() {}
 }
 
+/// Each of these writes a label.
+fn write_labels(place: &Place, over: &AtomicBool) {
+    while !over.load(SeqCst) {
+        for verb in ["inject-error", "clear-error"] {
+            let arguments = [verb, "pmem0", "--block", "61000"];
+            // Refused once the server is gone.
+            let _ = place.pgmap(&arguments).stderr(Stdio::null()).status();
+        }
+    }
+}
+
 /// PMEM-4: a server is killed at random moments under writes with FUA. What was acknowledged is there after a restart, and
 /// labels that were being written are old or new.
 #[test]
@@ -49,17 +60,7 @@ fn a_server_that_is_killed_under_load_loses_nothing() {
             for writer in &mut writers {
                 scope.spawn(|| write_to_the_end(writer, &socket));
             }
-            // Each of these writes a label.
-            scope.spawn(|| {
-                while !over.load(SeqCst) {
-                    let block = ["inject-error", "clear-error"];
-                    for verb in block {
-                        let arguments = [verb, "pmem0", "--block", "61000"];
-                        // Refused once the server is gone.
-                        let _ = place.pgmap(&arguments).stderr(Stdio::null()).status();
-                    }
-                }
-            });
+            scope.spawn(|| write_labels(&place, &over));
             thread::sleep(Duration::from_millis(20) + random.sleep_below(150));
             signal(pid, libc::SIGKILL);
             over.store(true, SeqCst);
@@ -219,6 +220,13 @@ fn nonsense(socket: &Path, good: &[u8], random: &mut Random) {
     let _ = stream.read(&mut [0; 256]);
 }
 
+fn talk_nonsense(socket: &Path, good: &[u8], seed: u64, until: Instant) {
+    let mut random = Random::new(seed);
+    while Instant::now() < until {
+        nonsense(socket, good, &mut random);
+    }
+}
+
 /// Garbage on both sockets ends the connection that it came by, and disturbs nobody else.
 #[test]
 fn garbage_disturbs_nobody() {
@@ -242,12 +250,7 @@ fn garbage_disturbs_nobody() {
             (1, server.nbd().to_owned(), &handshake[..]),
             (2, server.control(), &asked[..]),
         ] {
-            scope.spawn(move || {
-                let mut random = Random::new(seed);
-                while Instant::now() < until {
-                    nonsense(&socket, good, &mut random);
-                }
-            });
+            scope.spawn(move || talk_nonsense(&socket, good, seed, until));
         }
         let mut nbd = connect(server.nbd());
         while Instant::now() < until {

@@ -4,8 +4,8 @@
 
 mod serving;
 
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use core::time::Duration;
+use pgmap_sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
@@ -52,7 +52,8 @@ impl Load<'_> {
         while self.goes_on() {
             thread::sleep(random.sleep_below(60));
             let nth = usize::try_from(random.below(self.verbs.len() as u64)).unwrap();
-            let patience = ["0ms", "10ms", "100ms", "400ms"][(random.below(4)) as usize];
+            let patience =
+                ["0ms", "10ms", "100ms", "400ms"][usize::try_from(random.below(4)).unwrap()];
             let arguments = [self.verbs[nth], "pmem0", "--timeout", patience];
             let output = self.place.pgmap(&arguments).output().unwrap();
             if output.status.success() {
@@ -79,11 +80,12 @@ impl Load<'_> {
                 thread::sleep(Duration::from_millis(2));
                 continue;
             };
-            while self.goes_on() {
-                if let Err(error) = writer.round(&mut nbd) {
-                    assert!(is_an_end(error.kind()), "{error}");
-                    break;
-                }
+            let mut round = Ok(());
+            while self.goes_on() && round.is_ok() {
+                round = writer.round(&mut nbd);
+            }
+            if let Err(error) = round {
+                assert!(is_an_end(error.kind()), "{error}");
             }
         }
         writer

@@ -36,10 +36,18 @@ pub struct Running {
 struct Blocks {
     bytes: u64,
     count: u64,
-    /// Blocks whose state is not what it was at the start, and what it is.
-    changed: Mutex<BTreeMap<u64, State>>,
+    turned: Mutex<Turned>,
     /// Blocks on line at the start.
     first: u64,
+}
+
+/// What became of the blocks.
+#[derive(Debug, Default)]
+struct Turned {
+    /// Blocks whose state is not what it was at the start, and what it is.
+    states: BTreeMap<u64, State>,
+    /// Somebody is turning one: then the budget is theirs.
+    under_way: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -58,7 +66,7 @@ impl Running {
         let blocks = Blocks {
             bytes,
             count: first.max(machine_bytes / bytes),
-            changed: Mutex::default(),
+            turned: Mutex::default(),
             first,
         };
         Self {
@@ -118,9 +126,9 @@ impl Running {
 
     fn memory(&self) -> Memory {
         let ram = self.control.ram();
-        let changed = self.blocks.changed.lock();
+        let turned = self.blocks.turned.lock();
         let block = |number| {
-            let online = self.blocks.state(&changed, number) == State::Online;
+            let online = self.blocks.state(&turned, number) == State::Online;
             Block {
                 block: number,
                 start: number * self.blocks.bytes,
@@ -148,11 +156,33 @@ impl Running {
             let text = format!("there is no block {block}: they are numbered 0 to {last}");
             return Err(Failure::new(Code::NotFound, text));
         }
-        // One at a time: the budget is read and written.
-        let mut changed = self.blocks.changed.lock();
-        if self.blocks.state(&changed, block) == to {
-            return Ok(Answer::Done);
+        {
+            let mut turned = self.blocks.turned.lock();
+            if turned.under_way {
+                return Err(refused(&Refused::Busy));
+            }
+            if self.blocks.state(&turned, block) == to {
+                return Ok(Answer::Done);
+            }
+            turned.under_way = true;
         }
+        // Nobody who asks waits for this: the lock is free meanwhile.
+        let done = self.move_budget(to, patience, session);
+        let mut turned = self.blocks.turned.lock();
+        turned.under_way = false;
+        if done.is_ok() {
+            turned.states.insert(block, to);
+        }
+        done
+    }
+
+    /// Changes the budget by a block.
+    fn move_budget(
+        &self,
+        to: State,
+        patience: Option<Duration>,
+        session: &Session,
+    ) -> Result<Answer, Failure> {
         let budget = self.control.ram().budget_bytes;
         let wanted = match to {
             State::Online => budget + self.blocks.bytes,
@@ -161,9 +191,7 @@ impl Running {
         let change = self
             .control
             .set_ram(wanted, patience.unwrap_or(Duration::MAX));
-        self.wait(change.map_err(|error| refused(&error))?, session)?;
-        changed.insert(block, to);
-        Ok(Answer::Done)
+        self.wait(change.map_err(|error| refused(&error))?, session)
     }
 
     /// Waits for the end of a change. If nobody waits for the answer any more, it is given up.
@@ -209,13 +237,13 @@ impl Running {
 }
 
 impl Blocks {
-    fn state(&self, changed: &BTreeMap<u64, State>, block: u64) -> State {
+    fn state(&self, turned: &Turned, block: u64) -> State {
         let first = if block < self.first {
             State::Online
         } else {
             State::Offline
         };
-        changed.get(&block).copied().unwrap_or(first)
+        turned.states.get(&block).copied().unwrap_or(first)
     }
 }
 

@@ -234,6 +234,16 @@ fn a_file_is_not_replaced() {
     assert_eq!(fs::read(&path).unwrap(), b"data");
 }
 
+/// Whoever asks a manager that is stopped hears so, and does not wait for ever.
+#[test]
+fn a_stopped_manager_is_not_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("stopped.sock");
+    let _never_accepts = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let error = Client::connect(&path).unwrap_err();
+    assert!(error.to_string().contains("may be stopped"), "{error}");
+}
+
 #[test]
 fn another_user_is_refused() {
     if !rustix::process::geteuid().is_root() {

@@ -78,33 +78,7 @@ impl Place {
 
     #[track_caller]
     pub(crate) fn serve_with(&self, arguments: &[&str]) -> Server {
-        self.start(self.pgmap(arguments))
-    }
-
-    /// Starts a command that becomes a server.
-    #[track_caller]
-    pub(crate) fn start(&self, mut command: Command) -> Server {
-        command.stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut server = Server {
-            child: command.spawn().unwrap(),
-            announced: String::new(),
-            nbd: PathBuf::new(),
-        };
-        let mut output = BufReader::new(server.child.stdout.take().unwrap());
-        loop {
-            let mut line = String::new();
-            if output.read_line(&mut line).unwrap() == 0 {
-                let mut errors = String::new();
-                let mut stderr = server.child.stderr.take().unwrap();
-                stderr.read_to_string(&mut errors).unwrap();
-                panic!("{command:?} ended: {errors}");
-            }
-            server.announced += &line;
-            if let Some(path) = line.strip_prefix("control: ") {
-                server.nbd = Path::new(path.trim_end()).with_extension("nbd");
-                return server;
-            }
-        }
+        Server::start(self.pgmap(arguments))
     }
 
     /// Copies bytes into a namespace through a mapping.
@@ -145,6 +119,32 @@ impl Place {
 }
 
 impl Server {
+    /// Starts a command that becomes a server.
+    #[track_caller]
+    pub(crate) fn start(mut command: Command) -> Self {
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut server = Self {
+            child: command.spawn().unwrap(),
+            announced: String::new(),
+            nbd: PathBuf::new(),
+        };
+        let mut output = BufReader::new(server.child.stdout.take().unwrap());
+        loop {
+            let mut line = String::new();
+            if output.read_line(&mut line).unwrap() == 0 {
+                let mut errors = String::new();
+                let mut stderr = server.child.stderr.take().unwrap();
+                stderr.read_to_string(&mut errors).unwrap();
+                panic!("{command:?} ended: {errors}");
+            }
+            server.announced += &line;
+            if let Some(path) = line.strip_prefix("control: ") {
+                server.nbd = Path::new(path.trim_end()).with_extension("nbd");
+                return server;
+            }
+        }
+    }
+
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }

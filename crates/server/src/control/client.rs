@@ -1,6 +1,7 @@
 //! The asking end of the control socket.
 
 use core::fmt;
+use core::time::Duration;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -37,6 +38,9 @@ pub enum ClientError {
     Refused(#[from] Failure),
 }
 
+/// How long a manager may take to say who it is.
+const GREETING: Duration = Duration::from_secs(1);
+
 /// What a manager may say first.
 #[derive(Deserialize)]
 #[serde(untagged)]
@@ -66,12 +70,21 @@ impl Client {
     ///
     /// See [`ClientError`].
     pub fn connect(path: &Path) -> Result<Self, ClientError> {
-        let unreachable = |error| ClientError::Unreachable {
+        let unreachable = |error: io::Error| ClientError::Unreachable {
             path: path.to_owned(),
-            error,
+            error: if error.kind() == io::ErrorKind::WouldBlock {
+                io::Error::other("it says nothing, and may be stopped")
+            } else {
+                error
+            },
         };
         let stream = UnixStream::connect(path).map_err(unreachable)?;
-        let mut wire = Wire::new(Arc::new(stream), MOST_REPLY_BYTES).map_err(unreachable)?;
+        let stream = Arc::new(stream);
+        // A manager that is stopped listens, and says nothing.
+        stream
+            .set_read_timeout(Some(GREETING))
+            .map_err(unreachable)?;
+        let mut wire = Wire::new(Arc::clone(&stream), MOST_REPLY_BYTES).map_err(unreachable)?;
         let greeting = match wire.receive().map_err(unreachable)? {
             Some(First::Greeting(greeting)) => greeting,
             Some(First::Reply(Reply::Error(failure))) => return Err(failure.into()),
@@ -79,6 +92,7 @@ impl Client {
                 return Err(unreachable(io::ErrorKind::UnexpectedEof.into()));
             }
         };
+        stream.set_read_timeout(None).map_err(unreachable)?;
         if greeting.protocol != VERSION {
             return Err(ClientError::Version(greeting.protocol));
         }
