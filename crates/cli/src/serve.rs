@@ -7,9 +7,7 @@ use core::fmt::Write as _;
 use core::net::SocketAddr;
 use core::time::Duration;
 use std::fs;
-use std::io::ErrorKind;
 use std::net::{TcpListener, ToSocketAddrs};
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -81,8 +79,13 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         announce(&control, metrics.as_ref())?;
     }
     signals.forever().next();
-    // From here on another signal ends us at once.
-    drop(signals);
+    // Another one ends us at once: who sends it does not want to wait for the clients' last replies.
+    std::thread::spawn(move || {
+        for signal in signals.forever() {
+            // It is one of the three above, which all end a process.
+            let _ = signal_hook::low_level::emulate_default_handler(signal);
+        }
+    });
     drop((metrics, listener));
     end(&service, &nbd, &fronts)
 }
@@ -225,7 +228,7 @@ impl Fronts {
             let cannot = || format!("NBD clients cannot be served at {place}");
             let listener = if let Some(path) = place.strip_prefix("unix:") {
                 let path = std::path::absolute(path)?;
-                let listener = unix(&path).with_context(cannot)?;
+                let listener = pgmap_server::unix::listen(&path).with_context(cannot)?;
                 fronts.unix.push(path);
                 nbd::Listener::Unix(listener)
             } else {
@@ -258,24 +261,6 @@ impl Fronts {
             let _ = fs::remove_file(path);
         }
     }
-}
-
-/// Listens at a path. A socket that a dead server has left there is replaced; it is its owner's alone.
-fn unix(path: &Path) -> std::io::Result<UnixListener> {
-    use std::os::unix::fs::{FileTypeExt, PermissionsExt};
-    let dead = |path: &Path| {
-        UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
-            && fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket())
-    };
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == ErrorKind::AddrInUse && dead(path) => {
-            fs::remove_file(path)?;
-            UnixListener::bind(path)?
-        }
-        bound => bound?,
-    };
-    fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
-    Ok(listener)
 }
 
 /// An address that nobody reaches who may not.

@@ -7,6 +7,8 @@ use core::time::Duration;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Stdio};
 use std::time::Instant;
@@ -331,4 +333,30 @@ fn a_configuration_file_and_metrics() {
         page.contains("pgmap_reads_total{device=\"pmem0\"}"),
         "{page}"
     );
+}
+
+/// Who reads and who writes a range at the same time have each their own place in the file.
+#[test]
+fn a_writer_is_not_led_astray_by_a_reader() {
+    let place = Place::new();
+    let _server = place.serve(&["disk.img,size=8M"]);
+    let bytes = pattern(2 * 4096, 3);
+    // No pipe: the kernel copies one by itself, and looks for the place in the file only once.
+    let (mut input, theirs) = UnixStream::pair().unwrap();
+    let mut writer = place
+        .pgmap(&["map", "pmem0", "--write"])
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .spawn()
+        .unwrap();
+    input.write_all(&bytes[..4096]).unwrap();
+    let start = |place: &Place| place.read("pmem0")[..2 * 4096].to_vec();
+    let begin = Instant::now();
+    while start(&place)[..4096] != bytes[..4096] {
+        assert!(begin.elapsed() < Duration::from_secs(20));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    input.write_all(&bytes[4096..]).unwrap();
+    drop(input);
+    assert!(writer.wait().unwrap().success());
+    assert!(start(&place) == bytes, "the second half went elsewhere");
 }

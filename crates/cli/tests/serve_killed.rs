@@ -8,6 +8,7 @@ use pgmap_sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Stdio;
 use std::thread;
@@ -146,6 +147,28 @@ fn stopped_clients_hold_nobody_up() {
         child.wait().unwrap();
     }
     drop((greedy, half, asking, silent));
+}
+
+/// Who does not want to wait for the last replies sends a second signal.
+#[test]
+fn a_second_signal_ends_a_server_at_once() {
+    let place = Place::new();
+    let server = place.serve(&["disk.img,size=32M"]);
+    let mut greedy = connect(server.nbd());
+    for _ in 0..16 {
+        greedy.send_read(0, 2 * MIB).unwrap();
+    }
+    thread::sleep(Duration::from_millis(100));
+    let started = Instant::now();
+    signal(server.pid(), libc::SIGTERM);
+    while server.control().exists() {
+        thread::sleep(Duration::from_millis(10));
+    }
+    let output = server.end(libc::SIGTERM);
+    assert_eq!(output.status.signal(), Some(libc::SIGTERM), "{output:?}");
+    let took = started.elapsed();
+    assert!(took < Duration::from_secs(3), "{took:?}");
+    drop(greedy);
 }
 
 /// Clients that go in the middle of a payload leave nothing behind, and what others write is not touched.

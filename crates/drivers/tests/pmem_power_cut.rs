@@ -9,7 +9,9 @@ use common::power::{Dice, PowerCut};
 use common::{small_map, spec};
 use pgmap_drivers::block::{BlockDevice, BlockError, Zeros};
 use pgmap_drivers::pmem::badblocks::BadBlocks;
-use pgmap_drivers::pmem::{Activation, Mode, Namespace, Region, RegionError, Wanted};
+use pgmap_drivers::pmem::{
+    Activation, Afterwards, Mode, Namespace, Patience, Region, RegionError, UnbindError, Wanted,
+};
 use proptest::prelude::*;
 use rustix::io::Errno;
 
@@ -320,4 +322,28 @@ fn a_change_that_fails_changes_nothing() {
     let left = medium.cut(medium.events(), &mut Dice(3));
     let after = said(&open(Arc::new(PowerCut::new(left))));
     assert_eq!(after.0[0].activation, Activation::Disabled);
+}
+
+/// PMEM-4: the kernel tells one caller that bytes could not be written, and then takes them for clean. No later flush says
+/// that they are durable; who takes the device away hears of it once, and opening the image again ends it.
+#[test]
+fn a_flush_that_failed_is_not_forgotten() {
+    let medium = Arc::new(PowerCut::new(vec![0; MEDIUM_BYTES]));
+    let region = open(medium.clone());
+    let pmem = region.bind(&small_map(), 0).unwrap();
+    pmem.write(0, &[7; 4096]).unwrap();
+    medium.refuse(Some(Errno::IO));
+    assert_eq!(pmem.flush(), Err(BlockError::Io(Errno::IO)));
+    medium.refuse(None);
+    assert_eq!(pmem.flush(), Err(BlockError::Io(Errno::IO)));
+    let unbind = || pmem.unbind(&Patience::new(None), Afterwards::Keep, |_| ());
+    let refused = unbind().unwrap_err();
+    assert!(
+        matches!(refused, UnbindError::Flush(Errno::IO)),
+        "{refused}"
+    );
+    pmem.read(0, &mut [0; 4096]).unwrap();
+    unbind().unwrap();
+    let again = open(medium).bind(&small_map(), 0).unwrap();
+    again.flush().unwrap();
 }

@@ -4,13 +4,15 @@
 mod common;
 
 use core::time::Duration;
+use std::fs::File;
 use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
+use common::mapping::Mapping;
 use common::{client, map, open, spec};
 use pgmap_core::addr::Pfn;
-use pgmap_drivers::block::{Access, BlockDevice, BlockError};
+use pgmap_drivers::block::{Access, BlockDevice, BlockError, Zeros};
 use pgmap_drivers::pmem::{
     AccessError, Afterwards, HoldKind, Patience, Pmem, Region, Sharing, UnbindError,
 };
@@ -227,8 +229,7 @@ fn no_hole_is_punched_under_a_hold() {
     pmem.write(0, &[7; 8192]).unwrap();
     let pin = pmem.pin(0..4096, client("test")).unwrap();
     pmem.discard(0..8192).unwrap();
-    pmem.write_zeroes(0..4096, pgmap_drivers::block::Zeros::MayPunch)
-        .unwrap();
+    pmem.write_zeroes(0..4096, Zeros::MayPunch).unwrap();
     let extents = |pmem: &Pmem| pmem.extents(0..8192).unwrap()[0].clone();
     assert_eq!(extents(&pmem).1, pgmap_drivers::block::Contents::Data);
     drop(pin);
@@ -237,6 +238,27 @@ fn no_hole_is_punched_under_a_hold() {
         extents(&pmem),
         (0..8192, pgmap_drivers::block::Contents::Hole)
     );
+}
+
+/// GUP-3: bytes that somebody holds become zeros where they are: a file system that zeroes a range by itself drops the pages that
+/// are in memory, and who has one of them reads and writes what is nobody's any more.
+#[test]
+fn zeros_are_written_to_the_pages_that_are_held() {
+    let directory = tempfile::tempdir().unwrap();
+    let (_region, pmem) = open(&image(&directory));
+    pmem.write(0, &[7; 4096]).unwrap();
+    let guard = pmem
+        .map(0..2 * MIB, Sharing::Shared, client("test"))
+        .unwrap();
+    let file = File::from(guard.fd().unwrap().try_clone_to_owned().unwrap());
+    let mapping = Mapping::new(&file, guard.offset(), 4096);
+    mapping.store(0, 8);
+    assert!(mapping.is_in_page_table());
+    for zeros in [Zeros::KeepRoom, Zeros::MayPunch] {
+        pmem.write_zeroes(0..4096, zeros).unwrap();
+        assert!(mapping.is_in_page_table(), "{zeros:?}");
+        assert_eq!(mapping.load(0), 0);
+    }
 }
 
 /// A device that nobody has any more gives its frames back by itself.

@@ -53,8 +53,8 @@ impl SharedFrames {
     ///
     /// What the machine answers.
     pub fn memory(name: &str, bytes: u64) -> Result<Self, Errno> {
-        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-        let fd = fs::memfd_create(name, flags)?;
+        // Nobody may seal it: it could not be revoked then.
+        let fd = fs::memfd_create(name, MemfdFlags::CLOEXEC)?;
         fs::ftruncate(&fd, bytes)?;
         Self::of_file(fd, bytes)
     }

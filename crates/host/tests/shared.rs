@@ -80,3 +80,13 @@ fn a_part_is_revoked_and_a_part_is_zeroed() {
     assert_eq!(frames.read(0, &mut [0; 4096]), Ok(()));
     assert_eq!(frames.read(4096, &mut [0; 1]), Err(Errno::IO));
 }
+
+/// Who has the descriptor cannot keep memory from being taken away.
+#[test]
+fn nobody_can_seal_shared_memory() {
+    let frames = SharedFrames::memory("test", MIB).unwrap();
+    let theirs = frames.fd().try_clone_to_owned().unwrap();
+    let sealed = rustix::fs::fcntl_add_seals(&theirs, rustix::fs::SealFlags::SHRINK);
+    assert_eq!(sealed, Err(Errno::PERM));
+    frames.revoke().unwrap();
+}

@@ -8,3 +8,4 @@ pub mod control;
 pub mod nbd;
 pub mod running;
 pub mod service;
+pub mod unix;

@@ -24,7 +24,7 @@ pub(super) fn map(args: &MapArgs) -> anyhow::Result<ExitCode> {
         return Err(find::unexpected(&answer));
     };
     let file = client.take_file().context("no file came with the answer")?;
-    let mut file = File::from(file);
+    let file = File::from(file);
     if let Some(label) = &args.pin {
         let label = label.clone();
         find::ask(&mut client, &Request::Pin { range, label }, &what)?;
@@ -32,11 +32,12 @@ pub(super) fn map(args: &MapArgs) -> anyhow::Result<ExitCode> {
     if !args.program.is_empty() {
         return run(args, &file, offset, length);
     }
-    file.seek(SeekFrom::Start(offset))?;
+    let mut own = reopen(&file, args)?;
+    own.seek(SeekFrom::Start(offset))?;
     if args.write {
-        write(&mut file, length)?;
+        write(&mut own, length)?;
     } else {
-        match copy(&mut file.take(length), &mut stdout().lock()) {
+        match copy(&mut own.take(length), &mut stdout().lock()) {
             Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
                 Err(error).context("cannot copy to standard output")?;
             }
@@ -44,6 +45,13 @@ pub(super) fn map(args: &MapArgs) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The same file with a place of our own: the manager and its other clients have that of the descriptor, and move it.
+fn reopen(file: &File, args: &MapArgs) -> anyhow::Result<File> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let opened = File::options().read(true).write(args.write).open(path);
+    opened.context("cannot open the file that came with the answer")
 }
 
 fn write(file: &mut File, length: u64) -> anyhow::Result<()> {

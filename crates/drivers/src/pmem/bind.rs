@@ -6,6 +6,7 @@ use pgmap_core::altmap::Altmap;
 use pgmap_core::memremap::{DevPagemap, MapError, MemoryMap, MemoryType, Order, Request};
 use pgmap_core::queue::RequestQueue;
 use pgmap_host::shared::SharedFrames;
+use pgmap_sync::atomic::AtomicBool;
 use pgmap_sync::{Mutex, PercpuRef, WaitQueue};
 
 use super::altmap::ImagePages;
@@ -71,6 +72,7 @@ impl Region {
             dax,
             scrub: Scrub::default(),
             stage: Mutex::new(Stage::Live),
+            loss_told: AtomicBool::new(false),
             own: own.clone(),
         });
         state.bound.insert(index, Arc::downgrade(&pmem));

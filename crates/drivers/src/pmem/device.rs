@@ -38,6 +38,8 @@ pub struct Pmem {
     pub(super) dax: Option<Dax>,
     pub(super) scrub: Scrub,
     pub(super) stage: Mutex<Stage>,
+    /// Somebody who wanted to take the device away has heard that what was written cannot be made durable.
+    pub(super) loss_told: AtomicBool,
     /// For its own threads.
     pub(super) own: Weak<Self>,
 }
@@ -205,17 +207,18 @@ impl Pmem {
         let Some(frames) = self.medium.frames() else {
             return write_zeros(&*self.medium, range);
         };
-        let zeroed = match zeros {
-            Zeros::MayPunch => self.unless_held(bytes, || frames.punch(&range)),
-            Zeros::KeepRoom => None,
-        };
-        match zeroed.unwrap_or_else(|| frames.zero(&range)) {
-            Err(Errno::OPNOTSUPP) => write_zeros(&*self.medium, range),
-            other => other,
+        let zeroed = self.unless_held(bytes, || match zeros {
+            Zeros::MayPunch => frames.punch(&range),
+            Zeros::KeepRoom => frames.zero(&range),
+        });
+        match zeroed {
+            None | Some(Err(Errno::OPNOTSUPP)) => write_zeros(&*self.medium, range),
+            Some(zeroed) => zeroed,
         }
     }
 
-    /// Punches, unless somebody maps or pins the bytes: a hole would take the frames from under them (WB-5).
+    /// Punches or zeroes in the file system, unless somebody maps or pins the bytes: either would take the frames from under
+    /// them (GUP-3, WB-5).
     fn unless_held(
         &self,
         bytes: &Range<u64>,

@@ -5,8 +5,10 @@
 
 use core::fmt;
 use core::ops::Range;
+use std::sync::Arc;
 
 use pgmap_host::shared::{Extent, SharedFrames};
+use pgmap_sync::Mutex;
 use rustix::io::Errno;
 
 /// Bytes that outlive the program, as far as they were flushed. Any number of threads may call at once.
@@ -62,6 +64,52 @@ impl Medium for SharedFrames {
 
     fn frames(&self) -> Option<&SharedFrames> {
         Some(self)
+    }
+}
+
+/// A medium that does not forget that something could not be made durable.
+///
+/// The kernel says once that it could not write a page, and takes the page for clean then: a later flush, of another client,
+/// would promise what is lost (PMEM-4). So every flush fails from the first failure on, until the medium is opened again.
+#[derive(Debug)]
+pub(super) struct Unforgetting {
+    medium: Arc<dyn Medium>,
+    /// Held during a flush: who flushes at the same time would not hear of the failure.
+    failed: Mutex<Option<Errno>>,
+}
+
+impl Unforgetting {
+    pub(super) fn new(medium: Arc<dyn Medium>) -> Self {
+        Self {
+            medium,
+            failed: Mutex::new(None),
+        }
+    }
+}
+
+impl Medium for Unforgetting {
+    fn read(&self, offset: u64, to: &mut [u8]) -> Result<(), Errno> {
+        self.medium.read(offset, to)
+    }
+
+    fn write(&self, offset: u64, from: &[u8]) -> Result<(), Errno> {
+        self.medium.write(offset, from)
+    }
+
+    fn flush(&self) -> Result<(), Errno> {
+        let mut failed = self.failed.lock();
+        // Tried all the same: what can be saved is.
+        let flushed = self.medium.flush();
+        *failed = failed.or(flushed.err());
+        failed.map_or(Ok(()), Err)
+    }
+
+    fn present_bytes(&self) -> Result<u64, Errno> {
+        self.medium.present_bytes()
+    }
+
+    fn frames(&self) -> Option<&SharedFrames> {
+        self.medium.frames()
     }
 }
 

@@ -17,7 +17,7 @@ use super::badblocks::BadBlocks;
 use super::device::Pmem;
 use super::image::{self, ImageError, LEAST_BYTES};
 use super::label::{Label, SLOT_BYTES};
-use super::medium::{Medium, is_zero};
+use super::medium::{Medium, Unforgetting, is_zero};
 use super::namespace::{
     Activation, LABEL_AREA_BYTES, MapLocation, Mode, Namespace, NoNamespace, Wanted,
 };
@@ -153,7 +153,8 @@ impl Region {
     pub fn open(spec: &PmemSpec, number: u32) -> Result<Arc<Self>, OpenError> {
         match (&spec.source, spec.mode) {
             (Source::Memory, _) => {
-                let bytes = spec.size_bytes.unwrap_or(0) + LABEL_AREA_BYTES;
+                let bytes = spec.size_bytes.unwrap_or(0);
+                let bytes = bytes.saturating_add(LABEL_AREA_BYTES);
                 let label = SharedFrames::memory("pgmap-label", LABEL_AREA_BYTES);
                 let medium = Arc::new(label.map_err(OpenError::Memory)?);
                 let labels = fresh(&*medium, bytes, spec)?;
@@ -265,7 +266,7 @@ impl Region {
         Arc::new(Self {
             number,
             name,
-            medium,
+            medium: Arc::new(Unforgetting::new(medium)),
             storage,
             state: Mutex::new(state),
         })

@@ -8,6 +8,7 @@ use core::fmt;
 use core::time::Duration;
 use pgmap_core::memremap::{Drained, Killed, StillHeld};
 use pgmap_host::shared::SharedFrames;
+use pgmap_sync::atomic::Ordering;
 use rustix::io::Errno;
 
 use super::dax::Dax;
@@ -58,8 +59,10 @@ pub enum UnbindError {
     /// Somebody else is taking it out of use, or has.
     #[error("the device is being taken out of use already")]
     Already,
-    /// What was written cannot be made durable; everything is as it was.
-    #[error("what was written cannot be made durable: {0}")]
+    /// What was written cannot be made durable; everything is as it was. Said once: the next time it is given up.
+    #[error(
+        "what was written cannot be made durable ({0}): save what you can read, or ask again to give it up"
+    )]
     Flush(Errno),
     /// The device is out of use, but who maps it keeps what he maps.
     #[error("the device is out of use, but its memory cannot be taken away from who maps it: {0}")]
@@ -101,7 +104,11 @@ impl Pmem {
             let holders = self.holders(self.queue.in_flight(), 0);
             return Err(self.back_to_life(UnbindError::Held(holders)));
         }
-        if let Err(errno) = self.medium.flush() {
+        // Who asks again knows what is lost.
+        if let Err(errno) = self.medium.flush()
+            // Relaxed: only who takes the device away looks at it, and `stage` lets in one at a time.
+            && !self.loss_told.swap(true, Ordering::Relaxed)
+        {
             return Err(self.back_to_life(UnbindError::Flush(errno)));
         }
         let Some(dax) = &self.dax else {

@@ -2,6 +2,7 @@
 
 use core::ptr::{self, NonNull};
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 
@@ -46,5 +47,14 @@ impl Mapping {
     pub(crate) fn store(&self, at: usize, byte: u8) {
         // SAFETY: the byte is mapped and writable, and nobody has a reference to it.
         unsafe { self.at(at).as_ptr().write_volatile(byte) }
+    }
+
+    /// Whether our page table still has the first page: not if the file's page has been replaced.
+    pub(crate) fn is_in_page_table(&self) -> bool {
+        let mut entry = [0; 8];
+        let pages = File::open("/proc/self/pagemap").unwrap();
+        let nth = self.start.addr().get() / 4096;
+        pages.read_exact_at(&mut entry, nth as u64 * 8).unwrap();
+        u64::from_ne_bytes(entry) >> 63 == 1
     }
 }

@@ -2,7 +2,7 @@
 
 use core::time::Duration;
 use std::fs;
-use std::io::{self, ErrorKind};
+use std::io;
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -11,7 +11,6 @@ use std::thread::JoinHandle;
 
 use pgmap_sync::Mutex;
 use pgmap_sync::atomic::{AtomicBool, Ordering};
-use rustix::fs::Mode;
 
 use super::protocol::Code;
 use super::session::{Manager, Session};
@@ -41,10 +40,10 @@ impl Listener {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::AddrInUse`] if somebody answers there, or if it is no socket; what else the machine answers.
+    /// [`AddrInUse`](io::ErrorKind::AddrInUse) if somebody answers there, or if it is no socket; what else the machine answers.
     pub fn start(path: &Path, manager: Arc<dyn Manager>) -> io::Result<Self> {
         let shared = Arc::new(Shared {
-            listener: bind(path)?,
+            listener: crate::unix::listen(path)?,
             ending: AtomicBool::new(false),
             sessions: Mutex::default(),
         });
@@ -84,28 +83,6 @@ impl Drop for Listener {
             let _ = session.join();
         }
     }
-}
-
-fn bind(path: &Path) -> io::Result<UnixListener> {
-    let listener = match UnixListener::bind(path) {
-        Err(error) if error.kind() == ErrorKind::AddrInUse && is_left_over(path) => {
-            fs::remove_file(path)?;
-            UnixListener::bind(path)?
-        }
-        bound => bound?,
-    };
-    // Between the two calls the directory keeps others out, and `may_ask` does in any case.
-    rustix::fs::chmod(path, Mode::RUSR | Mode::WUSR)?;
-    Ok(listener)
-}
-
-/// Whether a dead manager has left its socket there.
-fn is_left_over(path: &Path) -> bool {
-    UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused)
-        && fs::symlink_metadata(path).is_ok_and(|found| {
-            use std::os::unix::fs::FileTypeExt;
-            found.file_type().is_socket()
-        })
 }
 
 fn accept(shared: &Shared, manager: &Arc<dyn Manager>) {

@@ -191,30 +191,41 @@ impl Service {
         let mut why = Failure::new(Code::NotFound, "there is no such region");
         for region in regions {
             match region.create_namespace(&wanted) {
-                Ok(namespace) => {
-                    self.bind(&region, namespace.index)?;
-                    let view = self.namespace_view(&region, &namespace);
-                    return Ok(Answer::Namespace(Box::new(view)));
-                }
+                Ok(namespace) => return self.begin(&region, &namespace),
                 Err(error) => why = region_failure(&error),
             }
         }
         Err(why)
     }
 
+    /// Takes a namespace into use that was just made. If that cannot be, there is none.
+    fn begin(&self, region: &Arc<Region>, namespace: &Namespace) -> Result<Answer, Failure> {
+        if let Err(failure) = self.bind(region, namespace.index) {
+            // If it is in use all the same, it stays.
+            let _ = region.destroy_namespace(namespace.index);
+            return Err(failure);
+        }
+        let view = self.namespace_view(region, namespace);
+        Ok(Answer::Namespace(Box::new(view)))
+    }
+
     /// Takes a namespace into use, unless it is, and notes in its label that it is to be.
     fn bind(&self, region: &Arc<Region>, index: u32) -> Result<(), Failure> {
-        let mut regions = self.regions.lock();
+        let _turn = self.turn.lock();
         let key = (region.number(), index);
         let bound = region.bound(index).is_some();
-        if !regions.all.contains_key(&key.0) || (!bound && regions.devices.contains_key(&key)) {
+        let leaving = {
+            let regions = self.regions.lock();
+            !regions.all.contains_key(&key.0) || (!bound && regions.devices.contains_key(&key))
+        };
+        if leaving {
             let text = "it is just being taken out of use: try again";
             return Err(Failure::new(Code::Busy, text));
         }
         if !bound {
             let pmem = region.bind(&self.map, index);
             let pmem = pmem.map_err(|error| Failure::new(Code::Failed, error))?;
-            regions.devices.insert(key, Device::new(pmem));
+            self.regions.lock().devices.insert(key, Device::new(pmem));
         }
         set_activation(region, index, Activation::Enabled)
     }
@@ -280,6 +291,7 @@ impl Service {
         for key in keys {
             self.take_away(key, patience, Keep::Nothing, session)?;
         }
+        let _turn = self.turn.lock();
         let mut regions = self.regions.lock();
         if regions.devices.keys().any(|key| key.0 == number) {
             let text = format!("a namespace of {name} was enabled meanwhile: unplug it again");

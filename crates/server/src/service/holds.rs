@@ -63,7 +63,7 @@ impl Service {
     ) -> Result<(), Failure> {
         let found = self.regions.lock().devices.get(&key).cloned();
         let Some(device) = found else {
-            return self.regions.lock().note_absence(key, keep);
+            return self.note_absence(&self.turn.lock(), key, keep);
         };
         let hung_up = || session.is_hung_up();
         let patience = Patience::new(patience).or_until(&hung_up);

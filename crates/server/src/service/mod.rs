@@ -19,7 +19,7 @@ use pgmap_drivers::pmem::{
     Activation, Afterwards, BindError, Namespace, OpenError, Pmem, PmemSpec, Region,
 };
 use pgmap_host::platform::HostPlatform;
-use pgmap_sync::Mutex;
+use pgmap_sync::{Mutex, MutexGuard};
 
 use crate::control::protocol::Failure;
 use crate::nbd::{Export, Server};
@@ -32,6 +32,9 @@ static PLATFORM: HostPlatform = HostPlatform;
 #[derive(Debug)]
 pub struct Service {
     map: Arc<MemoryMap>,
+    /// One namespace at a time goes into use or out of it, which may wait for a disk. Before `regions`.
+    turn: Mutex<()>,
+    /// Never held while anything is waited for: NBD clients and `pgmap list` look here.
     regions: Mutex<Regions>,
     /// The front, once there is one, and the beginning and end of the addresses at which it is found.
     nbd: OnceLock<(Server, Vec<Uri>)>,
@@ -81,6 +84,7 @@ impl Service {
     pub fn new() -> Result<Arc<Self>, OutOfAddressSpace> {
         Ok(Arc::new(Self {
             map: MemoryMap::new(&PLATFORM, MAX_PFN)?,
+            turn: Mutex::default(),
             regions: Mutex::default(),
             nbd: OnceLock::new(),
         }))
@@ -98,8 +102,11 @@ impl Service {
     ///
     /// [`PlugError`]; nothing is served then that was not before.
     pub fn plug(&self, spec: &PmemSpec) -> Result<String, PlugError> {
-        let mut regions = self.regions.lock();
-        let number = regions.next;
+        let number = {
+            let mut regions = self.regions.lock();
+            regions.next += 1;
+            regions.next - 1
+        };
         let region = Region::open(spec, number)?;
         let wanted = |namespace: &Namespace| namespace.activation == Activation::Enabled;
         let mut devices = Vec::new();
@@ -107,7 +114,7 @@ impl Service {
             let device = Device::new(region.bind(&self.map, namespace.index)?);
             devices.push(((number, namespace.index), device));
         }
-        regions.next += 1;
+        let mut regions = self.regions.lock();
         regions.all.insert(number, region);
         regions.devices.extend(devices);
         Ok(format!("region{number}"))
@@ -147,12 +154,34 @@ impl Service {
     /// The last step of taking a device out of use. Until then it is in the list, so that nobody brings its namespace back
     /// into use in between.
     fn forget(&self, key: (u32, u32), keep: Keep, device: &Device) -> Result<(), Failure> {
-        let mut regions = self.regions.lock();
-        regions.devices.remove(&key);
-        let noted = regions.note_absence(key, keep);
-        drop(regions);
+        let turn = self.turn.lock();
+        self.regions.lock().devices.remove(&key);
+        let noted = self.note_absence(&turn, key, keep);
+        drop(turn);
         self.disconnect(&device.export.name);
         noted
+    }
+
+    /// Notes in the label that a namespace is to stay out of use, if it is and that is wanted.
+    fn note_absence(
+        &self,
+        _turn: &MutexGuard<'_, ()>,
+        key: (u32, u32),
+        keep: Keep,
+    ) -> Result<(), Failure> {
+        let absent = {
+            let regions = self.regions.lock();
+            let region = regions.all.get(&key.0);
+            region
+                .filter(|_| !regions.devices.contains_key(&key))
+                .cloned()
+        };
+        match (keep, absent) {
+            (Keep::Bytes, Some(region)) => {
+                answers::set_activation(&region, key.1, Activation::Disabled)
+            }
+            (Keep::Bytes | Keep::Nothing, _) => Ok(()),
+        }
     }
 
     /// Where NBD clients find an export.
@@ -166,18 +195,6 @@ impl Service {
     fn disconnect(&self, name: &str) {
         if let Some((server, _)) = self.nbd.get() {
             server.disconnect(name);
-        }
-    }
-}
-
-impl Regions {
-    /// Notes in the label that a namespace is to stay out of use, if it is and that is wanted.
-    fn note_absence(&self, key: (u32, u32), keep: Keep) -> Result<(), Failure> {
-        match (keep, self.all.get(&key.0)) {
-            (Keep::Bytes, Some(region)) if !self.devices.contains_key(&key) => {
-                answers::set_activation(region, key.1, Activation::Disabled)
-            }
-            (Keep::Bytes | Keep::Nothing, _) => Ok(()),
         }
     }
 }
