@@ -14,8 +14,8 @@ use rustix::fs::{Mode, fchmod};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen as begin};
 
-/// Connections that wait to be accepted.
-const BACKLOG: i32 = 128;
+/// Connections that wait to be accepted: as many as the kernel allows, if that is less.
+const BACKLOG: i32 = 4096;
 
 /// Listens at a path. A socket that nobody listens at any more is replaced.
 ///
