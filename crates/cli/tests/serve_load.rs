@@ -82,7 +82,7 @@ impl Load<'_> {
             };
             let mut round = Ok(());
             while self.goes_on() && round.is_ok() {
-                round = writer.round(&mut nbd);
+                round = round_and_pause(&mut writer, &mut nbd);
             }
             if let Err(error) = round {
                 assert!(is_an_end(error.kind()), "{error}");
@@ -195,6 +195,17 @@ while True:
             writer.check(&mut nbd);
         }
     }
+}
+
+/// What is refused may have been done (the flush that was asked for with it was not): nothing is known of it. A writer that
+/// did not pause would soon know nothing at all.
+fn round_and_pause(writer: &mut Writer, nbd: &mut Nbd) -> std::io::Result<()> {
+    let refused = writer.refused;
+    let round = writer.round(nbd);
+    if writer.refused > refused {
+        thread::sleep(Duration::from_millis(20));
+    }
+    round
 }
 
 fn connect(socket: &Path) -> std::io::Result<Nbd> {

@@ -120,15 +120,21 @@ fn all(holders: &Holders) -> Vec<Holder> {
         .iter()
         .map(|hold| holder(hold, holders.now_ns))
         .collect();
-    if holders.in_flight > 0 {
-        named.push(Holder {
-            kind: "request".into(),
-            label: format!("{} under way", holders.in_flight),
+    // Who asks to map or pin at this moment has no name yet.
+    let unnamed = if named.is_empty() {
+        holders.references
+    } else {
+        0
+    };
+    for (kind, count) in [("request", holders.in_flight), ("references", unnamed)] {
+        named.extend((count > 0).then(|| Holder {
+            kind: kind.into(),
+            label: format!("{count} under way"),
             pid: None,
             age_ms: None,
             offset: None,
             length: 0,
-        });
+        }));
     }
     named
 }
