@@ -17,8 +17,8 @@ use super::table::{Row, Table, Want, median};
 /// Bytes of the disk.
 const BYTES: u64 = 1 << 30;
 /// Bytes that fio moves in one round, and requests that qemu-img makes.
-const FIO_BYTES: &str = "--io_size=256M";
-const REQUESTS: u32 = 30_000;
+const FIO_BYTES: &str = "--io_size=1G";
+const REQUESTS: u32 = 100_000;
 /// How long a server may take until it listens.
 const START: Duration = Duration::from_secs(10);
 

@@ -27,7 +27,7 @@ impl Session<'_> {
     pub(super) fn read(&mut self, request: &Request) -> Outcome {
         let len = usize::try_from(request.length).unwrap_or(usize::MAX);
         let result = match self.stream.plain() {
-            _ if len <= MOST_COPIED => self.read_short(request, len)?,
+            _ if len < MOST_COPIED => self.read_short(request, len)?,
             Some(socket) => self.read_long(request, socket, len)?,
             None => self.read_copy(request, len)?,
         };
