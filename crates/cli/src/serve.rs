@@ -87,17 +87,17 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         }
     });
     drop((metrics, listener));
-    end(&service, &nbd, &fronts)
+    end(&service, &nbd, fronts)
 }
 
 /// Answers what is under way, makes everything durable, and goes.
-fn end(service: &Service, nbd: &nbd::Server, fronts: &Fronts) -> anyhow::Result<ExitCode> {
+fn end(service: &Service, nbd: &nbd::Server, fronts: Fronts) -> anyhow::Result<ExitCode> {
     if let Stopped::Left(clients) = nbd.stop(LAST_REPLIES) {
         output::tell(format_args!(
             "pgmap: {clients} clients have not taken their last replies\n"
         ));
     }
-    fronts.remove();
+    drop(fronts);
     for line in service.holders() {
         output::tell(format_args!("pgmap: still held at the end: {line}\n"));
     }
@@ -217,7 +217,8 @@ impl Fronts {
         };
         let mut fronts = Self {
             scheme,
-            ..Self::default()
+            unix: Vec::new(),
+            tcp: Vec::new(),
         };
         let beside = format!("unix:{}", control.with_extension("nbd").display());
         let places = match options.nbd.as_slice() {
@@ -254,8 +255,10 @@ impl Fronts {
         });
         unix.chain(tcp).collect()
     }
+}
 
-    fn remove(&self) {
+impl Drop for Fronts {
+    fn drop(&mut self) {
         for path in &self.unix {
             // Whoever removed it before has done our work.
             let _ = fs::remove_file(path);

@@ -17,12 +17,19 @@ use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, 
 /// Connections that wait to be accepted: as many as the kernel allows, if that is less.
 const BACKLOG: i32 = 4096;
 
+/// The longest path that the kernel takes for a socket.
+const MOST_BYTES: usize = 107;
+
 /// Listens at a path. A socket that nobody listens at any more is replaced.
 ///
 /// # Errors
 ///
 /// [`ErrorKind::AddrInUse`] if somebody answers there, or if it is no socket; what else the machine answers.
 pub fn listen(path: &Path) -> io::Result<UnixListener> {
+    if path.as_os_str().len() > MOST_BYTES {
+        let text = format!("a socket's path has {MOST_BYTES} bytes at most: name a shorter one");
+        return Err(io::Error::new(ErrorKind::InvalidFilename, text));
+    }
     let kind = SocketType::STREAM;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, kind, SocketFlags::CLOEXEC, None)?;
     // Before it has a name: the kernel gives its mode to the path.
@@ -36,6 +43,14 @@ pub fn listen(path: &Path) -> io::Result<UnixListener> {
     }
     begin(&socket, BACKLOG)?;
     Ok(socket.into())
+}
+
+/// Removes a socket that nobody listens at any more.
+pub(crate) fn clear(path: &Path) {
+    if is_left_over(path) {
+        // Somebody else may clear up, too.
+        let _ = fs::remove_file(path);
+    }
 }
 
 fn named(socket: &OwnedFd, path: &Path) -> Result<(), Errno> {
@@ -64,6 +79,17 @@ mod tests {
         assert_eq!(mode & 0o777, 0o600);
         assert_eq!(listen(&path).unwrap_err().kind(), ErrorKind::AddrInUse);
         drop(socket);
-        listen(&path).unwrap();
+        let socket = listen(&path).unwrap();
+        clear(&path);
+        assert!(path.exists());
+        drop(socket);
+        clear(&path);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_path_that_is_too_long_is_told() {
+        let error = listen(Path::new(&"x".repeat(108))).unwrap_err();
+        assert!(error.to_string().contains("107 bytes at most"), "{error}");
     }
 }

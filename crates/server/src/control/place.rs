@@ -1,11 +1,13 @@
 //! Where managers have their sockets, and how they are found.
 
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use super::protocol::Kind;
+use crate::unix;
 
 /// Where this user's managers have their sockets: below `XDG_RUNTIME_DIR`, or `/run` for root, or `/tmp`.
 #[must_use]
@@ -18,7 +20,7 @@ pub fn directory() -> PathBuf {
     }
 }
 
-/// Makes the directory if it is not there: for its owner only.
+/// Makes the directory if it is not there, for its owner only, and clears up after managers that were killed.
 ///
 /// # Errors
 ///
@@ -30,9 +32,23 @@ pub fn prepare(directory: &Path) -> io::Result<()> {
     }
     let found = fs::symlink_metadata(directory)?;
     if found.is_dir() && found.uid() == rustix::process::geteuid().as_raw() {
+        clear_up(directory);
         return Ok(());
     }
     Err(ErrorKind::PermissionDenied.into())
+}
+
+/// Removes the sockets of managers that were killed.
+fn clear_up(directory: &Path) {
+    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+    for path in entries.map(|entry| entry.path()) {
+        // Such as serve-4711.sock: one whose process lives may just be about to listen.
+        let name = path.file_stem().and_then(OsStr::to_str);
+        let pid = name.and_then(|name| name.split_once('-')?.1.parse::<u32>().ok());
+        if pid.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists()) {
+            unix::clear(&path);
+        }
+    }
 }
 
 /// The socket of this process.
