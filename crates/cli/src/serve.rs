@@ -86,6 +86,10 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
             let _ = signal_hook::low_level::emulate_default_handler(signal);
         }
     });
+    // Before their connections end, and with them what they hold.
+    for line in service.holders() {
+        output::tell(format_args!("pgmap: still held at the end: {line}\n"));
+    }
     drop((metrics, listener));
     end(&service, &nbd, fronts)
 }
@@ -98,9 +102,6 @@ fn end(service: &Service, nbd: &nbd::Server, fronts: Fronts) -> anyhow::Result<E
         ));
     }
     drop(fronts);
-    for line in service.holders() {
-        output::tell(format_args!("pgmap: still held at the end: {line}\n"));
-    }
     if let Err(failed) = service.flush() {
         let failed = failed
             .iter()

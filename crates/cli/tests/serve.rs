@@ -100,6 +100,20 @@ fn a_killed_client_leaves_no_pin() {
     place.ok(&["unplug", "pmem0", "--timeout", "5s"]);
 }
 
+/// REF-7: who still holds something when the server ends is named, and does not hold it up.
+#[test]
+fn the_end_names_holders() {
+    let place = Place::new();
+    let server = place.serve(&["memory,size=32M"]);
+    let client = pinned(&place, "pmem0");
+    let output = server.end(libc::SIGTERM);
+    assert!(output.status.success(), "{output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("still held at the end: pmem0"), "{said}");
+    assert!(said.contains("my rings"), "{said}");
+    kill(client);
+}
+
 /// MAP-6: whoever asked for the unplug may die: then nobody waits, and nothing has changed.
 #[test]
 fn a_killed_unplug_changes_nothing() {
