@@ -12,6 +12,8 @@ pub enum SeededBug {
     LookupIgnoresRanges,
     /// A mapping is removed without waiting for its users (MAP-6, 50f44ee7248a).
     DrainDoesNotWait,
+    /// A frozen queue is taken for empty without waiting for the requests under way (PMEM-2).
+    FreezeDoesNotWait,
 }
 
 std::thread_local! {
