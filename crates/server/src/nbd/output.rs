@@ -6,7 +6,7 @@ use super::proto::{CHUNK_MAGIC, MOST_STRING, Request, SIMPLE_REPLY_MAGIC, chunk}
 use super::socket::{End, More};
 use super::stream::Stream;
 
-/// Payloads shorter than this, in bytes, are copied here. Longer ones go past it.
+/// The longest payload that is copied here, in bytes. Most of such length and all longer ones go past it.
 pub(super) const MOST_COPIED: usize = 64 << 10;
 const BYTES: usize = 4 * MOST_COPIED;
 /// The flag of the last chunk of a reply.

@@ -26,8 +26,13 @@ const PATIENCE: Duration = Duration::from_millis(100);
 impl Session<'_> {
     pub(super) fn read(&mut self, request: &Request) -> Outcome {
         let len = usize::try_from(request.length).unwrap_or(usize::MAX);
+        // Simple replies cannot tell of an error behind their head: most clients' largest requests are still copied for them.
+        let is_short = match self.output.replies {
+            Replies::Structured => len < MOST_COPIED,
+            Replies::Simple => len <= MOST_COPIED,
+        };
         let result = match self.stream.plain() {
-            _ if len < MOST_COPIED => self.read_short(request, len)?,
+            _ if is_short => self.read_short(request, len)?,
             Some(socket) => self.read_long(request, socket, len)?,
             None => self.read_copy(request, len)?,
         };
