@@ -6,7 +6,7 @@ use super::proto::{CHUNK_MAGIC, MOST_STRING, Request, SIMPLE_REPLY_MAGIC, chunk}
 use super::socket::{End, More};
 use super::stream::Stream;
 
-/// The longest payload that is copied here, in bytes. Most of such length and all longer ones go past it.
+/// The longest payload that is ever copied here, in bytes: `reading` says which go past it.
 pub(super) const MOST_COPIED: usize = 64 << 10;
 const BYTES: usize = 4 * MOST_COPIED;
 /// The flag of the last chunk of a reply.

@@ -9,7 +9,7 @@ use pgmap_drivers::pmem::{
 };
 
 use super::holds::holder;
-use super::{Device, Keep, PlugError, Service};
+use super::{Device, Keep, Service};
 use crate::control::protocol::{
     Answer, BadBlocks, Code, Counters, CreateNamespace, Failure, Kind, Listing, ManagerInfo,
     Namespace as NamespaceView, Region as RegionView, Request, Scrub,
@@ -259,11 +259,9 @@ impl Service {
         let spec: PmemSpec = spec
             .parse()
             .map_err(|error| Failure::new(Code::Invalid, error))?;
-        let plugged = self.plug(&spec).map_err(|error| match error {
-            PlugError::Open(error) => Failure::new(Code::Failed, error),
-            PlugError::Bind(error) => Failure::new(Code::Failed, error),
-        });
-        plugged.map(Answer::Name)
+        let plugged = self.plug(&spec);
+        let name = plugged.map_err(|error| Failure::new(Code::Failed, error))?;
+        Ok(Answer::Name(name))
     }
 
     /// Takes a namespace away until it is enabled again, or a region with all of its namespaces.
