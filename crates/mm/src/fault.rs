@@ -50,7 +50,7 @@ impl AddressSpace {
     /// when that pays (FLT-1).
     pub fn fault(&self, worker: &mut Worker, at: VirtAddr, access: Access) -> Outcome {
         let Some(page) = self.page_at(at) else {
-            return Outcome::BadAddress;
+            return self.file_fault(worker, at, access);
         };
         let outcome = self.serve(worker, page, access);
         // Seldom any: a frame at hand would keep its block on line for as long as nobody faults.
@@ -79,7 +79,7 @@ impl AddressSpace {
             drop(cursor);
             // Direct reclaim: nobody else was quick enough.
             Stats::add(&self.stats.direct_reclaims, 1);
-            if self.reclaim(Caller::FaultHandler, BATCH) == 0
+            if self.make_room(Caller::FaultHandler, &mut worker.scratch, BATCH) == 0
                 && worker.frames.prepare(&self.ram, 1) == 0
             {
                 return Outcome::NoMemory;

@@ -1,7 +1,8 @@
 //! Pins: pages that stay where they are, for as long as somebody's DMA may use them.
 //!
-//! A pin is counted on the frame, under the cursor of its page; reclaim and discard look at the count under
-//! the same cursor, so a pin cannot slip in between their check and their act (RMAP-1).
+//! A pin is counted on the frame. Pages of anonymous memory are pinned under the cursor of the page, and reclaim and discard
+//! look at the count under the same cursor, so a pin cannot slip in between their check and their act (RMAP-1); those of files
+//! are pinned without it, and whoever wants such a page to himself claims its frame.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -14,9 +15,11 @@ use pgmap_core::addr::{PAGE_SIZE, Pfn, VirtAddr};
 use pgmap_core::holders::{Holder, Ticket};
 
 use crate::fault::{Access, Outcome};
+use crate::page_cache::{NotPinned, PageCache};
 use crate::page_table::PageIndex;
 use crate::pte::Pte;
-use crate::space::{AddressSpace, Worker};
+use crate::reclaim::Caller;
+use crate::space::{AddressSpace, BATCH, Worker};
 
 /// What the holder of a pin does with the page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -25,6 +28,52 @@ pub enum PinAccess {
     Read,
     /// It writes, perhaps behind the page tables' back: no clean copy is kept (GUP-4).
     Write,
+}
+
+/// For how long a pin is meant to last.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PinTerm {
+    /// For one transfer.
+    Short,
+    /// For as long as somebody likes, as registered buffers are (`FOLL_LONGTERM`).
+    Long,
+}
+
+/// What is asked for when pages are pinned.
+#[derive(Clone, Debug)]
+pub struct Pin {
+    access: PinAccess,
+    term: PinTerm,
+    label: Cow<'static, str>,
+}
+
+impl Pin {
+    /// To read.
+    pub const READ: Self = Self::new(PinAccess::Read);
+    /// To write, or to read and write.
+    pub const WRITE: Self = Self::new(PinAccess::Write);
+
+    const fn new(access: PinAccess) -> Self {
+        Self {
+            access,
+            term: PinTerm::Short,
+            label: Cow::Borrowed("unnamed"),
+        }
+    }
+
+    /// Who the holder is, for those who ask why a page is busy (REF-7).
+    #[must_use]
+    pub fn label(mut self, label: impl Into<Cow<'static, str>>) -> Self {
+        self.label = label.into();
+        self
+    }
+
+    /// To be kept for long. Refused with [`PinError::LongTerm`] where somebody would have to wait for that (GUP-2).
+    #[must_use]
+    pub const fn long_term(mut self) -> Self {
+        self.term = PinTerm::Long;
+        self
+    }
 }
 
 /// Why pages could not be pinned.
@@ -54,6 +103,20 @@ pub enum PinError {
         /// The page.
         at: VirtAddr,
     },
+    /// The file that is mapped there is not that long.
+    #[error("the file that is mapped at {at:?} ends before that page")]
+    BeyondTheEnd {
+        /// The first such address.
+        at: VirtAddr,
+    },
+    /// Somebody wants to write to pages of a file for long, and writeback would never know whether they are clean (GUP-2).
+    #[error(
+        "the page at {at:?} is a file's: it cannot be pinned for long to be written; pin it for each transfer"
+    )]
+    LongTerm {
+        /// The first such address.
+        at: VirtAddr,
+    },
 }
 
 /// Pages that stay where they are until this is dropped.
@@ -62,14 +125,14 @@ pub enum PinError {
 ///
 /// Each frame has one pin that belongs to this value, and is the one that its page's entry names.
 #[derive(Debug)]
-pub struct Pin {
+pub struct PinnedPages {
     space: Arc<AddressSpace>,
     at: VirtAddr,
     frames: Vec<Pfn>,
     ticket: Ticket,
 }
 
-impl Pin {
+impl PinnedPages {
     /// The first pinned address.
     #[must_use]
     pub const fn start(&self) -> VirtAddr {
@@ -83,7 +146,7 @@ impl Pin {
     }
 }
 
-impl Drop for Pin {
+impl Drop for PinnedPages {
     fn drop(&mut self) {
         for frame in &self.frames {
             self.space.ram.unpin(*frame);
@@ -105,33 +168,38 @@ pub fn pin_user_pages(
     worker: &mut Worker,
     at: VirtAddr,
     pages: u32,
-    access: PinAccess,
-    label: Cow<'static, str>,
-) -> Result<Pin, PinError> {
+    pin: &Pin,
+) -> Result<PinnedPages, PinError> {
     let at = at.page_start();
     let end = at.get().saturating_add(pages as usize * PAGE_SIZE);
     let ticket = space.map.holders().add(Holder {
-        label,
+        label: pin.label.clone(),
         site: Location::caller(),
         since_ns: space.map.now_ns(),
         range: at.get()..end,
     });
-    let frames = Vec::with_capacity(pages as usize);
-    let mut pin = Pin {
+    let mut pinned = PinnedPages {
         space: Arc::clone(space),
         at,
-        frames,
+        frames: Vec::with_capacity(pages as usize),
         ticket,
     };
-    for nth in 0..pages as usize {
-        let at = at
-            .checked_add(nth * PAGE_SIZE)
-            .ok_or(PinError::BadAddress { at })?;
-        // INVARIANT: `pin_page` pinned the frame that the page's entry names; an early return drops
-        // the pins so far.
-        pin.frames.push(space.pin_page(worker, at, access)?);
+    // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
+    if space.page_at(at).is_some() {
+        for nth in 0..pages {
+            let frame = space.pin_page(worker, nth_page(at, nth)?, pin.access)?;
+            pinned.frames.push(frame);
+        }
+    } else {
+        space.pin_file_pages(worker, at, pages, pin, &mut pinned.frames)?;
     }
-    Ok(pin)
+    Ok(pinned)
+}
+
+/// The page `nth` pages after an address.
+fn nth_page(at: VirtAddr, nth: u32) -> Result<VirtAddr, PinError> {
+    at.checked_add(nth as usize * PAGE_SIZE)
+        .ok_or(PinError::BadAddress { at })
 }
 
 impl AddressSpace {
@@ -139,6 +207,51 @@ impl AddressSpace {
     #[must_use]
     pub fn holders(&self, range: &Range<usize>) -> Vec<Holder> {
         self.map.holders().of(range)
+    }
+
+    /// Pins pages of mapped files.
+    fn pin_file_pages(
+        &self,
+        worker: &mut Worker,
+        at: VirtAddr,
+        pages: u32,
+        pin: &Pin,
+        frames: &mut Vec<Pfn>,
+    ) -> Result<(), PinError> {
+        let mut done = 0;
+        while done < pages {
+            let start = nth_page(at, done)?;
+            let found = self.files.at(start);
+            let found = found.and_then(|(vma, cache)| Some((vma.page_at(start)?, vma, cache)));
+            let (first, vma, cache) = found.ok_or(PinError::BadAddress { at: start })?;
+            if pin.term == PinTerm::Long && pin.access == PinAccess::Write {
+                return Err(PinError::LongTerm { at: start });
+            }
+            let end = vma.file_pages().end.min(first.saturating_add(pages - done));
+            for page in first..end {
+                let frame = self.pin_file_page(worker, &cache, page, pin.access);
+                let at = nth_page(start, page - first)?;
+                frames.push(frame.map_err(|error| error.at(at))?);
+            }
+            done += end - first;
+        }
+        Ok(())
+    }
+
+    fn pin_file_page(
+        &self,
+        worker: &mut Worker,
+        cache: &PageCache,
+        page: u32,
+        access: PinAccess,
+    ) -> Result<Pfn, NotPinned> {
+        loop {
+            let pinned = cache.pin(worker, page, access);
+            let wants_more = pinned == Err(NotPinned::NoMemory);
+            if !wants_more || self.make_room(Caller::Reclaimer, &mut worker.scratch, BATCH) == 0 {
+                return pinned;
+            }
+        }
     }
 
     fn pin_page(
@@ -184,6 +297,17 @@ impl AddressSpace {
             }
             Pte::Poisoned => Err(PinError::Poisoned { at }),
             Pte::None | Pte::Staged { .. } | Pte::Device { .. } => Ok(None),
+        }
+    }
+}
+
+impl NotPinned {
+    const fn at(self, at: VirtAddr) -> PinError {
+        match self {
+            Self::NoMemory => PinError::NoMemory { at },
+            Self::BeyondTheEnd => PinError::BeyondTheEnd { at },
+            Self::Poisoned => PinError::Poisoned { at },
+            Self::TooMany => PinError::TooManyPins { at },
         }
     }
 }

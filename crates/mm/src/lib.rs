@@ -8,13 +8,17 @@
 
 extern crate alloc;
 
+pub mod backing;
 pub mod devices;
 pub mod discard;
+pub mod errseq;
 pub mod fault;
+pub mod files;
 pub mod fork;
 pub mod gup;
 pub mod mmu;
 pub mod offline;
+pub mod page_cache;
 pub mod page_table;
 pub mod policy;
 pub mod pte;
@@ -22,6 +26,7 @@ pub mod readahead;
 pub mod reclaim;
 #[cfg(shuttle)]
 pub mod seeded_bug;
+pub mod shared_mmu;
 pub mod space;
 pub mod staging;
 pub mod stats;

@@ -3,8 +3,12 @@
 //! A [`Cursor`] is the lock of one block of [`BLOCK_PAGES`] pages: who has it may look at and change the
 //! block's entries, and nobody else can. That is also the generation check of FLT-2: bytes are read,
 //! checked against the entry and installed under one cursor, so what was removed never comes back.
+//!
+//! An address space has one of [`Pte`]s; the pages of a file have one of their own kind of entry.
 
 use alloc::boxed::Box;
+use core::fmt;
+use core::marker::PhantomData;
 use core::ops::Range;
 
 use pgmap_core::addr::{PAGE_SHIFT, VirtAddr};
@@ -44,18 +48,31 @@ impl BlockIndex {
     }
 }
 
-/// The page table of one address space.
+/// What a table says of a page, as a word. Zero is a page of which there is nothing to say.
+pub trait Entry: Copy + PartialEq + fmt::Debug {
+    /// The entry of a page that was never used.
+    const EMPTY: Self;
+
+    /// The entry as the table stores it: 0 for [`EMPTY`](Self::EMPTY).
+    fn to_word(self) -> u64;
+
+    /// The entry in a word that [`to_word`](Self::to_word) made.
+    fn from_word(word: u64) -> Self;
+}
+
+/// The page table of one address space, or of one file.
 #[derive(Debug)]
-pub struct PageTable {
+pub struct PageTable<E = Pte> {
     entries: ZeroedSlice<AtomicU64>, // B: the lock of the entry's block
     /// One bit for each block: whether it has ever had an entry that was not empty.
     used: ZeroedSlice<AtomicU64>, // A
     locks: Box<[Mutex<()>]>,
     base: VirtAddr,
     pages: u32,
+    entry: PhantomData<fn() -> E>,
 }
 
-impl PageTable {
+impl<E: Entry> PageTable<E> {
     /// The table for `pages` pages from `base` on; it costs memory only where it is used.
     ///
     /// # Errors
@@ -76,6 +93,7 @@ impl PageTable {
             locks,
             base,
             pages,
+            entry: PhantomData,
         })
     }
 
@@ -127,7 +145,7 @@ impl PageTable {
 
     /// Waits for the lock of a block.
     #[must_use]
-    pub fn lock(&self, block: BlockIndex) -> Cursor<'_> {
+    pub fn lock(&self, block: BlockIndex) -> Cursor<'_, E> {
         let guard = self.locks[block.0 as usize % LOCKS].lock();
         Cursor {
             table: self,
@@ -135,17 +153,34 @@ impl PageTable {
             _guard: guard,
         }
     }
+
+    /// Waits until everybody who has a cursor now has let go of it: whoever takes one later sees what the caller did before.
+    pub fn synchronize(&self) {
+        for lock in &self.locks {
+            drop(lock.lock());
+        }
+    }
+
+    /// The entry of a page at this moment, without its lock: it may be another at once. `EMPTY` outside the table.
+    #[must_use]
+    pub fn peek(&self, page: PageIndex) -> E {
+        if page.0 >= self.pages {
+            return E::EMPTY;
+        }
+        // Acquire: pairs with the release in `Cursor::set`, so that what an entry names is ready.
+        E::from_word(self.entries[page.0 as usize].load(Ordering::Acquire))
+    }
 }
 
-/// The lock of one block, and the only way to its entries.
+/// The lock of one block, and the only way to change its entries.
 #[derive(Debug)]
-pub struct Cursor<'a> {
-    table: &'a PageTable,
+pub struct Cursor<'a, E = Pte> {
+    table: &'a PageTable<E>,
     block: BlockIndex,
     _guard: MutexGuard<'a, ()>,
 }
 
-impl Cursor<'_> {
+impl<E: Entry> Cursor<'_, E> {
     /// The block's pages.
     #[must_use]
     pub const fn pages(&self) -> Range<u32> {
@@ -154,28 +189,28 @@ impl Cursor<'_> {
 
     /// The entry of a page of this block.
     #[must_use]
-    pub fn get(&self, page: PageIndex) -> Pte {
-        // Relaxed: the block's lock orders every access to the entry.
-        Pte::from_word(self.word(page).load(Ordering::Relaxed))
+    pub fn get(&self, page: PageIndex) -> E {
+        // Relaxed: the block's lock orders every change of the entry.
+        E::from_word(self.word(page).load(Ordering::Relaxed))
     }
 
     /// Replaces the entry of a page of this block.
-    pub fn set(&mut self, page: PageIndex, pte: Pte) {
+    pub fn set(&mut self, page: PageIndex, entry: E) {
         let (word, bit) = (self.block.0 / u64::BITS, 1 << (self.block.0 % u64::BITS));
         let used = &self.table.used[word as usize];
         // Relaxed: a bit that is seen stays; one that is not is set again.
-        if pte != Pte::None && used.load(Ordering::Relaxed) & bit == 0 {
+        if entry != E::EMPTY && used.load(Ordering::Relaxed) & bit == 0 {
             // Release: pairs with the acquire in `next_used`.
             used.fetch_or(bit, Ordering::Release);
         }
-        // Relaxed: the block's lock orders every access to the entry.
-        self.word(page).store(pte.to_word(), Ordering::Relaxed);
+        // Release: pairs with the acquire in `PageTable::peek`.
+        self.word(page).store(entry.to_word(), Ordering::Release);
     }
 
     /// The longest run of pages around `page`, inside `limit` and this block, whose entries `wanted` accepts;
     /// empty if it does not accept `page`.
     #[must_use]
-    pub fn run(&self, page: u32, limit: &Range<u32>, wanted: impl Fn(Pte) -> bool) -> Range<u32> {
+    pub fn run(&self, page: u32, limit: &Range<u32>, wanted: impl Fn(E) -> bool) -> Range<u32> {
         let block = self.pages();
         let (low, high) = (limit.start.max(block.start), limit.end.min(block.end));
         let wanted = |page: u32| wanted(self.get(PageIndex(page)));

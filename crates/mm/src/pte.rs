@@ -5,6 +5,8 @@
 
 use pgmap_core::addr::Pfn;
 
+use crate::page_table::Entry;
+
 /// Whether the page was used since reclaim last looked.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Heat {
@@ -87,6 +89,18 @@ const HOT: u64 = 1 << 3;
 const KEPT: u64 = 1 << 4;
 const STAMP_SHIFT: u32 = 8;
 const PFN_SHIFT: u32 = 32;
+
+impl Entry for Pte {
+    const EMPTY: Self = Self::None;
+
+    fn to_word(self) -> u64 {
+        Self::to_word(self)
+    }
+
+    fn from_word(word: u64) -> Self {
+        Self::from_word(word)
+    }
+}
 
 impl Pte {
     /// The entry as the page table stores it.

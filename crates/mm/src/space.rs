@@ -14,7 +14,9 @@ use pgmap_sync::Mutex;
 use pgmap_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::devices::Devices;
+use crate::files::Files;
 use crate::mmu::Mmu;
+use crate::page_cache::Scratch;
 use crate::page_table::{PageIndex, PageTable};
 use crate::policy::Queues;
 use crate::pte::{Copy, Pte};
@@ -59,13 +61,14 @@ pub struct Parts {
 #[derive(Debug)]
 pub struct AddressSpace {
     pub(crate) map: Arc<MemoryMap>,
-    pub(crate) ram: Ram,
+    pub(crate) ram: Arc<Ram>,
     pub(crate) devices: Devices,
     pub(crate) mmu: Arc<dyn Mmu>,
     pub(crate) table: PageTable,
     pub(crate) queues: Queues,
     pub(crate) staging: Staging,
     pub(crate) areas: Mutex<Areas>,
+    pub(crate) files: Files,
     pub(crate) stats: &'static Stats,
     /// The most pages that wait in staging by choice; the rest of the slots is for those being stored.
     pub(crate) inactive_most: u32,
@@ -91,7 +94,7 @@ impl AddressSpace {
         let queues = Queues::new(parts.platform, parts.pages)?;
         Ok(Self {
             map: parts.map,
-            ram: parts.ram,
+            ram: Arc::new(parts.ram),
             devices: Devices::new(parts.devices),
             mmu: parts.mmu,
             table,
@@ -101,6 +104,7 @@ impl AddressSpace {
                 live: Vmas::new(parts.pages),
                 taken: Vmas::new(parts.pages),
             }),
+            files: Files::default(),
             stats: parts.stats,
             inactive_most: parts.slots / 2,
             forked: AtomicBool::new(false),
@@ -112,7 +116,7 @@ impl AddressSpace {
 
     /// The RAM budget.
     #[must_use]
-    pub const fn ram(&self) -> &Ram {
+    pub const fn ram(&self) -> &Arc<Ram> {
         &self.ram
     }
 
@@ -255,9 +259,11 @@ pub(crate) struct Areas {
 /// Everything is allocated when it is made: the fault path allocates nothing.
 pub struct Worker {
     pub(crate) readahead: Readahead,
+    pub(crate) file_readahead: Readahead,
     pub(crate) pages: Box<[Page; MAX_WINDOW as usize]>,
     pub(crate) frames: FrameCache,
     pub(crate) write_back: WriteBack,
+    pub(crate) scratch: Scratch,
 }
 
 impl Worker {
@@ -271,9 +277,11 @@ impl Worker {
             .unwrap_or_else(|_| unreachable!("a window of pages was made"));
         Self {
             readahead: Readahead::default(),
+            file_readahead: Readahead::default(),
             pages,
             frames: FrameCache::new(),
             write_back: WriteBack::default(),
+            scratch: Scratch::new(),
         }
     }
 }

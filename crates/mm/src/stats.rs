@@ -66,6 +66,20 @@ counters! {
     out_of_memory,
     /// Forks that were served.
     forks,
+    /// Faults on pages of mapped files.
+    faults_file,
+    /// First writes to clean pages of mapped files.
+    faults_file_write,
+    /// Pages read from mapped files.
+    file_pages_read,
+    /// Pages written back to mapped files.
+    file_pages_written,
+    /// Pages of mapped files that left RAM.
+    file_pages_evicted,
+    /// Times that a mapped file could not be read.
+    file_read_errors,
+    /// Times that a mapped file could not be written.
+    file_write_errors,
 }
 
 impl Stats {

@@ -1,0 +1,152 @@
+//! The files of an address space: which are open, where they are mapped, and how much of the RAM they give back.
+//!
+//! Mapped files have addresses of their own, outside those of anonymous memory. A look at the list is a lock that is taken
+//! once for a fault, or once for a range that is pinned.
+
+use alloc::collections::BTreeMap;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+
+use pgmap_core::addr::VirtAddr;
+use pgmap_sync::Mutex;
+
+use crate::fault::{Access, Outcome};
+use crate::page_cache::{FileVma, PageCache, Scratch};
+use crate::reclaim::Caller;
+use crate::space::{AddressSpace, BATCH, Worker};
+
+/// The files of one address space.
+#[derive(Debug, Default)]
+pub struct Files {
+    open: Mutex<Vec<Arc<PageCache>>>,
+    /// By first address.
+    mapped: Mutex<BTreeMap<VirtAddr, (FileVma, Arc<PageCache>)>>,
+}
+
+impl Files {
+    /// Adds a file: from now on its pages are reclaimed with all others.
+    pub fn open(&self, cache: Arc<PageCache>) {
+        self.open.lock().push(cache);
+    }
+
+    /// Forgets a file, whose pages have been dropped.
+    pub fn close(&self, cache: &Arc<PageCache>) {
+        let mut open = self.open.lock();
+        let nth = open.iter().position(|other| Arc::ptr_eq(other, cache));
+        let closed = nth.map(|nth| open.swap_remove(nth));
+        drop(open);
+        // Not under the lock: it may be the last handle.
+        drop(closed);
+    }
+
+    /// The open file that is `nth`, in no particular order.
+    #[must_use]
+    pub fn get(&self, nth: usize) -> Option<Arc<PageCache>> {
+        self.open.lock().get(nth).cloned()
+    }
+
+    /// All open files.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<PageCache>> {
+        self.open.lock().clone()
+    }
+
+    /// Enters a mapping, before anybody touches it.
+    pub fn map(&self, cache: &Arc<PageCache>, vma: FileVma) {
+        cache.add_vma(vma);
+        self.mapped.lock().insert(vma.at, (vma, Arc::clone(cache)));
+    }
+
+    /// Takes a mapping out: when this returns, nobody changes anything there. Its addresses are still the caller's.
+    pub fn unmap(&self, vma: &FileVma) {
+        let gone = self.mapped.lock().remove(&vma.at);
+        if let Some((vma, cache)) = gone {
+            cache.remove_vma(&vma);
+        }
+    }
+
+    /// The mapping at an address, and its file.
+    #[must_use]
+    pub fn at(&self, at: VirtAddr) -> Option<(FileVma, Arc<PageCache>)> {
+        let mapped = self.mapped.lock();
+        let (_, (vma, cache)) = mapped.range(..=at).next_back()?;
+        vma.page_at(at)?;
+        Some((*vma, Arc::clone(cache)))
+    }
+
+    /// Pages of files that are in RAM.
+    #[must_use]
+    pub fn cached_pages(&self) -> u64 {
+        self.sum(PageCache::cached_pages)
+    }
+
+    /// Pages of files in RAM that the files do not have yet.
+    #[must_use]
+    pub fn dirty_pages(&self) -> u64 {
+        self.sum(PageCache::dirty_pages)
+    }
+
+    fn sum(&self, of: impl Fn(&PageCache) -> u64) -> u64 {
+        self.open.lock().iter().map(|cache| of(cache)).sum()
+    }
+
+    /// Frees at least `want` frames that pages of files have, if that is possible; says how many. Each file gives in
+    /// proportion to what it has.
+    pub fn shrink(&self, scratch: &mut Scratch, want: usize) -> usize {
+        let cached = self.cached_pages();
+        let (mut freed, mut nth) = (0, 0);
+        while freed < want
+            && let Some(cache) = self.get(nth)
+        {
+            freed += cache.shrink(scratch, part(want, cache.cached_pages(), cached));
+            nth += 1;
+        }
+        freed
+    }
+}
+
+impl AddressSpace {
+    /// The files.
+    #[must_use]
+    pub const fn files(&self) -> &Files {
+        &self.files
+    }
+
+    /// Serves a fault outside anonymous memory.
+    pub(crate) fn file_fault(&self, worker: &mut Worker, at: VirtAddr, access: Access) -> Outcome {
+        let Some((_, cache)) = self.files.at(at) else {
+            return Outcome::BadAddress;
+        };
+        loop {
+            let outcome = cache.fault(worker, at, access);
+            let wants_more = outcome == Outcome::NoMemory;
+            if !wants_more || self.make_room(Caller::FaultHandler, &mut worker.scratch, BATCH) == 0
+            {
+                return outcome;
+            }
+        }
+    }
+
+    /// Frees at least `want` frames if that is possible: files and anonymous memory give in proportion to what they have. Says
+    /// how many it freed.
+    pub fn make_room(&self, caller: Caller, scratch: &mut Scratch, want: usize) -> usize {
+        let cached = self.files.cached_pages();
+        if cached == 0 {
+            return self.reclaim(caller, want);
+        }
+        let freed = self
+            .files
+            .shrink(scratch, part(want, cached, self.ram.in_use()));
+        let freed = freed + self.reclaim(caller, want.saturating_sub(freed));
+        if freed > 0 {
+            return freed;
+        }
+        self.files.shrink(scratch, want)
+    }
+}
+
+/// The part of `want` that falls to `some` of `all`, rounded up.
+fn part(want: usize, some: u64, all: u64) -> usize {
+    let part = (want as u64 * some).div_ceil(all.max(1));
+    usize::try_from(part).unwrap_or(want).min(want)
+}

@@ -1,0 +1,207 @@
+//! The page cache of one file (the kernel's `struct address_space`): which of its pages are in RAM, who maps them, and what
+//! the file does not have yet.
+//!
+//! Pages are shared frames: a page of the file has one place in the machine's memory, however many mappings show it, and a
+//! frame of the RAM budget accounts for it. The cursor of a block is the lock of its pages, as in an address space; who wants
+//! to change what a pin relies on *claims* the frame under it ([`Frame::freeze`](pgmap_core::page::Frame::freeze)), which
+//! fails while anybody has it pinned, so that pins need no lock. What must never happen here: a dirty page dropped (FLT-4),
+//! a pinned page evicted, taken for clean (GUP-4) or truncated; bytes shown that were read before a truncation (FLT-2).
+
+use alloc::sync::Arc;
+use core::ops::Range;
+
+use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
+use pgmap_core::memremap::MemoryMap;
+use pgmap_core::platform::{OutOfAddressSpace, Platform};
+use pgmap_core::ram::Ram;
+use pgmap_sync::atomic::{AtomicU64, Ordering};
+use pgmap_sync::{Mutex, WaitQueue};
+
+use crate::backing::Backing;
+use crate::errseq::ErrSeq;
+use crate::page_table::{BLOCK_PAGES, Cursor, PageIndex, PageTable};
+use crate::policy::{Class, Queues};
+use crate::shared_mmu::SharedMmu;
+use crate::stats::Stats;
+
+mod barrier;
+mod dirty;
+mod entry;
+mod failure;
+mod fault;
+mod pin;
+mod rmap;
+mod shrink;
+mod truncate;
+mod writeback;
+
+pub use entry::{CachePage, Cached};
+pub use failure::Lost;
+pub(crate) use pin::NotPinned;
+pub use rmap::FileVma;
+pub use truncate::TruncateError;
+pub use writeback::{OnPinned, Scratch, Written};
+
+use barrier::Barrier;
+use dirty::DirtyBlocks;
+use entry::{Mapping, State};
+use rmap::FileVmas;
+
+/// What a page cache is made of.
+#[derive(Debug)]
+pub struct CacheParts {
+    /// Memory for tables.
+    pub platform: &'static dyn Platform,
+    /// All frames.
+    pub map: Arc<MemoryMap>,
+    /// The RAM budget.
+    pub ram: Arc<Ram>,
+    /// The memory of the pages.
+    pub mmu: Arc<dyn SharedMmu>,
+    /// The file.
+    pub backing: Arc<dyn Backing>,
+    /// How long the file is, in bytes.
+    pub size_bytes: u64,
+    /// How many pages it may ever have.
+    pub most_pages: u32,
+    /// Where events are counted.
+    pub stats: &'static Stats,
+}
+
+/// The pages of one file that are in RAM.
+///
+/// # Invariants
+///
+/// The machine maps a page only if its entry is `Cached` and `Mapped`, and writable only if it is `Dirty`. A pinned page
+/// that somebody may write through is `Dirty`. A frame of RAM with an entry has one reference that belongs to it.
+#[derive(Debug)]
+pub struct PageCache {
+    table: PageTable<CachePage>,
+    mmu: Arc<dyn SharedMmu>,
+    backing: Arc<dyn Backing>,
+    map: Arc<MemoryMap>,
+    ram: Arc<Ram>,
+    vmas: FileVmas,
+    size_bytes: AtomicU64, // changed under `resizing`
+    resizing: Mutex<()>,
+    barrier: Barrier,
+    /// Blocks with mapped pages, and blocks with others.
+    active: Queues,
+    inactive: Queues,
+    dirty_blocks: DirtyBlocks,
+    /// Pages in RAM, and those of them that are dirty, and under writeback.
+    cached: AtomicU64,
+    dirty: AtomicU64,
+    under_writeback: AtomicU64,
+    /// Who waits for pages that are under writeback.
+    written: WaitQueue,
+    errors: ErrSeq,
+    stats: &'static Stats,
+}
+
+impl PageCache {
+    /// The cache of a file of which nothing is in RAM yet.
+    ///
+    /// # Errors
+    ///
+    /// [`OutOfAddressSpace`] if the machine has no room for the tables.
+    pub fn new(parts: CacheParts) -> Result<Self, OutOfAddressSpace> {
+        let pages = parts.most_pages.next_multiple_of(BLOCK_PAGES);
+        Ok(Self {
+            table: PageTable::new(parts.platform, VirtAddr::new(0), pages)?,
+            mmu: parts.mmu,
+            backing: parts.backing,
+            map: parts.map,
+            ram: parts.ram,
+            vmas: FileVmas::default(),
+            size_bytes: AtomicU64::new(parts.size_bytes),
+            resizing: Mutex::new(()),
+            barrier: Barrier::default(),
+            active: Queues::new(parts.platform, pages)?,
+            inactive: Queues::new(parts.platform, pages)?,
+            dirty_blocks: DirtyBlocks::new(parts.platform, pages)?,
+            cached: AtomicU64::new(0),
+            dirty: AtomicU64::new(0),
+            under_writeback: AtomicU64::new(0),
+            written: WaitQueue::new(),
+            errors: ErrSeq::default(),
+            stats: parts.stats,
+        })
+    }
+
+    /// How long the file is, in bytes.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        // Acquire: pairs with the release of who changed it, so that what was removed before is gone.
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
+    /// Pages of the file that hold any byte of it.
+    #[must_use]
+    pub fn size_pages(&self) -> u32 {
+        u32::try_from(self.size_bytes().div_ceil(PAGE_SIZE as u64)).unwrap_or(u32::MAX)
+    }
+
+    /// The longest that the file may become, in bytes.
+    #[must_use]
+    pub fn most_bytes(&self) -> u64 {
+        u64::from(self.table.pages()) * PAGE_SIZE as u64
+    }
+
+    /// Pages in RAM.
+    #[must_use]
+    pub fn cached_pages(&self) -> u64 {
+        // Relaxed, here and below: numbers that stand alone.
+        self.cached.load(Ordering::Relaxed)
+    }
+
+    /// Pages in RAM that the file does not have yet.
+    #[must_use]
+    pub fn dirty_pages(&self) -> u64 {
+        self.dirty.load(Ordering::Relaxed)
+    }
+
+    /// The errors of writeback.
+    #[must_use]
+    pub const fn errors(&self) -> &ErrSeq {
+        &self.errors
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn backing(&self) -> &dyn Backing {
+        &*self.backing
+    }
+
+    /// What is known of a page at this moment.
+    #[must_use]
+    pub fn peek(&self, page: u32) -> CachePage {
+        self.table.peek(PageIndex(page))
+    }
+
+    /// Notes that RAM has bytes of a page that the file has not.
+    fn set_dirty(&self, cursor: &mut Cursor<'_, CachePage>, page: PageIndex) {
+        if let CachePage::Cached(cached) = cursor.get(page)
+            && !cached.is_dirty()
+        {
+            let state = State::Dirty;
+            cursor.set(page, CachePage::Cached(Cached { state, ..cached }));
+            self.dirty_blocks.set(page.block());
+            self.dirty.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Puts the pages of a block up for reclaim, if it has any.
+    fn queue(&self, page: PageIndex, mapping: Mapping) {
+        match mapping {
+            Mapping::Mapped => self.active.push(page.block(), Class::Main),
+            Mapping::Unmapped => self.inactive.push(page.block(), Class::Main),
+        }
+    }
+}
+
+/// The pages that hold any of these bytes.
+fn pages_of(bytes: &Range<u64>) -> Range<u32> {
+    let page = |bytes: u64| u32::try_from(bytes).unwrap_or(u32::MAX);
+    page(bytes.start / PAGE_SIZE as u64)..page(bytes.end.div_ceil(PAGE_SIZE as u64))
+}

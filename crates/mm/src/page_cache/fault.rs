@@ -1,0 +1,221 @@
+//! The fault path of mapped files (the kernel's `filemap_fault` and `page_mkwrite`).
+//!
+//! Called by the thread that serves the machine's faults, and by whoever pins. It reads under the cursor, and maps under the
+//! same cursor.
+
+use core::ops::Range;
+use core::slice;
+
+use pgmap_core::addr::VirtAddr;
+use pgmap_sync::atomic::Ordering;
+
+use super::entry::Mapping;
+use super::rmap::FileVma;
+use super::{CachePage, Cached, PageCache};
+use crate::backing::Transfer;
+use crate::fault::{Access, Outcome};
+use crate::mmu::{Protect, Stop};
+use crate::page_table::{Cursor, PageIndex};
+use crate::readahead::Plan;
+use crate::space::Worker;
+use crate::stats::Stats;
+
+/// Pages that a fault maps along with the faulting one, if they are in RAM: at most this many, itself included.
+const FAULT_AROUND: u32 = 16;
+
+impl PageCache {
+    /// Serves one fault at an address of a mapping of this file.
+    ///
+    /// [`Outcome::NoMemory`] only says that the worker found no frame: who calls makes some free, and calls again.
+    pub fn fault(&self, worker: &mut Worker, at: VirtAddr, access: Access) -> Outcome {
+        let at = at.page_start();
+        let Some(Some(page)) = self.vmas.with(at, |vma| vma.page_at(at)) else {
+            // Unmapped meanwhile.
+            return Outcome::BadAddress;
+        };
+        let page = PageIndex(page);
+        let plan = worker.file_readahead.plan(page);
+        let outcome = self.serve(worker, page, &plan, at, access);
+        worker.frames.give_all(&self.ram);
+        outcome
+    }
+
+    fn serve(
+        &self,
+        worker: &mut Worker,
+        page: PageIndex,
+        plan: &Plan,
+        at: VirtAddr,
+        access: Access,
+    ) -> Outcome {
+        loop {
+            let mut cursor = self.table.lock(page.block());
+            match cursor.get(page) {
+                CachePage::Cached(_) => {
+                    self.map_page(&mut cursor, page, at, access);
+                    return Outcome::Resolved;
+                }
+                CachePage::Poisoned => return self.sigbus(&cursor, at),
+                CachePage::Absent if page.0 >= self.size_pages() => {
+                    return self.sigbus(&cursor, at);
+                }
+                CachePage::Absent => {}
+            }
+            if self.barrier.is_closed(page.0) {
+                drop(cursor);
+                self.wait_for_resize();
+                continue;
+            }
+            if worker.frames.prepare(&self.ram, 1) == 0 {
+                return Outcome::NoMemory;
+            }
+            let mapped = self.vmas.with(at, FileVma::file_pages);
+            let wanted = mapped.unwrap_or(page.0..page.0 + 1);
+            self.read_in(&mut cursor, worker, page, &clip(plan.run(), &wanted));
+        }
+    }
+
+    /// Reads a page that is not in RAM into it, with those of its neighbours in `wanted` that are not either. If the file
+    /// cannot give the page, it is poisoned. The worker has a frame.
+    pub(super) fn read_in(
+        &self,
+        cursor: &mut Cursor<'_, CachePage>,
+        worker: &mut Worker,
+        page: PageIndex,
+        wanted: &Range<u32>,
+    ) {
+        let wanted = clip(wanted.clone(), &(0..self.size_pages()));
+        let absent = |entry| entry == CachePage::Absent;
+        let run = cursor.run(page.0, &wanted, absent);
+        let open = |page: &u32| !self.barrier.is_closed(*page);
+        let end = run.clone().find(|page| !open(page)).unwrap_or(run.end);
+        let run = around(
+            page.0,
+            &(run.start..end),
+            worker.frames.prepare(&self.ram, run.len()),
+        );
+        let run = if self.load(&run) {
+            run
+        } else if run.len() > 1 && self.load(&(page.0..page.0 + 1)) {
+            page.0..page.0 + 1
+        } else {
+            Stats::add(&self.stats.poisoned, 1);
+            cursor.set(page, CachePage::Poisoned);
+            return;
+        };
+        for page in run.clone().map(PageIndex) {
+            let frame = worker.frames.take();
+            self.map.frame(frame).set_mapping(FILE_PAGE);
+            cursor.set(page, CachePage::Cached(Cached::fresh(frame)));
+        }
+        // Relaxed: a number that stands alone.
+        self.cached.fetch_add(run.len() as u64, Ordering::Relaxed);
+        self.queue(page, Mapping::Unmapped);
+        Stats::add(&self.stats.file_pages_read, run.len() as u64);
+    }
+
+    /// Reads pages. Their memory is given back if that fails.
+    fn load(&self, run: &Range<u32>) -> bool {
+        let pages = self.mmu.pages(run.start, run.len());
+        let mut transfer = Transfer::new(run.start, pages, self.size_bytes());
+        self.backing.read(slice::from_mut(&mut transfer));
+        let good = transfer.outcome.is_ok();
+        if !good {
+            Stats::add(&self.stats.file_read_errors, 1);
+            self.mmu.free(run.start, run.len());
+        }
+        good
+    }
+
+    /// Maps a page that is in RAM, or lets it be written.
+    fn map_page(
+        &self,
+        cursor: &mut Cursor<'_, CachePage>,
+        page: PageIndex,
+        at: VirtAddr,
+        access: Access,
+    ) {
+        match access {
+            Access::Read => {}
+            Access::Write | Access::WriteProtected => self.set_dirty(cursor, page),
+        }
+        // Nothing to do if the mapping is gone: so is the access.
+        self.vmas.with(at, |vma| match access {
+            Access::WriteProtected => {
+                Stats::add(&self.stats.faults_file_write, 1);
+                self.mmu.unprotect(at, 1);
+            }
+            Access::Read | Access::Write => {
+                Stats::add(&self.stats.faults_file, 1);
+                self.map_run(cursor, page, vma);
+            }
+        });
+    }
+
+    /// Maps a page at its place in a mapping, and the pages after it that may be mapped alike.
+    fn map_run(&self, cursor: &mut Cursor<'_, CachePage>, page: PageIndex, vma: &FileVma) {
+        let Some(first) = cursor.get(page).cached() else {
+            return;
+        };
+        let around = page.0..page.0.saturating_add(FAULT_AROUND);
+        let limit = clip(around, &clip(vma.file_pages(), &(0..self.size_pages())));
+        let alike = |entry: CachePage| {
+            let page = entry.cached();
+            page.is_some_and(|page| page.state == first.state)
+        };
+        let run = page.0..cursor.run(page.0, &limit, alike).end.max(page.0 + 1);
+        let protect = if first.is_dirty() {
+            Protect::ReadWrite
+        } else {
+            Protect::ReadOnly
+        };
+        let at = vma.address_of(page.0);
+        // A mapping is noted before it can be there: one that is not does no harm.
+        for page in run.clone().map(PageIndex) {
+            if let CachePage::Cached(cached) = cursor.get(page) {
+                let mapping = Mapping::Mapped;
+                cursor.set(page, CachePage::Cached(Cached { mapping, ..cached }));
+            }
+        }
+        self.queue(page, Mapping::Mapped);
+        let progress = self.mmu.map(at, run.len(), protect);
+        match progress.stop {
+            None => {}
+            // Somebody was faster, or there is a neighbour already.
+            Some(Stop::Exists) if progress.done > 0 => {}
+            Some(
+                Stop::Busy
+                | Stop::Unevictable
+                | Stop::Hole
+                | Stop::Exists
+                | Stop::NoMemory
+                | Stop::Gone
+                | Stop::Other(_),
+            ) => self.mmu.wake(at, 1),
+        }
+    }
+
+    /// Answers an access with SIGBUS: there is no such page, or its bytes are lost (FLT-1).
+    fn sigbus(&self, _cursor: &Cursor<'_, CachePage>, at: VirtAddr) -> Outcome {
+        self.vmas.with(at, |_| {
+            if self.mmu.poison(at, 1).done == 0 {
+                self.mmu.wake(at, 1);
+            }
+        });
+        Outcome::Resolved
+    }
+}
+
+/// The word of a frame whose page is a file's: no page of an address space has it.
+const FILE_PAGE: u64 = u64::MAX;
+
+fn clip(range: Range<u32>, to: &Range<u32>) -> Range<u32> {
+    range.start.max(to.start)..range.end.min(to.end)
+}
+
+/// At most `most` pages of `run`, with `page` among them.
+fn around(page: u32, run: &Range<u32>, most: usize) -> Range<u32> {
+    let most = u32::try_from(most).unwrap_or(u32::MAX).max(1);
+    let start = run.start.max((page + 1).saturating_sub(most));
+    start..run.end.min(start + most)
+}

@@ -1,0 +1,113 @@
+//! Pins of a file's pages: counted on the frames, without a lock where the page is there.
+//!
+//! A pin through which somebody may write makes its page dirty at once, and a page that is pinned is never taken for clean,
+//! so it is dirty when the pin ends, whatever was written behind the page tables' back (GUP-4). Whoever evicts, cleans or
+//! truncates claims the frame first, and so a pin comes before that or finds another entry (GUP-3, RMAP-1).
+
+use pgmap_core::addr::Pfn;
+use pgmap_core::page::GetError;
+
+use super::{CachePage, Cached, PageCache};
+use crate::gup::PinAccess;
+use crate::page_table::{Cursor, PageIndex};
+use crate::space::Worker;
+
+/// Why a page of a file could not be pinned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum NotPinned {
+    /// No frame is to be had: make some free, and try again.
+    NoMemory,
+    /// The file is not that long.
+    BeyondTheEnd,
+    /// The file could not give the page.
+    Poisoned,
+    /// It has as many pins as can be counted (REF-5).
+    TooMany,
+}
+
+impl PageCache {
+    /// Pins a page, reading it in if it is not in RAM.
+    pub(crate) fn pin(
+        &self,
+        worker: &mut Worker,
+        page: u32,
+        access: PinAccess,
+    ) -> Result<Pfn, NotPinned> {
+        let page = PageIndex(page);
+        if let Some(frame) = self.try_pin(page, access) {
+            return Ok(frame);
+        }
+        let pinned = self.pin_slow(worker, page, access);
+        worker.frames.give_all(&self.ram);
+        pinned
+    }
+
+    /// Pins a page that is there, without a lock; `None` if that takes more.
+    fn try_pin(&self, page: PageIndex, access: PinAccess) -> Option<Pfn> {
+        let frame = self.table.peek(page).cached()?.frame;
+        self.map.frame(frame).try_pin().ok()?;
+        // From here on nobody can claim the frame; what was done before we see.
+        let entry = self.table.peek(page).cached();
+        let same = entry.is_some_and(|entry| {
+            entry.frame == frame && (access == PinAccess::Read || entry.is_dirty())
+        });
+        if same && !self.barrier.is_closed(page.0) {
+            return Some(frame);
+        }
+        self.ram.unpin(frame);
+        None
+    }
+
+    fn pin_slow(
+        &self,
+        worker: &mut Worker,
+        page: PageIndex,
+        access: PinAccess,
+    ) -> Result<Pfn, NotPinned> {
+        if page.0 >= self.table.pages() {
+            return Err(NotPinned::BeyondTheEnd);
+        }
+        loop {
+            let mut cursor = self.table.lock(page.block());
+            if self.barrier.is_closed(page.0) {
+                drop(cursor);
+                self.wait_for_resize();
+                continue;
+            }
+            match cursor.get(page) {
+                CachePage::Cached(cached) => {
+                    return self.pin_cached(&mut cursor, page, cached, access);
+                }
+                CachePage::Poisoned => return Err(NotPinned::Poisoned),
+                CachePage::Absent if page.0 >= self.size_pages() => {
+                    return Err(NotPinned::BeyondTheEnd);
+                }
+                CachePage::Absent => {}
+            }
+            if worker.frames.prepare(&self.ram, 1) == 0 {
+                return Err(NotPinned::NoMemory);
+            }
+            // Who pins a page is likely to pin those behind it.
+            let wanted = page.0..cursor.pages().end;
+            self.read_in(&mut cursor, worker, page, &wanted);
+        }
+    }
+
+    /// Pins a page that is in RAM: under the cursor nobody else has claimed its frame.
+    fn pin_cached(
+        &self,
+        cursor: &mut Cursor<'_, CachePage>,
+        page: PageIndex,
+        cached: Cached,
+        access: PinAccess,
+    ) -> Result<Pfn, NotPinned> {
+        match access {
+            PinAccess::Read => {}
+            PinAccess::Write => self.set_dirty(cursor, page),
+        }
+        match self.map.frame(cached.frame).try_pin() {
+            Ok(()) => Ok(cached.frame),
+            Err(GetError::TooMany(_) | GetError::NotLive) => Err(NotPinned::TooMany),
+        }
+    }
+}

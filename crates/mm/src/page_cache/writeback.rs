@@ -1,0 +1,442 @@
+//! Writeback: dirty pages go to the file (WB-1 to WB-3).
+//!
+//! A page is *cleaned* first: its frame is claimed, every mapping of it is write-protected, and its entry says `Clean`; then its
+//! bytes are written, without the cursor. Who stores meanwhile makes it dirty again. A page that is pinned cannot be claimed
+//! and stays dirty: background writeback leaves it alone, integrity writeback writes a copy of it, in bounded time. What must
+//! never happen here: two writes of one page under way at once, of which the older could come last.
+
+use core::fmt;
+use core::ops::{ControlFlow, Range};
+
+use pgmap_core::addr::Pfn;
+use pgmap_sync::atomic::Ordering;
+
+use super::entry::{State, Writeback};
+use super::{CachePage, Cached, PageCache};
+use crate::backing::{BackingError, Transfer};
+use crate::page_table::{BlockIndex, Cursor, PageIndex};
+use crate::shared_mmu::Bounce;
+use crate::stats::Stats;
+
+/// Runs of pages that are written at once.
+const RUNS: usize = 16;
+/// Copies of pinned pages that are written at once.
+const COPIES: usize = 16;
+
+/// What becomes of pages that somebody has pinned, and that may change while they are written.
+pub enum OnPinned<'a> {
+    /// They stay dirty (WB-1): background writeback.
+    Skip,
+    /// A copy is written, and they stay dirty (WB-2): integrity writeback.
+    Bounce,
+    /// As `Bounce`, after waiting: `wait` is called with the page as often as it says to go on, and the page is still pinned.
+    Wait(&'a mut dyn FnMut(u32) -> ControlFlow<()>),
+}
+
+impl OnPinned<'_> {
+    /// Whether pages that cannot be cleaned now are left dirty.
+    const fn skips(&self) -> bool {
+        matches!(self, Self::Skip)
+    }
+
+    /// Waits for a pin, if that is wanted, until the caller has waited for long enough.
+    fn wait(&mut self, page: u32) {
+        if let Self::Wait(wait) = self
+            && wait(page).is_break()
+        {
+            *self = Self::Bounce;
+        }
+    }
+}
+
+impl fmt::Debug for OnPinned<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Skip => "Skip",
+            Self::Bounce => "Bounce",
+            Self::Wait(_) => "Wait",
+        })
+    }
+}
+
+/// Memory for writing back, made beforehand.
+#[derive(Debug)]
+pub struct Scratch {
+    bounce: Bounce,
+}
+
+impl Scratch {
+    /// Room for copies.
+    #[must_use]
+    pub fn new() -> Self {
+        let bounce = Bounce::new(COPIES);
+        Self { bounce }
+    }
+}
+
+impl Default for Scratch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What one writeback did.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Written {
+    /// Pages that were written.
+    pub pages: u64,
+    /// Those of them that were written from a copy, and are dirty still.
+    pub bounced: u64,
+    /// Pages that were left dirty, as somebody has them pinned.
+    pub skipped: u64,
+    /// Pages that could not be written, and are dirty still: [`PageCache::errors`] says why.
+    pub failed: u64,
+}
+
+/// A run of pages under writeback.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    first: u32,
+    count: u32,
+    /// The place of its copy, if it is one page that somebody has pinned.
+    copy: Option<usize>,
+}
+
+impl Run {
+    const fn pages(self) -> Range<u32> {
+        self.first..self.first + self.count
+    }
+}
+
+/// Runs that are to be written.
+#[derive(Debug)]
+struct Batch {
+    runs: [Run; RUNS],
+    len: usize,
+    copies: usize,
+    written: Written,
+}
+
+impl Batch {
+    const fn new() -> Self {
+        const NONE: Run = Run {
+            first: 0,
+            count: 0,
+            copy: None,
+        };
+        Self {
+            runs: [NONE; RUNS],
+            len: 0,
+            copies: 0,
+            written: Written {
+                pages: 0,
+                bounced: 0,
+                skipped: 0,
+                failed: 0,
+            },
+        }
+    }
+
+    const fn is_full(&self) -> bool {
+        self.len == RUNS || self.copies == COPIES
+    }
+
+    const fn push(&mut self, run: Run) {
+        self.runs[self.len] = run;
+        self.len += 1;
+    }
+}
+
+/// Why a block was left before its end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Pause {
+    /// The batch is full.
+    Full,
+    /// The page is being written by somebody else, or is about to be truncated.
+    Busy,
+    /// The page is pinned, and the caller wants to wait.
+    Pinned,
+}
+
+impl PageCache {
+    /// Writes the dirty pages of a range to the file. When it returns, pages that were dirty when it was called have been
+    /// written or counted as not written, unless pinned ones were to be skipped: then so were those that others write.
+    ///
+    /// Nothing is made durable: see [`Backing::sync`](crate::backing::Backing::sync).
+    pub fn write_back(
+        &self,
+        scratch: &mut Scratch,
+        range: Range<u32>,
+        mut on_pinned: OnPinned<'_>,
+    ) -> Written {
+        let mut batch = Batch::new();
+        let mut from = PageIndex(range.start);
+        while let Some(block) = self.dirty_blocks.next(from.block()) {
+            let pages = block.pages();
+            let pages = pages.start.max(range.start)..pages.end.min(range.end);
+            if pages.start >= range.end {
+                break;
+            }
+            self.write_block(scratch, &mut batch, pages, &mut on_pinned);
+            from = PageIndex(block.pages().end);
+        }
+        self.submit(scratch, &mut batch);
+        if !on_pinned.skips() {
+            self.wait_for_writeback(range);
+        }
+        batch.written
+    }
+
+    /// Begins to write the dirty pages of a part of a block.
+    fn write_block(
+        &self,
+        scratch: &mut Scratch,
+        batch: &mut Batch,
+        mut pages: Range<u32>,
+        on_pinned: &mut OnPinned<'_>,
+    ) {
+        while let Some(pause) = self.begin(scratch, batch, &mut pages, on_pinned) {
+            // What is ours has to end before we wait for others.
+            self.submit(scratch, batch);
+            match pause {
+                Pause::Full => {}
+                Pause::Busy => {
+                    self.wait_for_writeback(pages.start..pages.start + 1);
+                    self.wait_while_closed(pages.start);
+                }
+                Pause::Pinned => on_pinned.wait(pages.start),
+            }
+        }
+    }
+
+    /// Takes the dirty pages of a part of a block into the batch. Answers why it stopped, with `pages` at the page where.
+    fn begin(
+        &self,
+        scratch: &mut Scratch,
+        batch: &mut Batch,
+        pages: &mut Range<u32>,
+        on_pinned: &OnPinned<'_>,
+    ) -> Option<Pause> {
+        let block = PageIndex(pages.start).block();
+        let mut cursor = self.table.lock(block);
+        while pages.start < pages.end {
+            if batch.is_full() {
+                return Some(Pause::Full);
+            }
+            let at = pages.start;
+            let Some(page) = cursor
+                .get(PageIndex(at))
+                .cached()
+                .filter(|page| page.is_dirty())
+            else {
+                pages.start += 1;
+                continue;
+            };
+            let busy = page.is_under_writeback() || self.barrier.is_closed(at);
+            if busy && !on_pinned.skips() {
+                return Some(Pause::Busy);
+            }
+            if busy {
+                pages.start += 1;
+                continue;
+            }
+            let run = self.clean(&mut cursor, pages);
+            if !run.is_empty() {
+                let (first, count) = (run.start, run.end - run.start);
+                batch.push(Run {
+                    first,
+                    count,
+                    copy: None,
+                });
+                pages.start = run.end;
+                continue;
+            }
+            match on_pinned {
+                OnPinned::Wait(_) if self.map.frame(page.frame).is_pinned() => {
+                    return Some(Pause::Pinned);
+                }
+                OnPinned::Skip => batch.written.skipped += 1,
+                OnPinned::Bounce | OnPinned::Wait(_) => self.copy(scratch, batch, &mut cursor, at),
+            }
+            pages.start += 1;
+        }
+        if cursor
+            .pages()
+            .all(|page| !is_dirty(cursor.get(PageIndex(page))))
+        {
+            self.dirty_blocks.clear(block);
+        }
+        None
+    }
+
+    /// Cleans dirty pages from the first of `pages` on, as many as can be: claims their frames, protects their mappings, and
+    /// says that they are under writeback. Answers which: none if somebody has the first one pinned, or if a mapping could not
+    /// be protected (WB-3).
+    fn clean(&self, cursor: &mut Cursor<'_, CachePage>, pages: &Range<u32>) -> Range<u32> {
+        let mut end = pages.start;
+        while end < pages.end && self.claim_dirty(cursor, end).is_some() {
+            end += 1;
+        }
+        let run = pages.start..end;
+        let is_mapped = |page| {
+            cursor
+                .get(PageIndex(page))
+                .cached()
+                .is_some_and(Cached::is_mapped)
+        };
+        let clean = !run.clone().any(is_mapped) || self.mkclean(&run);
+        for page in run.clone().map(PageIndex) {
+            let Some(cached) = cursor.get(page).cached() else {
+                continue;
+            };
+            if clean {
+                let (state, writeback) = (State::Clean, Writeback::UnderWay);
+                cursor.set(
+                    page,
+                    CachePage::Cached(Cached {
+                        state,
+                        writeback,
+                        ..cached
+                    }),
+                );
+            }
+            self.map.frame(cached.frame).unfreeze(1);
+        }
+        if !clean {
+            return run.start..run.start;
+        }
+        // Relaxed: a number that stands alone.
+        self.dirty.fetch_sub(run.len() as u64, Ordering::Relaxed);
+        self.note_writeback(run.len());
+        run
+    }
+
+    fn claim_dirty(&self, cursor: &Cursor<'_, CachePage>, page: u32) -> Option<Pfn> {
+        let cached = cursor.get(PageIndex(page)).cached()?;
+        let ready =
+            cached.is_dirty() && !cached.is_under_writeback() && !self.barrier.is_closed(page);
+        (ready && self.map.frame(cached.frame).freeze(1)).then_some(cached.frame)
+    }
+
+    /// Takes a copy of a page into the batch; the page stays dirty.
+    fn copy(
+        &self,
+        scratch: &mut Scratch,
+        batch: &mut Batch,
+        cursor: &mut Cursor<'_, CachePage>,
+        page: u32,
+    ) {
+        let Some(cached) = cursor.get(PageIndex(page)).cached() else {
+            return;
+        };
+        scratch.bounce.copy(batch.copies, self.mmu.pages(page, 1));
+        let writeback = Writeback::UnderWay;
+        cursor.set(
+            PageIndex(page),
+            CachePage::Cached(Cached {
+                writeback,
+                ..cached
+            }),
+        );
+        batch.push(Run {
+            first: page,
+            count: 1,
+            copy: Some(batch.copies),
+        });
+        batch.copies += 1;
+        self.note_writeback(1);
+    }
+
+    /// Writes the batch, and ends its writeback.
+    fn submit(&self, scratch: &Scratch, batch: &mut Batch) {
+        let runs = &batch.runs[..batch.len];
+        let size_bytes = self.size_bytes();
+        let mut transfers = batch.runs.map(|run| {
+            let pages = match run.copy {
+                Some(place) => scratch.bounce.page(place),
+                None => self.mmu.pages(run.first, run.count as usize),
+            };
+            Transfer::new(run.first, pages, size_bytes)
+        });
+        let transfers = &mut transfers[..runs.len()];
+        if !runs.is_empty() {
+            self.backing.write(transfers);
+        }
+        for (run, transfer) in runs.iter().zip(transfers) {
+            let count = u64::from(run.count);
+            match transfer.outcome {
+                Ok(()) => {
+                    batch.written.pages += count;
+                    batch.written.bounced += u64::from(run.copy.is_some());
+                }
+                Err(_) => batch.written.failed += count,
+            }
+            self.end(*run, transfer.outcome);
+        }
+        (batch.len, batch.copies) = (0, 0);
+    }
+}
+
+impl PageCache {
+    fn note_writeback(&self, count: usize) {
+        // Relaxed: changed under the cursor of pages whose entries say the same; `wait_for_writeback` looks at those.
+        self.under_writeback
+            .fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    /// Ends the writeback of a run, whose pages are dirty again if they were not written.
+    fn end(&self, run: Run, outcome: Result<(), BackingError>) {
+        let mut cursor = self.table.lock(PageIndex(run.first).block());
+        for page in run.pages().map(PageIndex) {
+            if let CachePage::Cached(cached) = cursor.get(page) {
+                let writeback = Writeback::Idle;
+                cursor.set(
+                    page,
+                    CachePage::Cached(Cached {
+                        writeback,
+                        ..cached
+                    }),
+                );
+            }
+            if outcome.is_err() {
+                self.set_dirty(&mut cursor, page);
+            }
+        }
+        drop(cursor);
+        let count = u64::from(run.count);
+        match outcome {
+            Ok(()) => Stats::add(&self.stats.file_pages_written, count),
+            Err(error) => {
+                Stats::add(&self.stats.file_write_errors, 1);
+                self.errors.set(error);
+            }
+        }
+        // Relaxed: see `note_writeback`.
+        self.under_writeback.fetch_sub(count, Ordering::Relaxed);
+        self.written.wake_all();
+    }
+
+    /// Waits until no page of a range is being written that was when this was called.
+    pub(super) fn wait_for_writeback(&self, range: Range<u32>) {
+        let is_written = |page: u32| {
+            let entry = self.peek(page).cached();
+            !entry.is_some_and(Cached::is_under_writeback)
+        };
+        let mut from = PageIndex(range.start).block();
+        while let Some(block) = self.table.next_used(from) {
+            let pages = block.pages();
+            let pages = pages.start.max(range.start)..pages.end.min(range.end);
+            if pages.start >= range.end {
+                break;
+            }
+            for page in pages.filter(|page| !is_written(*page)) {
+                self.written.wait_until(None, || is_written(page));
+            }
+            from = BlockIndex(block.0 + 1);
+        }
+    }
+}
+
+const fn is_dirty(entry: CachePage) -> bool {
+    matches!(entry, CachePage::Cached(page) if page.is_dirty())
+}
