@@ -8,6 +8,8 @@ pub mod affinity;
 mod area;
 pub mod event;
 pub mod fds;
+pub mod file_backing;
+pub mod file_memory;
 mod forks;
 pub mod mmu;
 pub mod platform;

@@ -26,12 +26,18 @@ use crate::forks::{Drained, Forks};
 use crate::restricted::Restricted;
 use crate::thread::SignalsBlocked;
 use crate::uffd::{
-    Done, FEATURE_EVENT_FORK, FEATURE_MOVE, FEATURE_POISON, FEATURE_SIGBUS, FEATURE_THREAD_ID,
-    FEATURE_WP, Uffd,
+    Done, FEATURE_EVENT_FORK, FEATURE_MINOR_SHMEM, FEATURE_MISSING_SHMEM, FEATURE_MOVE,
+    FEATURE_POISON, FEATURE_SIGBUS, FEATURE_THREAD_ID, FEATURE_WP, FEATURE_WP_SHMEM, Uffd,
 };
 
 /// Features without which the pager does not work.
-const NEEDED: u64 = FEATURE_WP | FEATURE_THREAD_ID | FEATURE_POISON | FEATURE_MOVE;
+const NEEDED: u64 = FEATURE_WP
+    | FEATURE_THREAD_ID
+    | FEATURE_POISON
+    | FEATURE_MOVE
+    | FEATURE_MISSING_SHMEM
+    | FEATURE_MINOR_SHMEM
+    | FEATURE_WP_SHMEM;
 /// Pages of zeros that one call can install.
 const ZEROS: usize = 64;
 /// Between two looks at whether children still wait.

@@ -19,13 +19,17 @@ const API: u64 = 0xAA;
 
 pub(crate) const FEATURE_WP: u64 = 1 << 0;
 pub(crate) const FEATURE_EVENT_FORK: u64 = 1 << 1;
+pub(crate) const FEATURE_MISSING_SHMEM: u64 = 1 << 5;
 pub(crate) const FEATURE_SIGBUS: u64 = 1 << 7;
 pub(crate) const FEATURE_THREAD_ID: u64 = 1 << 8;
+pub(crate) const FEATURE_MINOR_SHMEM: u64 = 1 << 10;
+pub(crate) const FEATURE_WP_SHMEM: u64 = 1 << 12;
 pub(crate) const FEATURE_POISON: u64 = 1 << 14;
 pub(crate) const FEATURE_MOVE: u64 = 1 << 16;
 
 const REGISTER_MISSING: u64 = 1 << 0;
 const REGISTER_WP: u64 = 1 << 1;
+const REGISTER_MINOR: u64 = 1 << 2;
 const COPY_WP: u64 = 1 << 1;
 const WRITEPROTECT_WP: u64 = 1 << 0;
 
@@ -64,7 +68,7 @@ struct Transfer {
     done: i64,
 }
 
-/// `uffdio_poison`.
+/// `uffdio_poison` and `uffdio_continue` have the same shape.
 #[repr(C)]
 struct Fill {
     range: Range,
@@ -85,6 +89,7 @@ const IOCTL_WAKE: Opcode = opcode::read::<Range>(GROUP, 0x02);
 const IOCTL_COPY: Opcode = opcode::read_write::<Transfer>(GROUP, 0x03);
 const IOCTL_MOVE: Opcode = opcode::read_write::<Transfer>(GROUP, 0x05);
 const IOCTL_WRITEPROTECT: Opcode = opcode::read_write::<WriteProtect>(GROUP, 0x06);
+const IOCTL_CONTINUE: Opcode = opcode::read_write::<Fill>(GROUP, 0x07);
 const IOCTL_POISON: Opcode = opcode::read_write::<Fill>(GROUP, 0x08);
 
 /// A message, as the kernel writes it.
@@ -198,6 +203,18 @@ impl Uffd {
         self.call::<IOCTL_REGISTER, _>(&mut arg)
     }
 
+    /// Asks for the faults of a mapping of shared memory: pages that are not mapped, whether the memory has them or not, and
+    /// writes to protected ones.
+    pub(crate) fn register_shared(&self, start: usize, len: usize) -> Result<(), Errno> {
+        let mode = REGISTER_MISSING | REGISTER_WP | REGISTER_MINOR;
+        let mut arg = Register {
+            range: range(start, len),
+            mode,
+            ioctls: 0,
+        };
+        self.call::<IOCTL_REGISTER, _>(&mut arg)
+    }
+
     /// Asks for missing pages only.
     pub(crate) fn register_missing(&self, start: usize, len: usize) -> Result<(), Errno> {
         let mut arg = Register {
@@ -239,6 +256,20 @@ impl Uffd {
     pub(crate) fn move_pages(&self, dst: usize, src: usize, len: usize) -> Done {
         let mut arg = transfer(dst, src, len, 0);
         let result = self.call::<IOCTL_MOVE, _>(&mut arg);
+        done(result, arg.done, len)
+    }
+
+    /// Maps pages that a shared memory has, and wakes who waits for them.
+    pub(crate) fn map_shared(&self, start: usize, len: usize, protect: Protect) -> Done {
+        let mut arg = Fill {
+            range: range(start, len),
+            mode: match protect {
+                Protect::ReadOnly => COPY_WP,
+                Protect::ReadWrite => 0,
+            },
+            done: 0,
+        };
+        let result = self.call::<IOCTL_CONTINUE, _>(&mut arg);
         done(result, arg.done, len)
     }
 

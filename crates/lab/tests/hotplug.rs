@@ -24,7 +24,7 @@ use pgmap_lab::device::{self, ModelDevice};
 use pgmap_lab::machine::Machine;
 use pgmap_lab::machine::Setup;
 use pgmap_lab::model::{self, ModelMmu};
-use pgmap_mm::gup::{PinAccess, pin_user_pages};
+use pgmap_mm::gup::{Pin, pin_user_pages};
 use pgmap_mm::reclaim::Caller;
 use pgmap_mm::seeded_bug::{SeededBug, seed};
 use shuttle::thread;
@@ -158,8 +158,7 @@ fn offline_against_pins() {
         &mut cpu.worker,
         at,
         1,
-        PinAccess::Write,
-        label,
+        &Pin::WRITE.label(label),
     );
     let pin = pin.unwrap();
     let dma = machine.mmu.dma(at).expect("a pinned page stays");

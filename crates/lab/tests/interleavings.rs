@@ -20,7 +20,7 @@ use explore::explore;
 use pgmap_lab::device::{self, Failure, ModelDevice};
 use pgmap_lab::machine::{Machine, Setup, Signal};
 use pgmap_lab::model::{self, ModelMmu};
-use pgmap_mm::gup::{PinAccess, pin_user_pages};
+use pgmap_mm::gup::{Pin, pin_user_pages};
 use pgmap_mm::reclaim::Caller;
 use pgmap_mm::seeded_bug::{SeededBug, seed};
 use shuttle::sync::atomic::{AtomicBool, Ordering};
@@ -470,8 +470,7 @@ fn pins_against_take_out() {
             worker,
             at,
             1,
-            PinAccess::Write,
-            label.clone(),
+            &Pin::WRITE.label(label.clone()),
         ) {
             Ok(pin) => break pin,
             Err(_) => thread::yield_now(),

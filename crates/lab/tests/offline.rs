@@ -16,7 +16,7 @@ use pgmap_core::zone::ZoneChoice;
 use pgmap_lab::device::{self, ModelDevice};
 use pgmap_lab::machine::{Cpu, Machine, Setup};
 use pgmap_lab::model::{self, ModelMmu};
-use pgmap_mm::gup::{PinAccess, pin_user_pages};
+use pgmap_mm::gup::{Pin, pin_user_pages};
 use pgmap_mm::reclaim::Caller;
 
 const PAGES: u32 = 1600;
@@ -93,8 +93,7 @@ fn a_pin_keeps_its_block_on_line_by_name() {
         &mut cpu.worker,
         at,
         2,
-        PinAccess::Write,
-        label,
+        &Pin::WRITE.label(label),
     );
     let before = (ram.limit(), ram.capacity(), ram.in_use());
     let error = offline(&machine, 0).unwrap_err();

@@ -13,7 +13,7 @@ use std::thread;
 use pgmap_lab::device::{self, ModelDevice};
 use pgmap_lab::machine::{Cpu, Machine, Setup, Signal};
 use pgmap_lab::model::{self, ModelMmu};
-use pgmap_mm::gup::{PinAccess, PinError, pin_user_pages};
+use pgmap_mm::gup::{Pin, PinError, pin_user_pages};
 
 const PAGES: u32 = 256;
 const PROGRAMS: u32 = 4;
@@ -74,8 +74,7 @@ impl Program {
                 worker,
                 word,
                 1,
-                PinAccess::Write,
-                label,
+                &Pin::WRITE.label(label),
             ) {
                 Ok(pin) => break pin,
                 // Whatever could be freed is on its way to a device.

@@ -19,7 +19,7 @@ use pgmap_sync::{Mutex, WaitQueue};
 
 use crate::backing::Backing;
 use crate::errseq::ErrSeq;
-use crate::page_table::{BLOCK_PAGES, Cursor, PageIndex, PageTable};
+use crate::page_table::{BLOCK_PAGES, BlockIndex, Cursor, PageIndex, PageTable};
 use crate::policy::{Class, Queues};
 use crate::shared_mmu::SharedMmu;
 use crate::stats::Stats;
@@ -196,6 +196,19 @@ impl PageCache {
         match mapping {
             Mapping::Mapped => self.active.push(page.block(), Class::Main),
             Mapping::Unmapped => self.inactive.push(page.block(), Class::Main),
+        }
+    }
+}
+
+impl Drop for PageCache {
+    fn drop(&mut self) {
+        let mut from = BlockIndex(0);
+        while let Some(block) = self.table.next_used(from) {
+            let frames = block.pages().filter_map(|page| self.peek(page).cached());
+            for page in frames {
+                self.ram.free(&[page.frame]);
+            }
+            from = BlockIndex(block.0 + 1);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! The program of the README: 256 MiB of data in 64 MiB of RAM, with pages pinned in between.
 
-use pgmap::{Device, Memory, PinAccess};
+use pgmap::{Device, Memory, Pin};
 
 fn main() -> Result<(), Box<dyn core::error::Error>> {
     let memory = Memory::builder()
@@ -15,7 +15,7 @@ fn main() -> Result<(), Box<dyn core::error::Error>> {
     let start = map.range().start;
     let pin = memory
         .space()
-        .pin_user_pages(start, 1 << 20, PinAccess::Read, "rx ring")?;
+        .pin_user_pages(start..start + (1 << 20), &Pin::READ.label("rx ring"))?;
     for holder in memory.holders(map.range()) {
         let kib = holder.range.len() >> 10;
         println!("{} holds {kib} KiB in RAM", holder.label);

@@ -18,6 +18,8 @@
 mod blocks;
 mod budget;
 mod device;
+mod file;
+mod flusher;
 mod memory;
 mod pager;
 pub mod run;
@@ -25,6 +27,7 @@ pub mod shared;
 mod space;
 
 pub use device::{Device, open_backing};
+pub use file::{File, FileMapping, OpenError, SyncError, Writeback};
 pub use memory::{BuildError, Mapping, Memory, MemoryBuilder};
 pub use pgmap_core::hotplug::{BlockView, HotplugError};
 pub use pgmap_core::memory_block::BlockState;
@@ -33,7 +36,10 @@ pub use pgmap_core::zone::{RamZone, ZoneChoice};
 pub use pgmap_drivers::compressed::Algorithm;
 pub use pgmap_drivers::file::FileDevice;
 pub use pgmap_drivers::spec;
+pub use pgmap_host::file_memory::Prot;
 pub use pgmap_host::probe;
-pub use pgmap_mm::gup::{Pin, PinAccess, PinError};
+pub use pgmap_mm::backing::BackingError;
+pub use pgmap_mm::gup::{Pin, PinError, PinnedPages};
+pub use pgmap_mm::page_cache::{TruncateError, Written};
 pub use pgmap_mm::stats::Stats;
 pub use space::{AddressSpace, MapError, Place};

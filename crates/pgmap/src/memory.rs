@@ -14,8 +14,10 @@ use pgmap_host::mmu::{Children, HostError, HostMmu};
 use pgmap_host::platform::HostPlatform;
 use pgmap_mm::space::Parts;
 use pgmap_mm::stats::Stats;
+use pgmap_sync::Mutex;
 
 use crate::device::Device;
+use crate::flusher;
 use crate::pager::{Pager, Surroundings, kill_as_out_of_memory};
 use crate::space::{AddressSpace, MapError};
 
@@ -26,7 +28,7 @@ const SPARE_SLOTS: u64 = 256;
 /// Managed addresses, in bytes: 1 TiB, as virtual machines reserve hundreds of GiB.
 const ADDRESSES: usize = 1 << 40;
 
-static PLATFORM: HostPlatform = HostPlatform;
+pub(crate) static PLATFORM: HostPlatform = HostPlatform;
 
 /// Why a [`Memory`] could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -144,6 +146,7 @@ impl MemoryBuilder {
             space,
             pager,
             threads: Some(threads),
+            flusher: Mutex::new(None),
         })
     }
 }
@@ -167,6 +170,7 @@ pub struct Memory {
     space: Arc<AddressSpace>,
     pager: Arc<Pager>,
     threads: Option<[JoinHandle<()>; 2]>,
+    flusher: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Memory {
@@ -193,6 +197,19 @@ impl Memory {
     #[must_use]
     pub const fn space(&self) -> &Arc<AddressSpace> {
         &self.space
+    }
+
+    pub(crate) const fn pager(&self) -> &Arc<Pager> {
+        &self.pager
+    }
+
+    /// Starts to write dirty pages of files back, unless that has begun.
+    pub(crate) fn start_flusher(&self) -> std::io::Result<()> {
+        let mut flusher = self.flusher.lock();
+        if flusher.is_none() {
+            *flusher = Some(flusher::start(&self.pager)?);
+        }
+        Ok(())
     }
 
     /// What happened so far.
@@ -225,7 +242,8 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         self.pager.stop();
-        for thread in self.threads.take().into_iter().flatten() {
+        let flusher = self.flusher.lock().take();
+        for thread in self.threads.take().into_iter().flatten().chain(flusher) {
             // A pager thread that panicked has ended the process already.
             let _ = thread.join();
         }

@@ -7,7 +7,6 @@
 use core::ops::Range;
 use core::ptr;
 use core::time::Duration;
-use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,7 +14,7 @@ use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_core::holders::Holder;
 use pgmap_host::mmu::{Children, HostMmu, Inherit};
 use pgmap_mm::discard::Pinned;
-use pgmap_mm::gup::{Pin, PinAccess, PinError, pin_user_pages};
+use pgmap_mm::gup::{Pin, PinError, PinnedPages, pin_user_pages};
 use pgmap_mm::space::Worker;
 use pgmap_mm::vma::Vmas;
 use pgmap_sync::Mutex;
@@ -371,46 +370,42 @@ impl AddressSpace {
     /// Pins a range: its pages are in RAM and stay where they are until the guard is dropped. Waits a quarter of a second
     /// at most for other pages to leave.
     ///
+    /// The range is one of anonymous memory, or of mapped files. What is written through the pin, by whomever, reaches the file:
+    /// the pages are dirty until they are unpinned, and written back after that.
+    ///
     /// # Errors
     ///
     /// See [`PinError`].
     #[track_caller]
-    pub fn pin_user_pages(
-        &self,
-        at: usize,
-        bytes: usize,
-        access: PinAccess,
-        label: impl Into<Cow<'static, str>>,
-    ) -> Result<Pin, PinError> {
-        let bad = PinError::BadAddress {
-            at: VirtAddr::new(at),
-        };
-        let (start, pages) = self.pages(at, bytes).map_err(|_| bad)?;
-        let (label, began) = (label.into(), Instant::now());
+    pub fn pin_user_pages(&self, range: Range<usize>, pin: &Pin) -> Result<PinnedPages, PinError> {
+        let start = VirtAddr::new(range.start).page_start();
+        let pages = range.end.saturating_sub(start.get()).div_ceil(PAGE_SIZE);
+        let pages = u32::try_from(pages).ok().filter(|pages| *pages > 0);
+        let pages = pages.ok_or(PinError::BadAddress { at: start })?;
+        let began = Instant::now();
         let could_be_had = u64::from(pages) <= self.inner.ram().limit();
         let mut worker = self.take_worker();
-        let pin = loop {
-            let label = label.clone();
-            let pin = pin_user_pages(&self.inner, &mut worker, start, pages, access, label);
-            let short = matches!(pin, Err(PinError::NoMemory { .. }));
+        let pinned = loop {
+            let pinned = pin_user_pages(&self.inner, &mut worker, start, pages, pin);
+            let short = matches!(pinned, Err(PinError::NoMemory { .. }));
             if !short || !could_be_had || began.elapsed() >= PIN_PATIENCE {
-                break pin;
+                break pinned;
             }
             // Pages are on their way out, or others hold them for a moment.
             std::thread::sleep(PIN_RETRY);
         };
         self.keep_worker(worker);
-        pin
+        pinned
     }
 
     /// The last worker that was used, if nobody else has it.
-    fn take_worker(&self) -> Worker {
+    pub(crate) fn take_worker(&self) -> Worker {
         let spare = self.spare_worker.lock().take();
         spare.unwrap_or_default()
     }
 
     /// Keeps a worker for the next thread.
-    fn keep_worker(&self, worker: Worker) {
+    pub(crate) fn keep_worker(&self, worker: Worker) {
         let before = self.spare_worker.lock().replace(worker);
         // Not under the lock.
         drop(before);

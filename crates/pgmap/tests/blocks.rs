@@ -3,7 +3,7 @@
 
 use core::time::Duration;
 
-use pgmap::{BlockState, Device, Memory, PinAccess, ZoneChoice};
+use pgmap::{BlockState, Device, Memory, Pin, ZoneChoice};
 
 const MIB: usize = 1 << 20;
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -65,7 +65,10 @@ fn a_pinned_block_stays_by_name() {
     map.as_mut_slice().fill(1);
     let pin = memory
         .space()
-        .pin_user_pages(map.range().start, 16 * MIB, PinAccess::Read, "rx ring")
+        .pin_user_pages(
+            map.range().start..map.range().start + 16 * MIB,
+            &Pin::READ.label("rx ring"),
+        )
         .unwrap();
     let kept: Vec<_> = memory
         .ram_blocks()

@@ -1,7 +1,6 @@
 //! What a program did to its memory, and what it may therefore find there.
 
 use core::ops::{ControlFlow, Range};
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -12,7 +11,7 @@ use pgmap_core::zone::ZoneChoice;
 use pgmap_lab::device::Failure;
 use pgmap_lab::machine::{Cpu, Machine, Signal};
 use pgmap_lab::model::{Dma, Fault, Operation};
-use pgmap_mm::gup::{Pin, PinAccess, PinError, pin_user_pages};
+use pgmap_mm::gup::{Pin, PinAccess, PinError, PinnedPages, pin_user_pages};
 use pgmap_mm::mmu::Stop;
 use pgmap_mm::offline::Round;
 use pgmap_mm::reclaim::Caller;
@@ -47,7 +46,7 @@ pub(crate) enum Step {
 }
 
 struct Pinned {
-    _pin: Pin,
+    _pin: PinnedPages,
     pages: Range<u32>,
     dma: Vec<(u32, Dma)>,
 }
@@ -319,8 +318,10 @@ impl History {
             &mut self.cpu.worker,
             at,
             count,
-            access,
-            Cow::Borrowed("test"),
+            &match access {
+                PinAccess::Read => Pin::READ,
+                PinAccess::Write => Pin::WRITE,
+            },
         );
         let pin = match pin {
             Ok(pin) => pin,
@@ -346,7 +347,9 @@ impl History {
             PinError::Poisoned { at } => (at, Signal::Bus),
             PinError::BadAddress { at } => (at, Signal::Segv),
             PinError::NoMemory { at } => (at, Signal::OutOfMemory),
-            PinError::TooManyPins { at } => panic!("{at:?} has too many pins"),
+            PinError::TooManyPins { at }
+            | PinError::BeyondTheEnd { at }
+            | PinError::LongTerm { at } => panic!("{at:?}: {error}"),
         };
         let page = (at.get() - self.machine.word(0, 0).get()) / PAGE_SIZE;
         self.outcome::<()>(u32::try_from(page).unwrap(), Err(signal));

@@ -1,0 +1,154 @@
+//! A file as the page cache's backing: read and written past the kernel's own cache where the file system can (`O_DIRECT`).
+//!
+//! Only the end of the file, which is seldom a whole block, goes through the kernel's cache.
+
+use core::ops::Range;
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use pgmap_core::addr::PAGE_SIZE;
+use pgmap_mm::backing::{Backing, BackingError, Transfer};
+use rustix::fs::{self, FallocateFlags, OFlags};
+use rustix::io::Errno;
+
+/// What direct transfers begin and end at, in bytes: every device's block.
+const BLOCK: usize = PAGE_SIZE;
+
+/// An open file.
+#[derive(Debug)]
+pub struct FileBacking {
+    file: File,
+    /// The same file, past the kernel's cache, if its file system can do that.
+    direct: Option<OwnedFd>,
+}
+
+impl FileBacking {
+    /// A file that is open for reading, and for writing if it is to be written.
+    #[must_use]
+    pub fn new(file: File) -> Self {
+        let direct = reopen_direct(&file);
+        Self { file, direct }
+    }
+
+    /// Whether bytes go past the kernel's cache.
+    #[must_use]
+    pub const fn is_direct(&self) -> bool {
+        self.direct.is_some()
+    }
+
+    fn transfer(&self, transfer: &Transfer<'_>, way: Way) -> Result<(), Errno> {
+        let whole = transfer.len_bytes / BLOCK * BLOCK;
+        let direct = self.direct.as_ref().map(AsRawFd::as_raw_fd);
+        let file = self.file.as_raw_fd();
+        Self::move_bytes(transfer, way, 0..whole, direct.unwrap_or(file))?;
+        Self::move_bytes(transfer, way, whole..transfer.len_bytes, file)
+    }
+
+    fn move_bytes(
+        transfer: &Transfer<'_>,
+        way: Way,
+        mut bytes: Range<usize>,
+        fd: i32,
+    ) -> Result<(), Errno> {
+        while !bytes.is_empty() {
+            let at = transfer.pages.as_ptr().as_ptr().wrapping_add(bytes.start);
+            let offset = transfer.offset_bytes + bytes.start as u64;
+            let offset = libc::off_t::try_from(offset).map_err(|_| Errno::FBIG)?;
+            let len = bytes.len();
+            let moved = match way {
+                // SAFETY: the bytes are some of `pages`, which may be written by anybody at any time.
+                Way::Read => unsafe { libc::pread(fd, at.cast(), len, offset) },
+                // SAFETY: and read.
+                Way::Write => unsafe { libc::pwrite(fd, at.cast(), len, offset) },
+            };
+            match usize::try_from(moved) {
+                // The file is shorter than it was: what is not there reads as zeros, as memory does that has never been used.
+                Ok(0) if way == Way::Read => return Ok(()),
+                Ok(0) => return Err(Errno::NOSPC),
+                Ok(moved) => bytes.start += moved,
+                Err(_) => match last_errno() {
+                    Errno::INTR => {}
+                    errno => return Err(errno),
+                },
+            }
+        }
+        Ok(())
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Way {
+    Read,
+    Write,
+}
+
+impl Backing for FileBacking {
+    fn read(&self, transfers: &mut [Transfer<'_>]) {
+        for transfer in transfers {
+            transfer.outcome = self.transfer(transfer, Way::Read).map_err(error);
+        }
+    }
+
+    fn write(&self, transfers: &mut [Transfer<'_>]) {
+        for transfer in transfers {
+            transfer.outcome = self.transfer(transfer, Way::Write).map_err(error);
+        }
+    }
+
+    fn sync(&self) -> Result<(), BackingError> {
+        fs::fdatasync(&self.file).map_err(error)
+    }
+
+    fn set_len(&self, bytes: u64) -> Result<(), BackingError> {
+        fs::ftruncate(&self.file, bytes).map_err(error)
+    }
+
+    fn punch(&self, bytes: Range<u64>) -> Result<(), BackingError> {
+        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        match fs::fallocate(&self.file, how, bytes.start, bytes.end - bytes.start) {
+            Err(Errno::OPNOTSUPP) => self.write_zeros(bytes).map_err(error),
+            punched => punched.map_err(error),
+        }
+    }
+}
+
+impl FileBacking {
+    /// For file systems without holes.
+    fn write_zeros(&self, mut bytes: Range<u64>) -> Result<(), Errno> {
+        static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
+        while !bytes.is_empty() {
+            let len = usize::try_from(bytes.end - bytes.start).unwrap_or(usize::MAX);
+            let zeros = &ZEROS[..len.min(ZEROS.len())];
+            match rustix::io::pwrite(&self.file, zeros, bytes.start) {
+                Ok(written) => bytes.start += written as u64,
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Opens a file once more, so that nobody shares the flag with us.
+fn reopen_direct(file: &File) -> Option<OwnedFd> {
+    let flags = fs::fcntl_getfl(file).ok()? & OFlags::RWMODE;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    fs::open(
+        path,
+        flags | OFlags::DIRECT | OFlags::CLOEXEC,
+        fs::Mode::empty(),
+    )
+    .ok()
+}
+
+const fn error(errno: Errno) -> BackingError {
+    let number = errno.raw_os_error();
+    match errno {
+        Errno::NOSPC | Errno::DQUOT | Errno::FBIG => BackingError::NoSpace(number),
+        _ => BackingError::Io(number),
+    }
+}
+
+fn last_errno() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}

@@ -1,0 +1,440 @@
+//! Files as memory: opened, mapped, pinned, written back.
+//!
+//! ```no_run
+//! use pgmap::{Device, Memory, Pin, Prot, Writeback};
+//!
+//! let memory = Memory::builder().ram(64 << 20).device(Device::compressed(1 << 30)).build()?;
+//! let file = memory.open("data.bin")?;
+//! let map = memory.space().map_file(&file, 0..file.len_bytes(), Prot::ReadWrite)?;
+//! map.write(0, b"through the mapping");
+//! let pins = memory.space().pin_user_pages(map.range(), &Pin::WRITE.label("rx ring"))?;
+//! // A device may write to the pages now, behind everybody's back.
+//! file.sync_range(0..file.len_bytes(), Writeback::Integrity)?; // bounded, even though they are pinned
+//! drop(pins);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! While a file is open here, its pages are ours: what others write to it by other ways is not seen, and a lock keeps other
+//! pgmaps away. What must never happen here: bytes that are only in RAM dropped because somebody lets go of a handle.
+
+use core::marker::PhantomData;
+use core::ops::{ControlFlow, Range};
+use core::ptr;
+use core::time::Duration;
+use std::fs::{self, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
+use pgmap_core::platform::OutOfAddressSpace;
+use pgmap_host::file_backing::FileBacking;
+use pgmap_host::file_memory::{FileMemory, Prot};
+use pgmap_mm::backing::BackingError;
+use pgmap_mm::errseq::Seen;
+use pgmap_mm::page_cache::{
+    CacheParts, FileVma, OnPinned, PageCache, Scratch, TruncateError, Written,
+};
+use pgmap_sync::Mutex;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+use crate::memory::{Memory, PLATFORM};
+use crate::space::{AddressSpace, MapError};
+
+/// How long a file may become while it is open: so many times as long as it is, and this many bytes at least. It costs
+/// addresses only.
+const ROOM_FACTOR: u64 = 4;
+const ROOM_BYTES: u64 = 16 << 30;
+/// Between two looks at a pin that somebody waits for.
+const PIN_POLL: Duration = Duration::from_micros(200);
+
+/// Why a file could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The machine's answer.
+    #[error("{}: {error}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        error: std::io::Error,
+    },
+    /// Somebody else has it open as memory.
+    #[error("{}: somebody else has locked it, perhaps another pgmap", .0.display())]
+    Locked(PathBuf),
+    /// It is a directory, a socket, a device.
+    #[error("{}: not a regular file", .0.display())]
+    NotRegular(PathBuf),
+    /// It is longer than can be mapped.
+    #[error("{}: {bytes} bytes are more than can be mapped (16 TiB)", path.display())]
+    TooLong {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        bytes: u64,
+    },
+    /// The machine has no room for the tables.
+    #[error(transparent)]
+    Tables(#[from] OutOfAddressSpace),
+    /// The machine has no memory for the pages, or no thread to write them back.
+    #[error("{}: no memory for its pages: {errno}", path.display())]
+    Memory {
+        /// The file.
+        path: PathBuf,
+        /// What the machine answered.
+        errno: Errno,
+    },
+}
+
+/// Why bytes are not on the medium. They are still in RAM, dirty, unless the medium itself has lost them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum SyncError {
+    /// Writing them failed, now or before; each who has the file open is told once of each failure.
+    #[error("the file could not be written; its bytes stay in memory: {0}")]
+    Writeback(#[source] BackingError),
+    /// They are written, but the medium could not be told to keep them. The machine may have lost them: this stays so until the
+    /// file is opened again.
+    #[error("the file could not be made durable: {0}; open it again, and look at what is there")]
+    Flush(#[source] BackingError),
+}
+
+/// How pages are written back that somebody has pinned (WB-1, WB-2).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Writeback {
+    /// Not at all: they stay dirty. Nothing is made durable.
+    Background,
+    /// A copy of each is written, and they stay dirty. Everything is made durable.
+    Integrity,
+    /// As `Integrity`, after waiting for so long at most for pins to end.
+    IntegrityAfterPins(Duration),
+}
+
+/// The file, for as long as anybody has a handle or a mapping.
+#[derive(Debug)]
+pub(crate) struct Inner {
+    pub(crate) space: Arc<AddressSpace>,
+    pub(crate) cache: Arc<PageCache>,
+    memory: Arc<FileMemory>,
+    /// Why nothing can be made durable any more.
+    flush_failed: Mutex<Option<BackingError>>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Nobody can be told of a failure any more: `File::sync_all` before is how to hear of it.
+        self.cache
+            .write_back(&mut Scratch::new(), 0..u32::MAX, OnPinned::Bounce);
+        self.space.inner().files().close(&self.cache);
+    }
+}
+
+/// An open file whose pages are memory.
+///
+/// Dropping the last handle and the last mapping writes back what is dirty, without saying whether that worked.
+#[derive(Debug)]
+pub struct File<'m> {
+    inner: Arc<Inner>,
+    seen: Mutex<Seen>,
+    /// Whose pager serves the pages.
+    memory: PhantomData<&'m Memory>,
+}
+
+impl Memory {
+    /// Opens a file for reading and writing, to be mapped.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`].
+    pub fn open(&self, path: impl AsRef<Path>) -> Result<File<'_>, OpenError> {
+        let path = path.as_ref();
+        let failed = |error| OpenError::Open {
+            path: path.to_owned(),
+            error,
+        };
+        let no_memory = |errno| OpenError::Memory {
+            path: path.to_owned(),
+            errno,
+        };
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map_err(failed)?;
+        let metadata = file.metadata().map_err(failed)?;
+        if !fs::FileType::is_file(&metadata.file_type()) {
+            return Err(OpenError::NotRegular(path.to_owned()));
+        }
+        flock(&file, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|_| OpenError::Locked(path.to_owned()))?;
+        let size_bytes = metadata.len();
+        let most_pages = most_pages(size_bytes).ok_or_else(|| OpenError::TooLong {
+            path: path.to_owned(),
+            bytes: size_bytes,
+        })?;
+        let (space, pager) = (self.space(), self.pager());
+        let memory = FileMemory::new(Arc::clone(&pager.mmu), most_pages).map_err(no_memory)?;
+        let memory = Arc::new(memory);
+        let cache = PageCache::new(CacheParts {
+            platform: &PLATFORM,
+            map: Arc::clone(space.inner().map_of_frames()),
+            ram: Arc::clone(space.inner().ram()),
+            mmu: Arc::clone(&memory) as _,
+            backing: Arc::new(FileBacking::new(file)),
+            size_bytes,
+            most_pages,
+            stats: self.stats(),
+        })?;
+        let cache = Arc::new(cache);
+        self.start_flusher()
+            .map_err(|error| no_memory(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN)))?;
+        space.inner().files().open(Arc::clone(&cache));
+        let seen = Mutex::new(cache.errors().sample());
+        let inner = Arc::new(Inner {
+            space: Arc::clone(space),
+            cache,
+            memory,
+            flush_failed: Mutex::new(None),
+        });
+        Ok(File {
+            inner,
+            seen,
+            memory: PhantomData,
+        })
+    }
+}
+
+impl File<'_> {
+    /// How long the file is, in bytes.
+    #[must_use]
+    pub fn len_bytes(&self) -> u64 {
+        self.inner.cache.size_bytes()
+    }
+
+    /// Another handle to the same file, which is told of errors on its own.
+    #[must_use]
+    pub fn another(&self) -> Self {
+        Self {
+            inner: Arc::clone(&self.inner),
+            seen: Mutex::new(self.inner.cache.errors().sample()),
+            memory: PhantomData,
+        }
+    }
+
+    /// Pages of the file that are in RAM, and how many of them the file does not have yet.
+    #[must_use]
+    pub fn pages(&self) -> (u64, u64) {
+        (
+            self.inner.cache.cached_pages(),
+            self.inner.cache.dirty_pages(),
+        )
+    }
+
+    /// Writes the dirty pages that hold any of these bytes. Unless it is background writeback, they are on the medium when this
+    /// returns, even if somebody has them pinned (PMEM-4, WB-2).
+    ///
+    /// # Errors
+    ///
+    /// [`SyncError`]: of writeback at any time since this handle was last told.
+    pub fn sync_range(
+        &self,
+        bytes: Range<u64>,
+        writeback: Writeback,
+    ) -> Result<Written, SyncError> {
+        let page = |bytes: u64| u32::try_from(bytes).unwrap_or(u32::MAX);
+        let start = page(bytes.start / PAGE_SIZE as u64);
+        let range = start..page(bytes.end.div_ceil(PAGE_SIZE as u64)).max(start);
+        let mut scratch = Scratch::new();
+        let (cache, began) = (&self.inner.cache, Instant::now());
+        let written = match writeback {
+            Writeback::Background => cache.write_back(&mut scratch, range, OnPinned::Skip),
+            Writeback::Integrity => cache.write_back(&mut scratch, range, OnPinned::Bounce),
+            Writeback::IntegrityAfterPins(patience) => {
+                let mut wait = |_| keep_waiting(began, patience);
+                cache.write_back(&mut scratch, range, OnPinned::Wait(&mut wait))
+            }
+        };
+        if writeback != Writeback::Background {
+            self.inner.flush().map_err(SyncError::Flush)?;
+        }
+        let mut seen = self.seen.lock();
+        let told = cache.errors().check_and_advance(&mut seen);
+        told.map_err(SyncError::Writeback)?;
+        Ok(written)
+    }
+
+    /// Makes the whole file durable: `fsync`.
+    ///
+    /// # Errors
+    ///
+    /// See [`sync_range`](Self::sync_range).
+    pub fn sync_all(&self) -> Result<(), SyncError> {
+        self.sync_range(0..u64::MAX, Writeback::Integrity).map(drop)
+    }
+
+    /// Makes the file shorter or longer. Waits for so long at most while somebody has a page pinned that would go. Who touches a
+    /// mapping behind the new end gets SIGBUS.
+    ///
+    /// # Errors
+    ///
+    /// [`TruncateError`]: the file is as it was.
+    pub fn set_len(&self, bytes: u64, patience: Duration) -> Result<(), TruncateError> {
+        let began = Instant::now();
+        self.inner
+            .cache
+            .set_len(bytes, |_| keep_waiting(began, patience))
+    }
+
+    /// Makes bytes of the file zeros, and gives their room back. Waits for so long at most while somebody has a page pinned that
+    /// lies in the range as a whole.
+    ///
+    /// # Errors
+    ///
+    /// [`TruncateError`]: the file is as it was.
+    pub fn punch(&self, bytes: Range<u64>, patience: Duration) -> Result<(), TruncateError> {
+        let began = Instant::now();
+        self.inner
+            .cache
+            .punch(bytes, |_| keep_waiting(began, patience))
+    }
+}
+
+impl Inner {
+    /// Makes durable what was written. A failure is not forgotten: the machine tells of it once.
+    fn flush(&self) -> Result<(), BackingError> {
+        let mut failed = self.flush_failed.lock();
+        if let Some(error) = *failed {
+            return Err(error);
+        }
+        let synced = self.cache.backing().sync();
+        *failed = synced.err();
+        synced
+    }
+}
+
+/// How many pages a file may come to have while it is open.
+fn most_pages(size_bytes: u64) -> Option<u32> {
+    let pages = |bytes: u64| u32::try_from(bytes.div_ceil(PAGE_SIZE as u64)).ok();
+    let least = pages(size_bytes)?;
+    let wanted = size_bytes.saturating_mul(ROOM_FACTOR).max(ROOM_BYTES);
+    // The table ends at a block's end.
+    Some(pages(wanted).unwrap_or(least).min(u32::MAX - 63))
+}
+
+fn keep_waiting(began: Instant, patience: Duration) -> ControlFlow<()> {
+    if began.elapsed() >= patience {
+        return ControlFlow::Break(());
+    }
+    std::thread::sleep(PIN_POLL);
+    ControlFlow::Continue(())
+}
+
+/// A part of a file, mapped: shared with all other mappings of it.
+///
+/// Others may write to the same bytes at any time, so no reference to them is given out. A fork's child does not have it.
+///
+/// # Invariants
+///
+/// `vma` is a mapping of the file, entered with the pager, that nobody else removes.
+#[derive(Debug)]
+pub struct FileMapping<'m> {
+    inner: Arc<Inner>,
+    vma: FileVma,
+    prot: Prot,
+    memory: PhantomData<&'m Memory>,
+}
+
+impl AddressSpace {
+    /// Maps bytes of a file, which begin at a multiple of the page size. The last page is mapped whole; behind the end of the
+    /// file its bytes are zeros that reach nobody, and further pages answer with SIGBUS.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::BadRange`] if the range is empty, does not begin at a page, or is longer than the file may ever be;
+    /// [`MapError::Refused`] with what the machine answers.
+    pub fn map_file<'m>(
+        &self,
+        file: &File<'m>,
+        bytes: Range<u64>,
+        prot: Prot,
+    ) -> Result<FileMapping<'m>, MapError> {
+        let inner = Arc::clone(&file.inner);
+        let page = |bytes: u64| u32::try_from(bytes / PAGE_SIZE as u64).ok();
+        let aligned = bytes.start.is_multiple_of(PAGE_SIZE as u64);
+        if !aligned || bytes.is_empty() || bytes.end > inner.cache.most_bytes() {
+            return Err(MapError::BadRange);
+        }
+        let pages = page(bytes.start).zip(page(bytes.end.next_multiple_of(PAGE_SIZE as u64)));
+        let (first, end) = pages.ok_or(MapError::BadRange)?;
+        let at = inner.memory.map(&(first..end), prot)?;
+        let vma = FileVma {
+            at,
+            first,
+            pages: end - first,
+        };
+        self.inner().files().map(&inner.cache, vma);
+        // INVARIANT: just mapped and entered.
+        Ok(FileMapping {
+            inner,
+            vma,
+            prot,
+            memory: PhantomData,
+        })
+    }
+}
+
+impl FileMapping<'_> {
+    /// The mapped addresses.
+    #[must_use]
+    pub fn range(&self) -> Range<usize> {
+        self.vma.at.get()..self.vma.at.get() + self.len_bytes()
+    }
+
+    /// Mapped bytes.
+    #[must_use]
+    pub const fn len_bytes(&self) -> usize {
+        self.vma.pages as usize * PAGE_SIZE
+    }
+
+    /// Copies bytes out of the mapping. If others write them meanwhile, each is an old one or a new one.
+    ///
+    /// # Panics
+    ///
+    /// If the mapping is not so long.
+    pub fn read(&self, offset: usize, to: &mut [u8]) {
+        let from = self.place(offset, to.len()).get() as *const u8;
+        // SAFETY: by the type invariant the bytes are mapped; they are memory that others may write, like that of another
+        // process, and only copied.
+        unsafe { ptr::copy_nonoverlapping(from, to.as_mut_ptr(), to.len()) };
+    }
+
+    /// Copies bytes into the mapping.
+    ///
+    /// # Panics
+    ///
+    /// If the mapping is not so long, or may not be written.
+    pub fn write(&self, offset: usize, from: &[u8]) {
+        assert_eq!(self.prot, Prot::ReadWrite, "the mapping may not be written");
+        let to = self.place(offset, from.len()).get() as *mut u8;
+        // SAFETY: as in `read`; and it may be written.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
+    }
+
+    fn place(&self, offset: usize, len: usize) -> VirtAddr {
+        let end = offset.checked_add(len);
+        assert!(
+            end.is_some_and(|end| end <= self.len_bytes()),
+            "bytes {offset} and {len} more"
+        );
+        self.vma.at.checked_add(offset).unwrap_or(self.vma.at)
+    }
+}
+
+impl Drop for FileMapping<'_> {
+    fn drop(&mut self) {
+        self.inner.space.inner().files().unmap(&self.vma);
+        // SAFETY: by the type invariant it is a mapping of the file that the pager has just forgotten; nobody has a reference
+        // to its bytes.
+        unsafe { self.inner.memory.unmap(self.vma.at, self.vma.pages) };
+    }
+}

@@ -1,0 +1,48 @@
+//! Background writeback: dirty pages of files go to their files before anybody has to wait for that.
+//!
+//! One thread for each [`Memory`] that ever opened a file. It never waits for a pin (WB-1).
+
+use core::time::Duration;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use pgmap_mm::page_cache::{OnPinned, Scratch};
+use pgmap_mm::space::AddressSpace;
+
+use crate::pager::Pager;
+
+/// Pages are written after this long, however few they are.
+const PERIOD: Duration = Duration::from_secs(1);
+/// How often the flusher looks whether there are many.
+const LOOK: Duration = Duration::from_millis(20);
+/// One page of so many that may be in RAM is dirty: then writing begins at once.
+const MANY: u64 = 10;
+
+/// Starts the thread; it ends with the pager.
+pub(crate) fn start(pager: &Arc<Pager>) -> std::io::Result<JoinHandle<()>> {
+    let pager = Arc::clone(pager);
+    pgmap_host::thread::spawn("pgmap-flush", move || flush(&pager))
+}
+
+fn flush(pager: &Pager) {
+    let mut scratch = Scratch::new();
+    let mut idle = Duration::ZERO;
+    while !pager.stopping() {
+        thread::park_timeout(LOOK);
+        idle += LOOK;
+        let space = &pager.space;
+        let dirty = space.files().dirty_pages();
+        if dirty == 0 || (dirty < space.ram().limit() / MANY && idle < PERIOD) {
+            continue;
+        }
+        idle = Duration::ZERO;
+        write_all(space, &mut scratch);
+    }
+}
+
+/// Writes what is dirty in each file, pinned pages excepted.
+fn write_all(space: &AddressSpace, scratch: &mut Scratch) {
+    for cache in space.files().all() {
+        cache.write_back(scratch, 0..u32::MAX, OnPinned::Skip);
+    }
+}

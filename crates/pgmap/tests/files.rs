@@ -1,0 +1,176 @@
+//! Files as memory: what is stored through a mapping is in the file, whatever the pager does meanwhile.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+use core::time::Duration;
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use pgmap::{Device, File, Memory, Pin, Prot, TruncateError, Writeback};
+
+const MIB: usize = 1 << 20;
+const PAGE: usize = 4096;
+
+/// A memory of 8 MiB; none where the machine does not allow it.
+fn memory() -> Option<Memory> {
+    let builder = Memory::builder().ram(8 << 20);
+    match builder.device(Device::compressed(1 << 30)).build() {
+        Ok(memory) => Some(memory),
+        Err(error) => {
+            eprintln!("SKIPPED: {error}");
+            None
+        }
+    }
+}
+
+/// A file that is removed again.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str, bytes: &[u8]) -> Self {
+        let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
+        let path = path.join(format!("{name}-{}", std::process::id()));
+        fs::write(&path, bytes).unwrap();
+        Self(path)
+    }
+
+    /// The word that page `page` of the file begins with now.
+    fn word(&self, page: usize) -> u64 {
+        let mut word = [0; 8];
+        let file = fs::File::open(&self.0).unwrap();
+        file.read_exact_at(&mut word, (page * PAGE) as u64).unwrap();
+        u64::from_le_bytes(word)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// A file of so many pages, each of which begins with its number.
+fn numbered(name: &str, pages: usize) -> Scratch {
+    let mut bytes = vec![0; pages * PAGE];
+    for (nth, page) in bytes.chunks_mut(PAGE).enumerate() {
+        page[..8].copy_from_slice(&(nth as u64).to_le_bytes());
+    }
+    Scratch::new(name, &bytes)
+}
+
+fn resident_pages(memory: &Memory) -> u64 {
+    memory
+        .ram_blocks()
+        .iter()
+        .map(|block| block.used_frames)
+        .sum()
+}
+
+fn word(map: &pgmap::FileMapping<'_>, page: usize) -> u64 {
+    let mut word = [0; 8];
+    map.read(page * PAGE, &mut word);
+    u64::from_le_bytes(word)
+}
+
+fn map<'m>(memory: &Memory, file: &File<'m>) -> pgmap::FileMapping<'m> {
+    let whole = 0..file.len_bytes();
+    memory
+        .space()
+        .map_file(file, whole, Prot::ReadWrite)
+        .unwrap()
+}
+
+/// A file four times as large as the budget is read and written through a mapping, and all of it reaches the file.
+#[test]
+fn a_file_larger_than_ram_is_read_and_written() {
+    let Some(memory) = memory() else { return };
+    let pages = 32 * MIB / PAGE;
+    let scratch = numbered("larger", pages);
+    let file = memory.open(&scratch.0).unwrap();
+    let map = map(&memory, &file);
+    for page in 0..pages {
+        assert_eq!(word(&map, page), page as u64);
+    }
+    assert!(resident_pages(&memory) <= 2048);
+    for page in 0..pages {
+        map.write(page * PAGE, &(page as u64 + 7).to_le_bytes());
+    }
+    assert!(resident_pages(&memory) <= 2048);
+    for page in (0..pages).rev() {
+        assert_eq!(word(&map, page), page as u64 + 7);
+    }
+    file.sync_all().unwrap();
+    assert_eq!(file.pages().1, 0);
+    for page in 0..pages {
+        assert_eq!(scratch.word(page), page as u64 + 7);
+    }
+}
+
+/// WB-1, WB-2, GUP-4: a pinned page is skipped in the background, written by an integrity sync, and stays dirty.
+#[test]
+fn a_pinned_page_is_written_from_a_copy_and_stays_dirty() {
+    let Some(memory) = memory() else { return };
+    let scratch = numbered("pinned", 64);
+    let file = memory.open(&scratch.0).unwrap();
+    let map = map(&memory, &file);
+    let start = map.range().start;
+    let pin = Pin::WRITE.label("rx ring");
+    let pins = memory
+        .space()
+        .pin_user_pages(start..start + PAGE, &pin)
+        .unwrap();
+    map.write(0, &100u64.to_le_bytes());
+    map.write(PAGE, &101u64.to_le_bytes());
+    file.sync_range(0..1 << 20, Writeback::Background).unwrap();
+    assert_eq!((scratch.word(0), scratch.word(1)), (0, 101));
+    let written = file.sync_range(0..1 << 20, Writeback::Integrity).unwrap();
+    assert_eq!((written.pages, written.bounced), (1, 1));
+    assert_eq!((scratch.word(0), file.pages().1), (100, 1));
+    let holders = memory.holders(&map.range());
+    assert_eq!(holders[0].label, "rx ring");
+    drop(pins);
+    file.sync_range(0..1 << 20, Writeback::Background).unwrap();
+    assert_eq!(file.pages().1, 0);
+}
+
+/// WB-5, GUP-3: a truncation reports a pin in its range, and nothing has changed; one beside its range does not matter.
+#[test]
+fn a_truncation_reports_pins_in_its_range_only() {
+    let Some(memory) = memory() else { return };
+    let scratch = numbered("truncated", 64);
+    let file = memory.open(&scratch.0).unwrap();
+    let map = map(&memory, &file);
+    let start = map.range().start;
+    let tenth = start + 10 * PAGE..start + 11 * PAGE;
+    let pins = memory.space().pin_user_pages(tenth, &Pin::READ).unwrap();
+    let refused = file.set_len(8 * PAGE as u64, Duration::from_millis(5));
+    assert_eq!(refused, Err(TruncateError::Pinned { page: 10 }));
+    assert_eq!((file.len_bytes(), word(&map, 63)), (64 * PAGE as u64, 63));
+    file.set_len(11 * PAGE as u64, Duration::ZERO).unwrap();
+    drop(pins);
+    file.set_len(8 * PAGE as u64 + 4, Duration::ZERO).unwrap();
+    assert_eq!(word(&map, 8), 8);
+    file.set_len(64 * PAGE as u64, Duration::ZERO).unwrap();
+    assert_eq!((word(&map, 8), word(&map, 10), word(&map, 63)), (8, 0, 0));
+    file.punch(0..8 * PAGE as u64, Duration::ZERO).unwrap();
+    assert_eq!((word(&map, 7), word(&map, 8)), (0, 8));
+}
+
+/// RMAP-1, WB-3: two mappings of one file show the same bytes, and both report their writes after each sync.
+#[test]
+fn two_mappings_are_cleaned_together() {
+    let Some(memory) = memory() else { return };
+    let scratch = numbered("twice", 64);
+    let file = memory.open(&scratch.0).unwrap();
+    let (first, second) = (map(&memory, &file), map(&memory, &file));
+    for round in 1..20u64 {
+        first.write(0, &round.to_le_bytes());
+        assert_eq!(word(&second, 0), round);
+        file.sync_all().unwrap();
+        second.write(PAGE, &round.to_le_bytes());
+        first.write(2 * PAGE, &round.to_le_bytes());
+        assert_eq!(file.pages().1, 2);
+        file.sync_all().unwrap();
+        assert_eq!([0, 1, 2].map(|page| scratch.word(page)), [round; 3]);
+    }
+}
