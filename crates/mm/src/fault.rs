@@ -79,7 +79,7 @@ impl AddressSpace {
             drop(cursor);
             // Direct reclaim: nobody else was quick enough.
             Stats::add(&self.stats.direct_reclaims, 1);
-            if self.make_room(Caller::FaultHandler, &mut worker.scratch, BATCH) == 0
+            if self.make_room(Caller::FaultHandler, BATCH) == 0
                 && worker.frames.prepare(&self.ram, 1) == 0
             {
                 return Outcome::NoMemory;

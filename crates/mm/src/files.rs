@@ -9,21 +9,42 @@ use alloc::vec::Vec;
 
 use pgmap_core::addr::VirtAddr;
 use pgmap_sync::Mutex;
+use pgmap_sync::atomic::{AtomicU32, Ordering};
 
 use crate::fault::{Access, Outcome};
-use crate::page_cache::{FileVma, PageCache, Scratch};
+use crate::page_cache::{FileNumber, FileVma, PageCache};
 use crate::reclaim::Caller;
 use crate::space::{AddressSpace, BATCH, Worker};
+
+/// One frame of so many may have bytes that only RAM has, before who writes has to wait.
+const DIRTY: u64 = 3;
+/// Blocks of pages that who writes has to write back then.
+const DIRTY_BLOCKS: u32 = 4;
 
 /// The files of one address space.
 #[derive(Debug, Default)]
 pub struct Files {
     open: Mutex<Vec<Arc<PageCache>>>,
+    /// The number that the next file gets.
+    next: AtomicU32,
     /// By first address.
     mapped: Mutex<BTreeMap<VirtAddr, (FileVma, Arc<PageCache>)>>,
 }
 
 impl Files {
+    /// A number for a file that is about to be opened: after 2^31 files they are given again.
+    #[must_use]
+    pub fn next_number(&self) -> FileNumber {
+        // Relaxed: a number that stands alone.
+        FileNumber(self.next.fetch_add(1, Ordering::Relaxed) & (u32::MAX >> 1))
+    }
+
+    /// The open file with this number.
+    pub(crate) fn of(&self, number: FileNumber) -> Option<Arc<PageCache>> {
+        let open = self.open.lock();
+        open.iter().find(|cache| cache.number() == number).cloned()
+    }
+
     /// Adds a file: from now on its pages are reclaimed with all others.
     pub fn open(&self, cache: Arc<PageCache>) {
         self.open.lock().push(cache);
@@ -92,13 +113,13 @@ impl Files {
 
     /// Frees at least `want` frames that pages of files have, if that is possible; says how many. Each file gives in
     /// proportion to what it has.
-    pub fn shrink(&self, scratch: &mut Scratch, want: usize) -> usize {
+    pub fn shrink(&self, want: usize) -> usize {
         let cached = self.cached_pages();
         let (mut freed, mut nth) = (0, 0);
         while freed < want
             && let Some(cache) = self.get(nth)
         {
-            freed += cache.shrink(scratch, part(want, cache.cached_pages(), cached));
+            freed += cache.shrink(part(want, cache.cached_pages(), cached));
             nth += 1;
         }
         freed
@@ -119,29 +140,37 @@ impl AddressSpace {
         };
         loop {
             let outcome = cache.fault(worker, at, access);
+            match access {
+                Access::Read => {}
+                Access::Write | Access::WriteProtected => self.balance_dirty(&cache),
+            }
             let wants_more = outcome == Outcome::NoMemory;
-            if !wants_more || self.make_room(Caller::FaultHandler, &mut worker.scratch, BATCH) == 0
-            {
+            if !wants_more || self.make_room(Caller::FaultHandler, BATCH) == 0 {
                 return outcome;
             }
         }
     }
 
+    /// Who makes too many pages dirty writes some back, instead of leaving that to the flusher (`balance_dirty_pages`).
+    fn balance_dirty(&self, cache: &PageCache) {
+        if self.files.dirty_pages() > self.ram.limit() / DIRTY {
+            cache.write_some(DIRTY_BLOCKS);
+        }
+    }
+
     /// Frees at least `want` frames if that is possible: files and anonymous memory give in proportion to what they have. Says
     /// how many it freed.
-    pub fn make_room(&self, caller: Caller, scratch: &mut Scratch, want: usize) -> usize {
+    pub fn make_room(&self, caller: Caller, want: usize) -> usize {
         let cached = self.files.cached_pages();
         if cached == 0 {
             return self.reclaim(caller, want);
         }
-        let freed = self
-            .files
-            .shrink(scratch, part(want, cached, self.ram.in_use()));
+        let freed = self.files.shrink(part(want, cached, self.ram.in_use()));
         let freed = freed + self.reclaim(caller, want.saturating_sub(freed));
         if freed > 0 {
             return freed;
         }
-        self.files.shrink(scratch, want)
+        self.files.shrink(want)
     }
 }
 

@@ -248,7 +248,7 @@ impl AddressSpace {
         loop {
             let pinned = cache.pin(worker, page, access);
             let wants_more = pinned == Err(NotPinned::NoMemory);
-            if !wants_more || self.make_room(Caller::Reclaimer, &mut worker.scratch, BATCH) == 0 {
+            if !wants_more || self.make_room(Caller::Reclaimer, BATCH) == 0 {
                 return pinned;
             }
         }

@@ -7,11 +7,12 @@
 use alloc::boxed::Box;
 use core::ops::ControlFlow;
 
-use pgmap_core::addr::{PAGE_SIZE, Pfn};
+use pgmap_core::addr::{PAGE_SIZE, Pfn, VirtAddr};
 use pgmap_core::hotplug::{HotplugError, Migrate, Obstacle};
 use pgmap_core::ram::{NotReplaced, Ram};
 use pgmap_core::sparse::BlockId;
 
+use crate::page_cache::FilePage;
 use crate::page_table::PageIndex;
 use crate::pte::Pte;
 use crate::reclaim::Caller;
@@ -86,6 +87,10 @@ impl AddressSpace {
                 Ok(())
             };
         }
+        if let Some(FilePage { file, page }) = FilePage::from_word(frame.mapping()) {
+            let cache = self.files.of(file);
+            return cache.map_or(Ok(()), |cache| cache.replace_frame(page, pfn));
+        }
         let mapping = frame.mapping().checked_sub(1);
         let Some(page) = mapping.and_then(|page| u32::try_from(page).ok()) else {
             // On its way somewhere.
@@ -132,13 +137,20 @@ impl AddressSpace {
         Ok(new)
     }
 
+    /// An address of the page in a frame.
+    fn address_of(&self, pfn: Pfn) -> Option<VirtAddr> {
+        let word = self.map.frame(pfn).mapping();
+        if let Some(FilePage { file, page }) = FilePage::from_word(word) {
+            return self.files.of(file)?.address_of(page);
+        }
+        let page = u32::try_from(word.checked_sub(1)?).ok()?;
+        (page < self.table.pages()).then(|| self.table.address(PageIndex(page)))
+    }
+
     /// Who holds a frame, as far as they have said so (REF-7).
     fn held(&self, pfn: Pfn) -> Obstacle {
-        let page = self.map.frame(pfn).mapping().checked_sub(1);
-        let page = page.and_then(|page| u32::try_from(page).ok());
-        let page = page.filter(|page| *page < self.table.pages());
-        let holder = page.and_then(|page| {
-            let at = self.table.address(PageIndex(page)).get();
+        let holder = self.address_of(pfn).and_then(|at| {
+            let at = at.get();
             let mut holders = self.holders(&(at..at + PAGE_SIZE)).into_iter();
             holders.next().map(Box::new)
         });

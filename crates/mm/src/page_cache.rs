@@ -14,7 +14,7 @@ use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_core::memremap::MemoryMap;
 use pgmap_core::platform::{OutOfAddressSpace, Platform};
 use pgmap_core::ram::Ram;
-use pgmap_sync::atomic::{AtomicU64, Ordering};
+use pgmap_sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use pgmap_sync::{Mutex, WaitQueue};
 
 use crate::backing::Backing;
@@ -29,6 +29,7 @@ mod dirty;
 mod entry;
 mod failure;
 mod fault;
+mod owner;
 mod pin;
 mod rmap;
 mod shrink;
@@ -37,10 +38,12 @@ mod writeback;
 
 pub use entry::{CachePage, Cached};
 pub use failure::Lost;
+pub use owner::FileNumber;
+pub(crate) use owner::FilePage;
 pub(crate) use pin::NotPinned;
 pub use rmap::FileVma;
 pub use truncate::TruncateError;
-pub use writeback::{OnPinned, Scratch, Written};
+pub use writeback::{OnPinned, Written};
 
 use barrier::Barrier;
 use dirty::DirtyBlocks;
@@ -52,6 +55,8 @@ use rmap::FileVmas;
 pub struct CacheParts {
     /// Memory for tables.
     pub platform: &'static dyn Platform,
+    /// The number by which its frames name it: see [`Files::next_number`](crate::files::Files::next_number).
+    pub number: FileNumber,
     /// All frames.
     pub map: Arc<MemoryMap>,
     /// The RAM budget.
@@ -79,6 +84,7 @@ pub struct PageCache {
     table: PageTable<CachePage>,
     mmu: Arc<dyn SharedMmu>,
     backing: Arc<dyn Backing>,
+    number: FileNumber,
     map: Arc<MemoryMap>,
     ram: Arc<Ram>,
     vmas: FileVmas,
@@ -89,6 +95,8 @@ pub struct PageCache {
     active: Queues,
     inactive: Queues,
     dirty_blocks: DirtyBlocks,
+    /// The block at which the next bounded writeback begins.
+    flush_from: AtomicU32,
     /// Pages in RAM, and those of them that are dirty, and under writeback.
     cached: AtomicU64,
     dirty: AtomicU64,
@@ -111,6 +119,7 @@ impl PageCache {
             table: PageTable::new(parts.platform, VirtAddr::new(0), pages)?,
             mmu: parts.mmu,
             backing: parts.backing,
+            number: parts.number,
             map: parts.map,
             ram: parts.ram,
             vmas: FileVmas::default(),
@@ -120,6 +129,7 @@ impl PageCache {
             active: Queues::new(parts.platform, pages)?,
             inactive: Queues::new(parts.platform, pages)?,
             dirty_blocks: DirtyBlocks::new(parts.platform, pages)?,
+            flush_from: AtomicU32::new(0),
             cached: AtomicU64::new(0),
             dirty: AtomicU64::new(0),
             under_writeback: AtomicU64::new(0),

@@ -135,14 +135,14 @@ pub unsafe trait SharedMmu: Send + Sync + fmt::Debug {
     fn free(&self, first: u32, count: usize);
 }
 
-/// Pages of our own, for stable copies of what others may be writing.
+/// Consecutive pages of our own, for stable copies of what others may be writing.
 #[derive(Debug)]
 pub struct Bounce {
     pages: Box<[UnsafeCell<Page>]>,
 }
 
 impl Bounce {
-    /// Room for `count` copies.
+    /// Room for `count` copies. None takes no memory.
     #[must_use]
     pub fn new(count: usize) -> Self {
         let pages = (0..count).map(|_| UnsafeCell::new(Page::ZERO)).collect();
@@ -164,15 +164,16 @@ impl Bounce {
         page.copy_page(0, self.pages[place].get_mut());
     }
 
-    /// The copy in a place, as it was made last.
+    /// The copies in some places, as they were made last.
     ///
     /// # Panics
     ///
-    /// If there is no such place.
+    /// If there are no such places.
     #[must_use]
-    pub fn page(&self, place: usize) -> SharedPages<'_> {
-        let start = NonNull::from(&self.pages[place]).cast();
-        // SAFETY: pages are aligned, and this one lives as long as the borrow; in an `UnsafeCell` it may be written.
-        unsafe { SharedPages::new(start, 1) }
+    pub fn pages(&self, places: Range<usize>) -> SharedPages<'_> {
+        let pages = &self.pages[places];
+        let start = NonNull::from(pages).cast();
+        // SAFETY: pages are aligned, and these live as long as the borrow; in an `UnsafeCell` they may be written.
+        unsafe { SharedPages::new(start, pages.len()) }
     }
 }

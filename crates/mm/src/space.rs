@@ -16,7 +16,6 @@ use pgmap_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::devices::Devices;
 use crate::files::Files;
 use crate::mmu::Mmu;
-use crate::page_cache::Scratch;
 use crate::page_table::{PageIndex, PageTable};
 use crate::policy::Queues;
 use crate::pte::{Copy, Pte};
@@ -263,7 +262,6 @@ pub struct Worker {
     pub(crate) pages: Box<[Page; MAX_WINDOW as usize]>,
     pub(crate) frames: FrameCache,
     pub(crate) write_back: WriteBack,
-    pub(crate) scratch: Scratch,
 }
 
 impl Worker {
@@ -281,7 +279,6 @@ impl Worker {
             pages,
             frames: FrameCache::new(),
             write_back: WriteBack::default(),
-            scratch: Scratch::new(),
         }
     }
 }

@@ -32,9 +32,7 @@ use pgmap_host::file_backing::FileBacking;
 use pgmap_host::file_memory::{FileMemory, Prot};
 use pgmap_mm::backing::BackingError;
 use pgmap_mm::errseq::Seen;
-use pgmap_mm::page_cache::{
-    CacheParts, FileVma, OnPinned, PageCache, Scratch, TruncateError, Written,
-};
+use pgmap_mm::page_cache::{CacheParts, FileVma, OnPinned, PageCache, TruncateError, Written};
 use pgmap_sync::Mutex;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -123,8 +121,7 @@ pub(crate) struct Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         // Nobody can be told of a failure any more: `File::sync_all` before is how to hear of it.
-        self.cache
-            .write_back(&mut Scratch::new(), 0..u32::MAX, OnPinned::Bounce);
+        self.cache.write_back(0..u32::MAX, OnPinned::Bounce);
         self.space.inner().files().close(&self.cache);
     }
 }
@@ -177,6 +174,7 @@ impl Memory {
         let memory = Arc::new(memory);
         let cache = PageCache::new(CacheParts {
             platform: &PLATFORM,
+            number: space.inner().files().next_number(),
             map: Arc::clone(space.inner().map_of_frames()),
             ram: Arc::clone(space.inner().ram()),
             mmu: Arc::clone(&memory) as _,
@@ -244,14 +242,13 @@ impl File<'_> {
         let page = |bytes: u64| u32::try_from(bytes).unwrap_or(u32::MAX);
         let start = page(bytes.start / PAGE_SIZE as u64);
         let range = start..page(bytes.end.div_ceil(PAGE_SIZE as u64)).max(start);
-        let mut scratch = Scratch::new();
         let (cache, began) = (&self.inner.cache, Instant::now());
         let written = match writeback {
-            Writeback::Background => cache.write_back(&mut scratch, range, OnPinned::Skip),
-            Writeback::Integrity => cache.write_back(&mut scratch, range, OnPinned::Bounce),
+            Writeback::Background => cache.write_back(range, OnPinned::Skip),
+            Writeback::Integrity => cache.write_back(range, OnPinned::Bounce),
             Writeback::IntegrityAfterPins(patience) => {
                 let mut wait = |_| keep_waiting(began, patience);
-                cache.write_back(&mut scratch, range, OnPinned::Wait(&mut wait))
+                cache.write_back(range, OnPinned::Wait(&mut wait))
             }
         };
         if writeback != Writeback::Background {

@@ -6,7 +6,7 @@ use core::time::Duration;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use pgmap_mm::page_cache::{OnPinned, Scratch};
+use pgmap_mm::page_cache::OnPinned;
 use pgmap_mm::space::AddressSpace;
 
 use crate::pager::Pager;
@@ -25,7 +25,6 @@ pub(crate) fn start(pager: &Arc<Pager>) -> std::io::Result<JoinHandle<()>> {
 }
 
 fn flush(pager: &Pager) {
-    let mut scratch = Scratch::new();
     let mut idle = Duration::ZERO;
     while !pager.stopping() {
         thread::park_timeout(LOOK);
@@ -36,13 +35,13 @@ fn flush(pager: &Pager) {
             continue;
         }
         idle = Duration::ZERO;
-        write_all(space, &mut scratch);
+        write_all(space);
     }
 }
 
 /// Writes what is dirty in each file, pinned pages excepted.
-fn write_all(space: &AddressSpace, scratch: &mut Scratch) {
+fn write_all(space: &AddressSpace) {
     for cache in space.files().all() {
-        cache.write_back(scratch, 0..u32::MAX, OnPinned::Skip);
+        cache.write_back(0..u32::MAX, OnPinned::Skip);
     }
 }

@@ -20,7 +20,6 @@ use pgmap_host::mmu::HostMmu;
 use pgmap_mm::fault::{Access, Outcome};
 use pgmap_mm::fork::ChildPage;
 use pgmap_mm::mmu::Stop;
-use pgmap_mm::page_cache::Scratch;
 use pgmap_mm::reclaim::Caller;
 use pgmap_mm::space::{AddressSpace, Worker};
 use pgmap_mm::stats::Stats;
@@ -197,14 +196,13 @@ impl Pager {
         self.begin(0);
         let mut ticked = Instant::now();
         let mut worked = ticked;
-        let mut scratch = Scratch::new();
         let mut placement = Placement::new();
         while !self.stopping() {
             // Relaxed: see `handle`.
             if let Some(cpu) = self.fault_cpu.load(Ordering::Relaxed).checked_sub(1) {
                 placement.avoid(cpu);
             }
-            let nap = self.free_some(&mut scratch);
+            let nap = self.free_some();
             if ticked.elapsed() >= TICK {
                 ticked = Instant::now();
                 (surroundings.tick)();
@@ -239,7 +237,7 @@ impl Pager {
     }
 
     /// Frees some frames if they are short. Answers how long to sleep if there is nothing more to do.
-    fn free_some(&self, scratch: &mut Scratch) -> Option<Duration> {
+    fn free_some(&self) -> Option<Duration> {
         let ram = self.space.ram();
         let high = self.low_water() * 2;
         let short = (ram.deficit() + high).saturating_sub(ram.free_count());
@@ -248,7 +246,7 @@ impl Pager {
             // What waits already goes first: taking out more interrupts the program.
             let freed = self.space.store(want);
             // If everything is busy or full, trying again at once is not worth a CPU.
-            return (freed == 0 && self.space.make_room(Caller::Reclaimer, scratch, want) == 0)
+            return (freed == 0 && self.space.make_room(Caller::Reclaimer, want) == 0)
                 .then_some(RETRY);
         }
         // Relaxed: see `keep_ahead`.

@@ -174,3 +174,32 @@ fn two_mappings_are_cleaned_together() {
         assert_eq!([0, 1, 2].map(|page| scratch.word(page)), [round; 3]);
     }
 }
+
+/// HOT-4, HOT-5: the pages of files leave a block of RAM that goes off line, and keep their bytes, clean or dirty.
+#[test]
+fn pages_of_files_leave_a_block_that_goes_off_line() {
+    let builder = Memory::builder().ram(64 << 20);
+    let Ok(memory) = builder.device(Device::compressed(1 << 30)).build() else {
+        eprintln!("SKIPPED: this machine does not allow it");
+        return;
+    };
+    let pages = 48 * MIB / PAGE;
+    let scratch = numbered("offline", pages);
+    let file = memory.open(&scratch.0).unwrap();
+    let map = map(&memory, &file);
+    for page in 0..pages {
+        assert_eq!(word(&map, page), page as u64);
+    }
+    for page in (0..pages).step_by(3) {
+        map.write(page * PAGE, &(page as u64 + 7).to_le_bytes());
+    }
+    let blocks: Vec<_> = memory.ram_blocks().iter().map(|block| block.id).collect();
+    for block in &blocks[..4] {
+        memory.offline(*block, Duration::from_secs(10)).unwrap();
+    }
+    assert!(resident_pages(&memory) <= 32 * (MIB / PAGE) as u64);
+    for page in 0..pages {
+        let more = if page.is_multiple_of(3) { 7 } else { 0 };
+        assert_eq!(word(&map, page), page as u64 + more);
+    }
+}

@@ -11,7 +11,7 @@ use pgmap_sync::atomic::Ordering;
 
 use super::entry::Mapping;
 use super::rmap::FileVma;
-use super::{CachePage, Cached, PageCache};
+use super::{CachePage, Cached, FilePage, PageCache};
 use crate::backing::Transfer;
 use crate::fault::{Access, Outcome};
 use crate::mmu::{Protect, Stop};
@@ -105,7 +105,11 @@ impl PageCache {
         };
         for page in run.clone().map(PageIndex) {
             let frame = worker.frames.take();
-            self.map.frame(frame).set_mapping(FILE_PAGE);
+            let owner = FilePage {
+                file: self.number,
+                page: page.0,
+            };
+            self.map.frame(frame).set_mapping(owner.to_word());
             cursor.set(page, CachePage::Cached(Cached::fresh(frame)));
         }
         // Relaxed: a number that stands alone.
@@ -205,9 +209,6 @@ impl PageCache {
         Outcome::Resolved
     }
 }
-
-/// The word of a frame whose page is a file's: no page of an address space has it.
-const FILE_PAGE: u64 = u64::MAX;
 
 fn clip(range: Range<u32>, to: &Range<u32>) -> Range<u32> {
     range.start.max(to.start)..range.end.min(to.end)

@@ -10,7 +10,7 @@ use pgmap_core::addr::Pfn;
 use pgmap_sync::atomic::Ordering;
 
 use super::entry::Mapping;
-use super::{CachePage, Cached, OnPinned, PageCache, Scratch};
+use super::{CachePage, Cached, OnPinned, PageCache};
 use crate::page_table::{BLOCK_PAGES, BlockIndex, Cursor, PageIndex};
 use crate::stats::Stats;
 
@@ -19,7 +19,7 @@ const INACTIVE: u32 = 4;
 
 impl PageCache {
     /// Frees at least `want` frames if that is possible, writing dirty pages back where it must. Says how many it freed.
-    pub fn shrink(&self, scratch: &mut Scratch, want: usize) -> usize {
+    pub fn shrink(&self, want: usize) -> usize {
         let mut freed = 0;
         // Every block is looked at twice: to be unmapped, and to be emptied.
         let mut patience = 2 * (self.active.len() + self.inactive.len()) + 2;
@@ -30,7 +30,7 @@ impl PageCache {
             {
                 self.deactivate(block);
             } else if let Some((block, _)) = self.inactive.pop(0) {
-                freed += self.evict(scratch, block);
+                freed += self.evict(block);
             } else {
                 break;
             }
@@ -80,7 +80,7 @@ impl PageCache {
     }
 
     /// Drops the pages of a block that are not mapped, and writes dirty ones back first. Says how many frames it freed.
-    fn evict(&self, scratch: &mut Scratch, block: BlockIndex) -> usize {
+    fn evict(&self, block: BlockIndex) -> usize {
         let is_dirty = |page: Cached| page.is_dirty() && !page.is_mapped();
         let pages = block.pages();
         let dirty = pages
@@ -88,7 +88,7 @@ impl PageCache {
             .any(|page| self.peek(page).cached().is_some_and(is_dirty));
         if dirty {
             // What cannot be written stays dirty, and here.
-            self.write_back(scratch, pages.clone(), OnPinned::Skip);
+            self.write_back(pages.clone(), OnPinned::Skip);
         }
         let mut cursor = self.table.lock(block);
         let mut gone = [Pfn::from_u32(0); BLOCK_PAGES as usize];

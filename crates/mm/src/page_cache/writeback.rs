@@ -21,7 +21,7 @@ use crate::stats::Stats;
 /// Runs of pages that are written at once.
 const RUNS: usize = 16;
 /// Copies of pinned pages that are written at once.
-const COPIES: usize = 16;
+const COPIES: usize = 64;
 
 /// What becomes of pages that somebody has pinned, and that may change while they are written.
 pub enum OnPinned<'a> {
@@ -59,27 +59,6 @@ impl fmt::Debug for OnPinned<'_> {
     }
 }
 
-/// Memory for writing back, made beforehand.
-#[derive(Debug)]
-pub struct Scratch {
-    bounce: Bounce,
-}
-
-impl Scratch {
-    /// Room for copies.
-    #[must_use]
-    pub fn new() -> Self {
-        let bounce = Bounce::new(COPIES);
-        Self { bounce }
-    }
-}
-
-impl Default for Scratch {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 /// What one writeback did.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Written {
@@ -98,13 +77,24 @@ pub struct Written {
 struct Run {
     first: u32,
     count: u32,
-    /// The place of its copy, if it is one page that somebody has pinned.
+    /// The place of the first one's copy, if somebody has them pinned.
     copy: Option<usize>,
 }
 
 impl Run {
     const fn pages(self) -> Range<u32> {
         self.first..self.first + self.count
+    }
+
+    /// Whether a page is the next one, in the same block.
+    fn is_continued_by(self, page: u32) -> bool {
+        let block = PageIndex(self.first).block();
+        page == self.pages().end && PageIndex(page).block() == block
+    }
+
+    /// How many of the pages are written from copies.
+    fn bounced(self) -> u64 {
+        self.copy.map_or(0, |_| u64::from(self.count))
     }
 }
 
@@ -113,6 +103,8 @@ impl Run {
 struct Batch {
     runs: [Run; RUNS],
     len: usize,
+    /// Made when the first copy is.
+    bounce: Option<Bounce>,
     copies: usize,
     written: Written,
 }
@@ -127,6 +119,7 @@ impl Batch {
         Self {
             runs: [NONE; RUNS],
             len: 0,
+            bounce: None,
             copies: 0,
             written: Written {
                 pages: 0,
@@ -144,6 +137,20 @@ impl Batch {
     const fn push(&mut self, run: Run) {
         self.runs[self.len] = run;
         self.len += 1;
+    }
+
+    /// Adds the copy that was made last: to the run before if that ends there, and is one of copies, too.
+    fn push_copy(&mut self, page: u32) {
+        let before = self.runs[..self.len].last_mut();
+        match before.filter(|run| run.copy.is_some() && run.is_continued_by(page)) {
+            Some(run) => run.count += 1,
+            None => self.push(Run {
+                first: page,
+                count: 1,
+                copy: Some(self.copies),
+            }),
+        }
+        self.copies += 1;
     }
 }
 
@@ -163,12 +170,7 @@ impl PageCache {
     /// written or counted as not written, unless pinned ones were to be skipped: then so were those that others write.
     ///
     /// Nothing is made durable: see [`Backing::sync`](crate::backing::Backing::sync).
-    pub fn write_back(
-        &self,
-        scratch: &mut Scratch,
-        range: Range<u32>,
-        mut on_pinned: OnPinned<'_>,
-    ) -> Written {
+    pub fn write_back(&self, range: Range<u32>, mut on_pinned: OnPinned<'_>) -> Written {
         let mut batch = Batch::new();
         let mut from = PageIndex(range.start);
         while let Some(block) = self.dirty_blocks.next(from.block()) {
@@ -177,27 +179,39 @@ impl PageCache {
             if pages.start >= range.end {
                 break;
             }
-            self.write_block(scratch, &mut batch, pages, &mut on_pinned);
+            self.write_block(&mut batch, pages, &mut on_pinned);
             from = PageIndex(block.pages().end);
         }
-        self.submit(scratch, &mut batch);
+        self.submit(&mut batch);
         if !on_pinned.skips() {
             self.wait_for_writeback(range);
         }
         batch.written
     }
 
+    /// Writes the dirty pages of some blocks, those excepted that somebody has pinned (WB-1). The next call goes on where this one
+    /// ends.
+    pub fn write_some(&self, blocks: u32) {
+        let mut batch = Batch::new();
+        // Relaxed, here and below: where two that do this begin does not matter.
+        let mut from = BlockIndex(self.flush_from.load(Ordering::Relaxed));
+        for _ in 0..blocks {
+            let next = self.dirty_blocks.next(from);
+            let Some(block) = next.or_else(|| self.dirty_blocks.next(BlockIndex(0))) else {
+                break;
+            };
+            self.write_block(&mut batch, block.pages(), &mut OnPinned::Skip);
+            from = BlockIndex(block.0 + 1);
+        }
+        self.flush_from.store(from.0, Ordering::Relaxed);
+        self.submit(&mut batch);
+    }
+
     /// Begins to write the dirty pages of a part of a block.
-    fn write_block(
-        &self,
-        scratch: &mut Scratch,
-        batch: &mut Batch,
-        mut pages: Range<u32>,
-        on_pinned: &mut OnPinned<'_>,
-    ) {
-        while let Some(pause) = self.begin(scratch, batch, &mut pages, on_pinned) {
+    fn write_block(&self, batch: &mut Batch, mut pages: Range<u32>, on_pinned: &mut OnPinned<'_>) {
+        while let Some(pause) = self.begin(batch, &mut pages, on_pinned) {
             // What is ours has to end before we wait for others.
-            self.submit(scratch, batch);
+            self.submit(batch);
             match pause {
                 Pause::Full => {}
                 Pause::Busy => {
@@ -212,7 +226,6 @@ impl PageCache {
     /// Takes the dirty pages of a part of a block into the batch. Answers why it stopped, with `pages` at the page where.
     fn begin(
         &self,
-        scratch: &mut Scratch,
         batch: &mut Batch,
         pages: &mut Range<u32>,
         on_pinned: &OnPinned<'_>,
@@ -256,7 +269,7 @@ impl PageCache {
                     return Some(Pause::Pinned);
                 }
                 OnPinned::Skip => batch.written.skipped += 1,
-                OnPinned::Bounce | OnPinned::Wait(_) => self.copy(scratch, batch, &mut cursor, at),
+                OnPinned::Bounce | OnPinned::Wait(_) => self.copy(batch, &mut cursor, at),
             }
             pages.start += 1;
         }
@@ -319,17 +332,12 @@ impl PageCache {
     }
 
     /// Takes a copy of a page into the batch; the page stays dirty.
-    fn copy(
-        &self,
-        scratch: &mut Scratch,
-        batch: &mut Batch,
-        cursor: &mut Cursor<'_, CachePage>,
-        page: u32,
-    ) {
+    fn copy(&self, batch: &mut Batch, cursor: &mut Cursor<'_, CachePage>, page: u32) {
         let Some(cached) = cursor.get(PageIndex(page)).cached() else {
             return;
         };
-        scratch.bounce.copy(batch.copies, self.mmu.pages(page, 1));
+        let bounce = batch.bounce.get_or_insert_with(|| Bounce::new(COPIES));
+        bounce.copy(batch.copies, self.mmu.pages(page, 1));
         let writeback = Writeback::UnderWay;
         cursor.set(
             PageIndex(page),
@@ -338,23 +346,19 @@ impl PageCache {
                 ..cached
             }),
         );
-        batch.push(Run {
-            first: page,
-            count: 1,
-            copy: Some(batch.copies),
-        });
-        batch.copies += 1;
+        batch.push_copy(page);
         self.note_writeback(1);
     }
 
     /// Writes the batch, and ends its writeback.
-    fn submit(&self, scratch: &Scratch, batch: &mut Batch) {
+    fn submit(&self, batch: &mut Batch) {
         let runs = &batch.runs[..batch.len];
         let size_bytes = self.size_bytes();
         let mut transfers = batch.runs.map(|run| {
-            let pages = match run.copy {
-                Some(place) => scratch.bounce.page(place),
-                None => self.mmu.pages(run.first, run.count as usize),
+            let count = run.count as usize;
+            let pages = match (run.copy, &batch.bounce) {
+                (Some(place), Some(bounce)) => bounce.pages(place..place + count),
+                (Some(_) | None, _) => self.mmu.pages(run.first, count),
             };
             Transfer::new(run.first, pages, size_bytes)
         });
@@ -367,7 +371,7 @@ impl PageCache {
             match transfer.outcome {
                 Ok(()) => {
                     batch.written.pages += count;
-                    batch.written.bounced += u64::from(run.copy.is_some());
+                    batch.written.bounced += run.bounced();
                 }
                 Err(_) => batch.written.failed += count,
             }
