@@ -36,7 +36,7 @@ const ATOMICS: [(&str, &str); 3] = [
     ),
 ];
 /// Where unsafe code may be.
-const UNSAFE: [&str; 19] = [
+const UNSAFE: [&str; 21] = [
     "crates/sync/",
     "crates/core/",
     "crates/host/",
@@ -48,6 +48,8 @@ const UNSAFE: [&str; 19] = [
     "crates/mm/src/fork.rs",
     "crates/mm/src/mmu.rs",
     "crates/mm/src/reclaim.rs",
+    "crates/mm/src/shared_mmu.rs",
+    "crates/pgmap/src/file.rs",
     "crates/pgmap/src/memory.rs",
     "crates/pgmap/src/shared.rs",
     "crates/pgmap/src/space.rs",
