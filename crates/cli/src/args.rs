@@ -219,6 +219,10 @@ pub(crate) struct RunArgs {
     #[arg(long = "device", value_name = "SPEC", value_parser = clap::builder::ValueParser::new(device))]
     pub(crate) devices: Vec<DeviceSpec>,
 
+    /// Keep files that the program maps within --ram, too: those mappings that have at least SIZE bytes, such as 64M
+    #[arg(long, value_name = "SIZE", value_parser = map_files)]
+    pub(crate) map_files: Option<u64>,
+
     /// Write the summary to a file, as JSON
     #[arg(long, value_name = "FILE")]
     pub(crate) report: Option<PathBuf>,
@@ -256,6 +260,10 @@ fn ram(text: &str) -> Result<u64, String> {
         return Err("that is more than any machine can address: give less".to_owned());
     }
     Ok(bytes)
+}
+
+fn map_files(text: &str) -> Result<u64, String> {
+    parse_size(text).map_err(|error| explain(&error))
 }
 
 fn device(text: &str) -> Result<DeviceSpec, String> {

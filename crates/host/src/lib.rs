@@ -9,6 +9,7 @@ mod area;
 pub mod event;
 pub mod fds;
 pub mod file_backing;
+pub mod file_maps;
 pub mod file_memory;
 mod forks;
 pub mod mmu;

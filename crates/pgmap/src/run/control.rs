@@ -98,6 +98,15 @@ impl Control {
         Ok(control)
     }
 
+    /// Keeps the program's own mappings of files that have at least so many bytes within the budget, too. To be called before the
+    /// program starts.
+    pub fn map_files(&self, least_bytes: u64) {
+        // Relaxed: the start of the program comes after it.
+        self.region
+            .map_files()
+            .store(least_bytes, Ordering::Relaxed);
+    }
+
     /// What the processes share.
     #[must_use]
     pub const fn region(&self) -> Region {
