@@ -9,6 +9,7 @@ mod area;
 pub mod event;
 pub mod fds;
 mod forks;
+pub mod hugetlb;
 pub mod mmu;
 pub mod platform;
 pub mod probe;
