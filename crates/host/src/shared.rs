@@ -12,11 +12,13 @@ use core::ops::Range;
 use core::ptr::{self, NonNull};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use pgmap_core::addr::PAGE_SIZE;
 use pgmap_sync::Mutex;
 use rustix::fs::{self, FallocateFlags, FileType, MemfdFlags, OFlags, SeekFrom};
 use rustix::io::{Errno, fcntl_dupfd_cloexec, pread, pwrite};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
+use crate::device_dax::DeviceDax;
 use write_back::WriteBack;
 
 /// What the kernel calls tmpfs and memory files.
@@ -54,8 +56,9 @@ enum Kind {
     /// Huge pages of so many bytes: they are read by the file's own calls, for which a hole needs no page, and written through
     /// the mapping, for want of calls.
     Huge(u64),
-    /// A device-dax: through the mapping. Whatever was stored is written back from the CPU's caches at once.
-    Device(WriteBack),
+    /// A device-dax, mapped in units of so many bytes: through the mapping. Whatever was stored is written back from the CPU's
+    /// caches at once.
+    Device(u64, WriteBack),
 }
 
 /// Whether stores through a mapping are durable once whoever stored has written back the CPU's caches.
@@ -109,18 +112,19 @@ impl SharedFrames {
         Ok(frames)
     }
 
-    /// The first `bytes` bytes of a file that is open for reading and writing, and is that long. A character device is taken
-    /// for a device-dax: who calls knows.
+    /// The first `bytes` bytes of a file that is open for reading and writing, and is that long.
     ///
     /// # Errors
     ///
-    /// What the machine answers; [`Errno::OPNOTSUPP`] for a device whose bytes this CPU does not know how to make durable.
+    /// What the machine answers; [`Errno::NODEV`] for a character device that is no device-dax, [`Errno::OPNOTSUPP`] for one
+    /// whose bytes are not known here to be made durable.
     pub fn of_file(fd: OwnedFd, bytes: u64) -> Result<Self, Errno> {
-        let is_device =
-            FileType::from_raw_mode(fs::fstat(&fd)?.st_mode) == FileType::CharacterDevice;
-        if is_device {
+        let stat = fs::fstat(&fd)?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice {
+            let device = DeviceDax::of(stat.st_rdev).ok_or(Errno::NODEV)?;
             let write_back = write_back::of_this_cpu().ok_or(Errno::OPNOTSUPP)?;
-            return Self::mapped(fd, bytes, Kind::Device(write_back), MapFlags::SHARED);
+            let kind = Kind::Device(device.align_bytes, write_back);
+            return Self::mapped(fd, bytes, kind, MapFlags::SHARED);
         }
         let system = fs::fstatfs(&fd)?;
         match system.f_type {
@@ -170,8 +174,17 @@ impl SharedFrames {
     #[must_use]
     pub const fn is_memory(&self) -> bool {
         match self.kind {
-            Kind::Memory | Kind::Huge(_) | Kind::Device(_) => true,
+            Kind::Memory | Kind::Huge(_) | Kind::Device(..) => true,
             Kind::File(_) => false,
+        }
+    }
+
+    /// The unit in which the bytes can be mapped, in bytes.
+    #[must_use]
+    pub const fn unit_bytes(&self) -> u64 {
+        match self.kind {
+            Kind::File(_) | Kind::Memory => PAGE_SIZE as u64,
+            Kind::Huge(unit) | Kind::Device(unit, _) => unit,
         }
     }
 
@@ -180,7 +193,7 @@ impl SharedFrames {
     pub const fn map_sync(&self) -> Option<MapSync> {
         match self.kind {
             Kind::File(sync) => Some(sync),
-            Kind::Device(_) => Some(MapSync::Yes),
+            Kind::Device(..) => Some(MapSync::Yes),
             Kind::Memory | Kind::Huge(_) => None,
         }
     }
@@ -194,7 +207,7 @@ impl SharedFrames {
         while !to.is_empty() {
             let read = match self.kind {
                 Kind::File(_) | Kind::Memory | Kind::Huge(_) => pread(&self.fd, &mut *to, offset),
-                Kind::Device(_) => self.load(offset, to),
+                Kind::Device(..) => self.load(offset, to),
             };
             match read {
                 Ok(0) => return Err(Errno::IO),
@@ -220,7 +233,7 @@ impl SharedFrames {
         while !from.is_empty() {
             let written = match self.kind {
                 Kind::File(_) | Kind::Memory => pwrite(&self.fd, from, offset),
-                Kind::Huge(_) | Kind::Device(_) => self.store(offset, from),
+                Kind::Huge(_) | Kind::Device(..) => self.store(offset, from),
             };
             match written {
                 Ok(0) => return Err(Errno::NOSPC),
@@ -245,7 +258,7 @@ impl SharedFrames {
         match self.kind {
             Kind::File(_) | Kind::Memory => self.send_file(&range, socket),
             Kind::Huge(_) => self.send_copy(&range, socket),
-            Kind::Device(_) => {
+            Kind::Device(..) => {
                 let (at, len) = self.place(&range)?;
                 // SAFETY: by the type invariant these bytes stay mapped during the call.
                 unsafe { mapped::send(at, len, socket) }
@@ -301,7 +314,7 @@ impl SharedFrames {
     pub fn flush(&self) -> Result<(), Errno> {
         match self.kind {
             Kind::File(_) | Kind::Memory | Kind::Huge(_) => fs::fdatasync(&self.fd),
-            Kind::Device(_) => Ok(()),
+            Kind::Device(..) => Ok(()),
         }
     }
 
@@ -315,7 +328,7 @@ impl SharedFrames {
         match self.kind {
             Kind::File(_) | Kind::Memory => {}
             Kind::Huge(page_bytes) => return self.punch_huge(range, page_bytes),
-            Kind::Device(_) => return Err(Errno::OPNOTSUPP),
+            Kind::Device(..) => return Err(Errno::OPNOTSUPP),
         }
         self.fallocate(
             FallocateFlags::PUNCH_HOLE,
@@ -352,7 +365,7 @@ impl SharedFrames {
             Kind::File(_) | Kind::Memory => {
                 self.fallocate(FallocateFlags::ZERO_RANGE, range.clone())
             }
-            Kind::Huge(_) | Kind::Device(_) => Err(Errno::OPNOTSUPP),
+            Kind::Huge(_) | Kind::Device(..) => Err(Errno::OPNOTSUPP),
         }
     }
 
@@ -368,7 +381,7 @@ impl SharedFrames {
                 self.fallocate(FallocateFlags::empty(), range.clone())
             }
             // It has all of its room.
-            Kind::Device(_) => Ok(()),
+            Kind::Device(..) => Ok(()),
         }
     }
 
@@ -393,7 +406,7 @@ impl SharedFrames {
         match self.kind {
             Kind::File(_) | Kind::Memory => {}
             // Neither can tell.
-            Kind::Huge(_) | Kind::Device(_) => return Ok(vec![Extent::Data(range)]),
+            Kind::Huge(_) | Kind::Device(..) => return Ok(vec![Extent::Data(range)]),
         }
         let (mut extents, mut at) = (Vec::new(), range.start);
         while at < range.end {
@@ -453,7 +466,7 @@ impl SharedFrames {
             Kind::File(_) | Kind::Memory | Kind::Huge(_) => {
                 Ok(fs::fstat(&self.fd)?.st_size.cast_unsigned())
             }
-            Kind::Device(_) => Ok(self.size_bytes()),
+            Kind::Device(..) => Ok(self.size_bytes()),
         }
     }
 
@@ -468,7 +481,7 @@ impl SharedFrames {
             Kind::File(_) | Kind::Memory | Kind::Huge(_) => {
                 Ok(fs::fstat(&self.fd)?.st_blocks.cast_unsigned() * 512)
             }
-            Kind::Device(_) => Ok(self.size_bytes()),
+            Kind::Device(..) => Ok(self.size_bytes()),
         }
     }
 
@@ -494,7 +507,7 @@ impl SharedFrames {
             // The page is gone, or there is none to be had.
             Err(Errno::FAULT) if self.present_bytes()? > offset => match self.kind {
                 Kind::Huge(_) => Err(Errno::NOSPC),
-                Kind::File(_) | Kind::Memory | Kind::Device(_) => Err(Errno::IO),
+                Kind::File(_) | Kind::Memory | Kind::Device(..) => Err(Errno::IO),
             },
             Err(Errno::FAULT) => Err(Errno::IO),
             stored => stored,
@@ -507,7 +520,7 @@ impl SharedFrames {
     fn write_back(&self, at: NonNull<u8>, len: usize) {
         match self.kind {
             // SAFETY: these bytes are mapped by the type invariant, and have their pages: the kernel has just stored there.
-            Kind::Device(write_back) => unsafe { write_back(at, len) },
+            Kind::Device(_, write_back) => unsafe { write_back(at, len) },
             Kind::File(_) | Kind::Memory | Kind::Huge(_) => {}
         }
     }

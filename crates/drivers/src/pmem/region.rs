@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
 use pgmap_core::memremap::{MapError, MemoryMap};
-use pgmap_host::shared::SharedFrames;
+use pgmap_host::shared::{MapSync, SharedFrames};
 use pgmap_sync::{Mutex, MutexGuard};
 use rustix::io::Errno;
 
@@ -19,7 +19,8 @@ use super::image::{self, ImageError, LEAST_BYTES};
 use super::label::{Label, SLOT_BYTES};
 use super::medium::{Medium, Unforgetting, is_zero};
 use super::namespace::{
-    Activation, LABEL_AREA_BYTES, MapLocation, Mode, Namespace, NoNamespace, Wanted,
+    Activation, Align, HugePage, LABEL_AREA_BYTES, MapLocation, Mode, Namespace, NoNamespace,
+    Wanted,
 };
 use super::place::Place;
 use super::spec::{Foreign, PmemSpec, Source};
@@ -43,8 +44,8 @@ pub struct Region {
 pub(crate) enum Storage {
     /// On the region's medium, at their offset.
     Medium,
-    /// Each in a memory file of its own, so that one can be revoked without the others.
-    MemoryFiles,
+    /// Each in a memory file of its own, so that one can be revoked without the others; of huge pages, if there is a size.
+    MemoryFiles(Option<HugePage>),
 }
 
 #[derive(Debug)]
@@ -139,6 +140,23 @@ pub enum RegionError {
     /// The label cannot be written.
     #[error(transparent)]
     Commit(#[from] CommitError),
+    /// There are too few huge pages.
+    #[error("{needed} huge pages of {size} are needed, and {available} are free: write {enough} to {}", .file.display())]
+    FewHugePages {
+        /// How many are needed.
+        needed: u64,
+        /// Of what size.
+        size: Align,
+        /// How many there are.
+        available: u64,
+        /// How many the machine would have to have, those in use included.
+        enough: u64,
+        /// Where that is said.
+        file: PathBuf,
+    },
+    /// There are none of this size.
+    #[error("this machine has no huge pages of {0}: use another size, or leave huge out")]
+    NoHugePages(Align),
     /// The machine refused.
     #[error("the machine refused: {0}")]
     Io(#[from] Errno),
@@ -154,7 +172,9 @@ impl Region {
         match (&spec.source, spec.mode) {
             (Source::Memory, _) => {
                 let bytes = spec.size_bytes.unwrap_or(0);
-                let bytes = bytes.saturating_add(LABEL_AREA_BYTES);
+                // Namespaces begin at whole units.
+                let before = LABEL_AREA_BYTES.max(spec.wanted().align.bytes());
+                let bytes = bytes.saturating_add(before);
                 let label = SharedFrames::memory("pgmap-label", LABEL_AREA_BYTES);
                 let medium = Arc::new(label.map_err(OpenError::Memory)?);
                 let labels = fresh(&*medium, bytes, spec)?;
@@ -163,7 +183,7 @@ impl Region {
                     number,
                     name,
                     medium,
-                    Storage::MemoryFiles,
+                    Storage::MemoryFiles(spec.huge),
                     labels,
                 ))
             }
@@ -308,8 +328,25 @@ impl Region {
             .iter()
             .map(|namespace| namespace.data.start)
             .min();
-        first.unwrap_or(LABEL_AREA_BYTES).min(LABEL_AREA_BYTES)
-            + outside.map(|range| range.end - range.start).sum::<u64>()
+        let most = LABEL_AREA_BYTES.max(self.unit().bytes());
+        first.unwrap_or(most).min(most) + outside.map(|range| range.end - range.start).sum::<u64>()
+    }
+
+    /// The unit in which the machine can map the bytes: no namespace is mapped in a smaller one.
+    pub(crate) fn unit(&self) -> Align {
+        match self.storage {
+            Storage::MemoryFiles(huge) => huge.map_or(Align::Page, HugePage::align),
+            Storage::Medium => unit_of(&*self.medium),
+        }
+    }
+
+    /// Whether who maps the bytes makes his stores durable by the CPU; nothing about memory, which nothing makes durable.
+    #[must_use]
+    pub fn map_sync(&self) -> Option<MapSync> {
+        match self.storage {
+            Storage::MemoryFiles(_) => None,
+            Storage::Medium => self.medium.frames()?.map_sync(),
+        }
     }
 
     /// Whether writing may still fail because the file system is full: the image has holes.
@@ -350,10 +387,11 @@ impl Region {
     pub fn create_namespace(&self, wanted: &Wanted) -> Result<Namespace, RegionError> {
         let uuid = Uuid::random()?;
         let wanted = Wanted {
+            align: wanted.align.max(self.unit()),
             map: match self.storage {
                 Storage::Medium => wanted.map,
                 // The device is RAM.
-                Storage::MemoryFiles => MapLocation::Mem,
+                Storage::MemoryFiles(_) => MapLocation::Mem,
             },
             ..wanted.clone()
         };
@@ -506,10 +544,21 @@ impl Labels {
     }
 }
 
+/// The unit in which a medium's frames can be mapped.
+fn unit_of(medium: &dyn Medium) -> Align {
+    let unit = medium.frames().map_or(0, SharedFrames::unit_bytes);
+    let mut aligns = Align::ALL.iter().copied();
+    aligns
+        .find(|align| align.bytes() >= unit)
+        .unwrap_or(Align::Pud)
+}
+
 /// A medium that becomes a region with one namespace that fills it.
 fn fresh(medium: &dyn Medium, bytes: u64, spec: &PmemSpec) -> Result<Labels, OpenError> {
     let uuid = || Uuid::random().map_err(OpenError::Memory);
-    let namespace = Namespace::place(&spec.wanted(), uuid()?, bytes, &[])?;
+    let mut wanted = spec.wanted();
+    wanted.align = wanted.align.max(unit_of(medium));
+    let namespace = Namespace::place(&wanted, uuid()?, bytes, &[])?;
     let label = Label {
         region: uuid()?,
         medium_bytes: bytes,
