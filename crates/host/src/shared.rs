@@ -6,6 +6,8 @@
 //! an error then, and not a SIGBUS.
 
 mod mapped;
+#[cfg(test)]
+mod tests;
 mod write_back;
 
 use core::ops::Range;

@@ -44,8 +44,9 @@ done
 mount -t ext4 -o dax /dev/pmem1 /mnt || fail "no ext4 with dax"
 
 pgmap serve --pmem /dev/dax0.0 --pmem /mnt/disk.img,size=32M --nbd 127.0.0.1:10809 >/run/serve.log 2>&1 &
+server=$!
 until grep -q ^control: /run/serve.log; do
-    kill -0 $! 2>/dev/null || fail "the server ended"
+    kill -0 $server 2>/dev/null || fail "the server ended"
     sleep 0.1
 done
 pgmap list
@@ -70,6 +71,14 @@ check)
         pgmap map $device --offset 4M --length 4M | cmp - /direct || fail "$device: not what was written directly"
         nc 127.0.0.1 10809 </$device.read | tail -c 4194304 | cmp - /nbd || fail "$device: not what was written over NBD"
     done
+    # A device that goes away is an error, and no signal.
+    echo dax0.0 >/sys/bus/dax/drivers/device_dax/unbind || fail "the device cannot be taken away"
+    [ "$(nc 127.0.0.1 10809 </pmem0.read | wc -c)" -lt 4194304 ] || fail "bytes of no device"
+    # The reply to the last write, before that to the flush: an I/O error.
+    errno=$(nc 127.0.0.1 10809 </pmem0.write | tail -c 25 | head -c 1 | hexdump -e '1/1 "%d"')
+    [ "$errno" = 5 ] || fail "written to no device: $errno"
+    kill -0 $server || fail "the server died of its device"
+    pgmap map pmem1 --offset 4M --length 4M | cmp - /direct || fail "the other device"
     echo "dax: found"
     ;;
 esac
