@@ -1,7 +1,7 @@
 //! `cargo xtask dax`: `pgmap serve` on persistent memory that has no page cache, in a virtual machine whose power is cut.
 //!
-//! The machine is Debian's kernel under qemu, with two NVDIMMs: one is a device-dax, on the other is an ext4 with `-o dax`. What
-//! is needed is downloaded as packages and unpacked among the build's files; nothing is installed. What cannot be shown here is
+//! The machine is Debian's kernel under qemu, with two NVDIMMs: one is a device-dax, on the other is an ext4 with `-o dax`. It
+//! also has a huge page of 1 GiB, which few machines have to spare. What is needed is downloaded as packages and unpacked among the build's files; nothing is installed. What cannot be shown here is
 //! that a write-back is needed: the machine's CPU caches nothing, so a cut loses no store.
 
 mod initramfs;
@@ -103,7 +103,7 @@ impl Machine {
         let mut qemu = self.packages.qemu();
         // The CPU is qemu's own: it has clwb, and any machine can be it.
         qemu.args(["-machine", "q35,nvdimm=on,accel=tcg", "-cpu", "max"]);
-        qemu.args(["-m", "1G,slots=2,maxmem=4G", "-smp", "2"]);
+        qemu.args(["-m", "4G,slots=2,maxmem=8G", "-smp", "2"]);
         let parts = [(&self.devdax, DEVDAX_BYTES), (&self.ext4, EXT4_BYTES)];
         for (number, (path, bytes)) in parts.into_iter().enumerate() {
             let path = path.display();
@@ -114,7 +114,7 @@ impl Machine {
         }
         qemu.arg("-kernel").arg(self.packages.kernel()?);
         qemu.arg("-initrd").arg(&self.initramfs);
-        let line = format!("console=ttyS0 panic=-1 quiet {argument}");
+        let line = format!("console=ttyS0 panic=-1 quiet hugepagesz=1G hugepages=1 {argument}");
         qemu.args(["-append", &line, "-nodefaults", "-display", "none"]);
         qemu.args(["-serial", "stdio", "-no-reboot"]);
         qemu.stdin(Stdio::null()).stdout(Stdio::piped());

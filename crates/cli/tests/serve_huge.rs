@@ -141,9 +141,7 @@ fn too_few_huge_pages_are_refused() {
     let said = place.refused(&["serve", "--pmem", &spec]);
     let free = before.available;
     assert!(
-        said.contains(&format!(
-            "{needed} huge pages of 2M are needed, and {free} are free"
-        )),
+        said.contains(&format!("{needed} needed, {free} free")),
         "{said}"
     );
     let advice = format!("write {} to {}", before.pages + 4, before.file.display());

@@ -21,6 +21,7 @@ mod place;
 mod region;
 mod scrub;
 pub mod spec;
+mod storage;
 mod unbind;
 mod uuid;
 

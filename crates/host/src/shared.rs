@@ -103,7 +103,8 @@ impl SharedFrames {
     ///
     /// # Errors
     ///
-    /// [`Errno::NOMEM`] if the pool has too few: nobody was kept from one meanwhile. What else the machine answers.
+    /// [`Errno::NOMEM`] if the pool has too few: nobody was kept from one meanwhile. As [`of_file`](Self::of_file); what else the
+    /// machine answers.
     pub fn huge(name: &str, bytes: u64, page_bytes: u64) -> Result<Self, Errno> {
         let size = MemfdFlags::from_bits_retain(page_bytes.trailing_zeros() << MFD_HUGE_SHIFT);
         let fd = fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | size)?;
@@ -119,12 +120,14 @@ impl SharedFrames {
     /// # Errors
     ///
     /// What the machine answers; [`Errno::NODEV`] for a character device that is no device-dax, [`Errno::OPNOTSUPP`] for one
-    /// whose bytes are not known here to be made durable.
+    /// whose bytes are not known here to be made durable; [`Errno::NOSYS`] for one, and for huge pages, if `process_vm_readv` and
+    /// `process_vm_writev` are forbidden.
     pub fn of_file(fd: OwnedFd, bytes: u64) -> Result<Self, Errno> {
         let stat = fs::fstat(&fd)?;
         if FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice {
             let device = DeviceDax::of(stat.st_rdev).ok_or(Errno::NODEV)?;
             let write_back = write_back::of_this_cpu().ok_or(Errno::OPNOTSUPP)?;
+            mapped::check()?;
             let kind = Kind::Device(device.align_bytes, write_back);
             return Self::mapped(fd, bytes, kind, MapFlags::SHARED);
         }
@@ -132,6 +135,7 @@ impl SharedFrames {
         match system.f_type {
             TMPFS_MAGIC => Self::mapped(fd, bytes, Kind::Memory, MapFlags::SHARED),
             HUGETLBFS_MAGIC => {
+                mapped::check()?;
                 let kind = Kind::Huge(system.f_bsize.cast_unsigned());
                 Self::mapped(fd, bytes, kind, MapFlags::SHARED)
             }

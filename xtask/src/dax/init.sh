@@ -43,9 +43,10 @@ done
 [ -c /dev/dax0.0 ] || fail "no /dev/dax0.0"
 mount -t ext4 -o dax /dev/pmem1 /mnt || fail "no ext4 with dax"
 
-pgmap serve --pmem /dev/dax0.0 --pmem /mnt/disk.img,size=32M --nbd 127.0.0.1:10809 >/run/serve.log 2>&1 &
+pgmap serve --pmem /dev/dax0.0 --pmem /mnt/disk.img,size=32M --pmem memory,size=1G,huge=1G \
+    --nbd 127.0.0.1:10809 >/run/serve.log 2>&1 &
 server=$!
-until grep -q ^control: /run/serve.log; do
+until grep -qs ^control: /run/serve.log; do
     kill -0 $server 2>/dev/null || fail "the server ended"
     sleep 0.1
 done
@@ -64,6 +65,8 @@ write)
         # Four writes and a flush are answered by 16 bytes each.
         [ "$(nc 127.0.0.1 10809 </$device.write | wc -c)" = $((head + 5 * 16)) ] || fail "cannot write over NBD"
     done
+    pgmap map pmem2 --write </direct || fail "cannot write to a huge page"
+    pgmap map pmem2 | head -c 4194304 | cmp - /direct || fail "pmem2: not what was written"
     echo "dax: flushed"
     ;;
 check)

@@ -17,8 +17,9 @@ use super::device::{Bad, Pmem};
 use super::medium::Medium;
 use super::namespace::{Align, HugePage, Mode, Namespace};
 use super::place::Place;
-use super::region::{Region, RegionError, State, Storage};
+use super::region::{Region, RegionError, State};
 use super::scrub::Scrub;
+use super::storage::Storage;
 use super::unbind::Stage;
 
 /// Why a namespace cannot be taken into use.
@@ -125,6 +126,7 @@ fn memory(bytes: u64, huge: Option<HugePage>) -> Result<SharedFrames, RegionErro
     SharedFrames::huge(NAME, bytes, size.bytes()).map_err(|errno| {
         match hugetlb::pool(size.bytes()) {
             None => RegionError::NoHugePages(size),
+            Some(_) if errno == Errno::NOSYS => RegionError::NoCopies,
             Some(pool) if errno == Errno::NOMEM && pool.available < needed => {
                 RegionError::FewHugePages {
                     needed,

@@ -17,7 +17,7 @@ use super::badblocks::SECTOR_BYTES;
 use super::device::Pmem;
 use super::hold;
 use super::namespace::Align;
-use super::region::Storage;
+use super::storage::Storage;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 

@@ -53,6 +53,9 @@ pub enum ImageError {
     /// Nobody knows here how to make a device's bytes durable.
     #[error("{} cannot be served: a device-dax is made durable by the CPU, and this pgmap knows that of x86-64 only", .0.display())]
     NoWriteBack(PathBuf),
+    /// Such a device has no calls to read and write, and what stands in for them is forbidden.
+    #[error("{} cannot be served: process_vm_readv and process_vm_writev are forbidden here: allow them (seccomp)", .0.display())]
+    NoCopies(PathBuf),
     /// The machine refused.
     #[error("{} cannot be {what}: {errno}", .path.display())]
     Io {
@@ -118,6 +121,7 @@ pub(crate) fn open(
     }
     SharedFrames::of_file(fd, has).map_err(|errno| match errno {
         Errno::OPNOTSUPP if device.is_some() => ImageError::NoWriteBack(path.to_owned()),
+        Errno::NOSYS if device.is_some() => ImageError::NoCopies(path.to_owned()),
         errno => failed("mapped")(errno),
     })
 }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
 use pgmap_core::memremap::{MapError, MemoryMap};
-use pgmap_host::shared::{MapSync, SharedFrames};
+use pgmap_host::shared::SharedFrames;
 use pgmap_sync::{Mutex, MutexGuard};
 use rustix::io::Errno;
 
@@ -19,11 +19,11 @@ use super::image::{self, ImageError, LEAST_BYTES};
 use super::label::{Label, SLOT_BYTES};
 use super::medium::{Medium, Unforgetting, is_zero};
 use super::namespace::{
-    Activation, Align, HugePage, LABEL_AREA_BYTES, MapLocation, Mode, Namespace, NoNamespace,
-    Wanted,
+    Activation, Align, LABEL_AREA_BYTES, MapLocation, Mode, Namespace, NoNamespace, Wanted,
 };
 use super::place::Place;
 use super::spec::{Foreign, PmemSpec, Source};
+use super::storage::{Storage, unit_of};
 use super::uuid::Uuid;
 
 /// Bytes of both labels.
@@ -37,15 +37,6 @@ pub struct Region {
     medium: Arc<dyn Medium>,
     storage: Storage,
     state: Mutex<State>,
-}
-
-/// Where the bytes of namespaces are.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Storage {
-    /// On the region's medium, at their offset.
-    Medium,
-    /// Each in a memory file of its own, so that one can be revoked without the others; of huge pages, if there is a size.
-    MemoryFiles(Option<HugePage>),
 }
 
 #[derive(Debug)]
@@ -141,7 +132,7 @@ pub enum RegionError {
     #[error(transparent)]
     Commit(#[from] CommitError),
     /// There are too few huge pages.
-    #[error("{needed} huge pages of {size} are needed, and {available} are free: write {enough} to {}", .file.display())]
+    #[error("too few huge pages of {size}: {needed} needed, {available} free: write {enough} to {}", .file.display())]
     FewHugePages {
         /// How many are needed.
         needed: u64,
@@ -157,6 +148,11 @@ pub enum RegionError {
     /// There are none of this size.
     #[error("this machine has no huge pages of {0}: use another size, or leave huge out")]
     NoHugePages(Align),
+    /// Such pages have no calls to write, and what stands in for them is forbidden.
+    #[error(
+        "huge pages cannot be served: process_vm_readv and process_vm_writev are forbidden here: allow them (seccomp)"
+    )]
+    NoCopies,
     /// The machine refused.
     #[error("the machine refused: {0}")]
     Io(#[from] Errno),
@@ -308,57 +304,6 @@ impl Region {
     #[must_use]
     pub fn uuid(&self) -> Uuid {
         self.state.lock().label().region
-    }
-
-    /// How many bytes it has, its label area included.
-    #[must_use]
-    pub fn size_bytes(&self) -> u64 {
-        self.state.lock().label().medium_bytes
-    }
-
-    /// Bytes that it has besides those of its namespaces, if these fill it: label area and metadata on the device.
-    #[must_use]
-    pub fn overhead_bytes(&self) -> u64 {
-        let state = self.state.lock();
-        let label = state.label();
-        let outside = label.namespaces.iter().map(|namespace| &namespace.metadata);
-        let outside = outside.filter(|range| range.start >= LABEL_AREA_BYTES);
-        let first = label
-            .namespaces
-            .iter()
-            .map(|namespace| namespace.data.start)
-            .min();
-        let most = LABEL_AREA_BYTES.max(self.unit().bytes());
-        first.unwrap_or(most).min(most) + outside.map(|range| range.end - range.start).sum::<u64>()
-    }
-
-    /// The unit in which the machine can map the bytes: no namespace is mapped in a smaller one.
-    pub(crate) fn unit(&self) -> Align {
-        match self.storage {
-            Storage::MemoryFiles(huge) => huge.map_or(Align::Page, HugePage::align),
-            Storage::Medium => unit_of(&*self.medium),
-        }
-    }
-
-    /// Whether who maps the bytes makes his stores durable by the CPU; nothing about memory, which nothing makes durable.
-    #[must_use]
-    pub fn map_sync(&self) -> Option<MapSync> {
-        match self.storage {
-            Storage::MemoryFiles(_) => None,
-            Storage::Medium => self.medium.frames()?.map_sync(),
-        }
-    }
-
-    /// Whether writing may still fail because the file system is full: the image has holes.
-    ///
-    /// # Errors
-    ///
-    /// What the machine answers.
-    pub fn is_sparse(&self) -> Result<bool, Errno> {
-        match self.medium.frames() {
-            Some(frames) => Ok(frames.room_bytes()? < frames.size_bytes()),
-            None => Ok(false),
-        }
     }
 
     /// Its namespaces.
@@ -542,15 +487,6 @@ impl Labels {
             Self::Unlabelled(label) => label,
         }
     }
-}
-
-/// The unit in which a medium's frames can be mapped.
-fn unit_of(medium: &dyn Medium) -> Align {
-    let unit = medium.frames().map_or(0, SharedFrames::unit_bytes);
-    let mut aligns = Align::ALL.iter().copied();
-    aligns
-        .find(|align| align.bytes() >= unit)
-        .unwrap_or(Align::Pud)
 }
 
 /// A medium that becomes a region with one namespace that fills it.

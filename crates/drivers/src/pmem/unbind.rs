@@ -15,7 +15,7 @@ use super::dax::Dax;
 use super::device::Pmem;
 use super::hold::Hold;
 use super::patience::Patience;
-use super::region::Storage;
+use super::storage::Storage;
 
 /// How far a namespace has been taken out of use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -12,6 +12,22 @@ use rustix::io::Errno;
 
 use super::last_errno;
 
+/// Whether the copies can be had: a machine may forbid their system calls.
+///
+/// # Errors
+///
+/// [`Errno::NOSYS`] if not.
+pub(super) fn check() -> Result<(), Errno> {
+    let none = core::ptr::null();
+    // SAFETY: no part of memory is named.
+    let load = unsafe { libc::process_vm_writev(own_pid(), none, 0, none, 0, 0) };
+    // SAFETY: as above.
+    let store = unsafe { libc::process_vm_readv(own_pid(), none, 0, none, 0, 0) };
+    counted(load)
+        .and(counted(store))
+        .map_or(Err(Errno::NOSYS), |_| Ok(()))
+}
+
 /// Copies bytes from a mapping. Says how many, which are fewer where the mapping has none any more.
 ///
 /// # Safety

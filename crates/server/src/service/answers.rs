@@ -416,6 +416,7 @@ fn region_failure(error: &RegionError) -> Failure {
         RegionError::Commit(_)
         | RegionError::FewHugePages { .. }
         | RegionError::NoHugePages(_)
+        | RegionError::NoCopies
         | RegionError::Io(_) => Code::Failed,
     };
     Failure::new(code, error)
