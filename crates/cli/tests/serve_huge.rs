@@ -11,6 +11,7 @@ use std::process::{Command, Stdio};
 
 use huge::{HUGE, HugePages};
 use pgmap_host::hugetlb;
+use pgmap_host::shared::SharedFrames;
 use serving::{Place, has, pattern};
 
 const MIB: usize = 1 << 20;
@@ -65,7 +66,14 @@ fn what_clients_write_is_in_huge_pages() {
     copy(&uri, to.to_str().unwrap());
     assert!(fs::read(&to).unwrap() == bytes, "not zeros, or too many");
     assert_eq!(free(), before - 6, "whole pages are given back");
-    // Who maps has pages for all of his range.
+    // Who maps has pages for all of his range, or maps nothing.
+    let other = SharedFrames::huge("test", 2 * HUGE, HUGE).unwrap();
+    let refused = place.refused(&["map", "pmem0"]);
+    assert!(
+        refused.contains("no room for all of the range"),
+        "{refused}"
+    );
+    drop(other);
     assert!(place.read("pmem0") == bytes, "not zeros, or too many");
     assert_eq!(free(), before - 8);
     drop(server);
@@ -82,7 +90,7 @@ fn mappings_are_of_whole_huge_pages() {
     let _server = place.serve(&[&format!("{SPEC},align=4K")]);
     let refused = place.refused(&["map", "pmem0", "--offset", "4K", "--length", "2M"]);
     assert!(refused.contains("multiple of 2M"), "{refused}");
-    let refused = place.refused(&["create-namespace", "--size", "4K"]);
+    let refused = place.refused(&["create-namespace", "--size", "4K", "--align", "4K"]);
     assert!(refused.contains("multiple of 2M"), "{refused}");
     let script = "import mmap,os\n\
         f=os.open(os.environ['PGMAP_FILE'],os.O_RDWR)\n\
