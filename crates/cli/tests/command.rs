@@ -81,6 +81,19 @@ fn output_that_is_not_read_is_no_failure() {
     assert_eq!(errors(&output).lines().count(), 1);
 }
 
+/// What goes on until Ctrl-C ends when nobody reads it any more.
+#[test]
+fn a_look_that_nobody_reads_is_the_last() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let started = Instant::now();
+    let mut command = pgmap();
+    command.args(["top", "--count", "2", "--interval", "20s"]);
+    let output = command.stdout(writer).output().unwrap();
+    assert!(output.status.success() && output.stderr.is_empty());
+    assert!(started.elapsed() < Duration::from_secs(15));
+}
+
 /// What is refused leaves an older report as it is, and makes no new one.
 #[test]
 fn a_refused_run_writes_no_report() {
