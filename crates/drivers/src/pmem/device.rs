@@ -82,16 +82,13 @@ impl Bad {
             for lost in list.within(&sectors) {
                 let start = extent.start.max(lost.start * SECTOR_BYTES);
                 let end = extent.end.min(lost.end * SECTOR_BYTES);
-                if at < start {
-                    shown.push((at..start, Contents::Hole));
-                }
+                shown.push((at..start, Contents::Hole));
                 shown.push((start..end, Contents::Data));
                 at = end;
             }
-            if at < extent.end {
-                shown.push((at..extent.end, contents));
-            }
+            shown.push((at..extent.end, contents));
         }
+        shown.retain(|(extent, _)| !extent.is_empty());
         shown
     }
 
