@@ -81,32 +81,6 @@ fn output_that_is_not_read_is_no_failure() {
     assert_eq!(errors(&output).lines().count(), 1);
 }
 
-/// An address that is well written, but taken, is not told how to write one.
-#[test]
-fn a_taken_address_for_metrics_is_called_taken() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    let directory = tempfile::tempdir().unwrap();
-    let mut command = pgmap();
-    command.args(["serve", "--pmem", "memory,size=8M", "--metrics", &address]);
-    command.env("XDG_RUNTIME_DIR", directory.path());
-    let said = errors(&command.output().unwrap());
-    assert!(said.contains("in use") && !said.contains("write"), "{said}");
-}
-
-/// What goes on until Ctrl-C ends when nobody reads it any more.
-#[test]
-fn a_look_that_nobody_reads_is_the_last() {
-    let (reader, writer) = std::io::pipe().unwrap();
-    drop(reader);
-    let started = Instant::now();
-    let mut command = pgmap();
-    command.args(["top", "--count", "2", "--interval", "20s"]);
-    let output = command.stdout(writer).output().unwrap();
-    assert!(output.status.success() && output.stderr.is_empty());
-    assert!(started.elapsed() < Duration::from_secs(15));
-}
-
 /// What is refused leaves an older report as it is, and makes no new one.
 #[test]
 fn a_refused_run_writes_no_report() {
