@@ -284,7 +284,7 @@ fn metrics(address: &str, service: &Arc<Service>) -> anyhow::Result<Metrics> {
     let usage = || format!("metrics cannot be served at {address}: write 127.0.0.1:9464");
     let mut addresses = address.to_socket_addrs().with_context(usage)?;
     let first = addresses.next().with_context(usage)?;
-    Metrics::serve(first, service).with_context(usage)
+    Metrics::serve(first, service).with_context(|| format!("metrics cannot be served at {address}"))
 }
 
 /// What is served and how it is found, as the control socket tells it.

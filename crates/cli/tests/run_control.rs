@@ -72,14 +72,15 @@ fn sockets(place: &Place) -> usize {
 
 /// Every mistake is one line, and changes nothing.
 fn mistakes(place: &Place) {
-    let cases: [(&[&str], &str); 8] = [
+    let cases: [(&[&str], &str); 9] = [
         (&["unplug", "nothing0"], "nothing0"),
         (&["holders", "nothing0"], "nothing0"),
         (&["plug", "nonsense:1G"], "nonsense"),
         (&["plug", "file:/no/such/file,size=1G"], "/no/such/file"),
         (&["memory", "offline", "99999"], "there is no block 99999"),
         (&["memory", "online", "0", "--zone", "normal"], "movable"),
-        (&["create-namespace"], "pgmap serve"),
+        (&["create-namespace"], "no `pgmap serve` of yours runs"),
+        (&["scrub"], "no `pgmap serve` of yours runs"),
         (&["map", "compressed0"], "pgmap serve"),
     ];
     for (arguments, part) in cases {

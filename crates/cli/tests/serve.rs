@@ -323,6 +323,32 @@ fn mistakes_are_one_line() {
     assert!(!place.path("x.img").exists());
 }
 
+/// An address that is well written, but taken, is not told how to write one.
+#[test]
+fn a_taken_address_for_metrics_is_called_taken() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let serve = ["serve", "--pmem", "memory,size=8M", "--metrics", &address];
+    let said = Place::new().refused(&serve);
+    assert!(said.contains("in use") && !said.contains("write"), "{said}");
+}
+
+/// What goes on until Ctrl-C ends when nobody reads it any more.
+#[test]
+fn a_look_that_nobody_reads_is_the_last() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let started = Instant::now();
+    let place = Place::new();
+    let mut command = place.pgmap(&["top", "--count", "2", "--interval", "20s"]);
+    let output = command.stdout(writer).output().unwrap();
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{output:?}"
+    );
+    assert!(started.elapsed() < Duration::from_secs(15));
+}
+
 /// The options may come from a file; metrics are there for Prometheus.
 #[test]
 fn a_configuration_file_and_metrics() {

@@ -8,6 +8,7 @@ use core::ops::Range;
 use core::str::FromStr;
 
 use super::uuid::Uuid;
+use crate::size::ExactSize;
 
 /// Bytes at the start of a labelled medium that belong to its label: two slots, and the rest of a sub-section.
 pub const LABEL_AREA_BYTES: u64 = 2 << 20;
@@ -199,6 +200,14 @@ impl Default for Wanted {
     }
 }
 
+fn no_room(most_bytes: u64) -> String {
+    if most_bytes == 0 {
+        return "the region has no room in one piece for this: destroy a namespace, or use another region".into();
+    }
+    let most = ExactSize(most_bytes);
+    format!("the region has at most {most} in one piece for this: ask for that or less")
+}
+
 /// Why there can be no such namespace.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum NoNamespace {
@@ -209,9 +218,7 @@ pub enum NoNamespace {
         align: Align,
     },
     /// The region has no such room in one piece.
-    #[error(
-        "the region has at most {most_bytes} bytes in one piece for this: ask for that or less"
-    )]
+    #[error("{}", no_room(*most_bytes))]
     NoRoom {
         /// The most that it has.
         most_bytes: u64,
@@ -439,6 +446,9 @@ mod tests {
             place(&wanted(8 * MIB), 8 * MIB, &[]),
             Err(NoNamespace::NoRoom { most_bytes })
         );
+        let refused = |most_bytes| NoNamespace::NoRoom { most_bytes }.to_string();
+        assert!(refused(6 * MIB).contains("at most 6M in one piece"));
+        assert!(refused(0).contains("no room in one piece"));
         let align = Align::Pmd;
         assert_eq!(
             place(&wanted(MIB), 8 * MIB, &[]),
