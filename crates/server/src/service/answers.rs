@@ -15,6 +15,7 @@ use crate::control::protocol::{
     Namespace as NamespaceView, Region as RegionView, Request, Scrub,
 };
 use crate::control::{Manager, Session};
+use crate::iomem;
 use crate::nbd::Count;
 
 /// Bytes of a block that can be bad.
@@ -35,7 +36,7 @@ impl Manager for Service {
     fn answer(&self, request: Request, session: &mut Session) -> Result<Answer, Failure> {
         match request {
             Request::List => Ok(Answer::Listing(self.listing())),
-            Request::Iomem => Ok(Answer::Text(self.iomem())),
+            Request::Iomem => Ok(Answer::Iomem(iomem::view(self.map.iomem().roots()))),
             Request::Holders { device } => self.holders_of(&device),
             Request::Counters => Ok(Answer::Counters(self.counters())),
             Request::CreateNamespace(wanted) => self.create(&wanted),
@@ -139,10 +140,6 @@ impl Service {
             badblocks: badblocks.collect(),
             nbd: bound.and_then(|_| self.uri(&name)),
         }
-    }
-
-    fn iomem(&self) -> String {
-        self.map.iomem().to_string()
     }
 
     fn holders_of(&self, name: &str) -> Result<Answer, Failure> {
