@@ -176,7 +176,9 @@ fn iomem(args: &IomemArgs) -> anyhow::Result<()> {
             Err(_) => continue,
         };
         let manager = client.manager();
-        text += &format!("{}\n{}", show::manager(manager), show::iomem(&resources));
+        text += &show::manager(manager);
+        text += "\n";
+        text += &show::iomem(&resources);
         json.push(json!({ "kind": manager.kind, "pid": manager.pid, "resources": resources }));
     }
     if args.json {
