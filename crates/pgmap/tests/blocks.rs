@@ -119,7 +119,10 @@ fn child_sees(map: &Mapping<'_>) -> std::io::Result<()> {
     };
     // SAFETY: it reads memory, and allocates nothing.
     unsafe { command.pre_exec(look) };
-    command.status().map(drop)
+    match command.status()? {
+        status if status.success() => Ok(()),
+        status => Err(std::io::Error::other(status.to_string())),
+    }
 }
 
 fn number(map: &mut Mapping<'_>) {

@@ -152,7 +152,7 @@ mod tests {
         assert_eq!(said, 10 + 9);
         assert_eq!(said + counted + allowance.silent, 100_000);
         // An hour later there are as many as in the beginning, not more.
-        let later = begin + Duration::from_secs(3600);
+        let later = begin + Duration::from_hours(1);
         let burst = (0..100).filter(|_| allowance.take(later).is_some());
         assert_eq!(burst.count(), 10);
     }

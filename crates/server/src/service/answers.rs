@@ -278,14 +278,7 @@ impl Service {
             self.take_away(key, patience, Keep::Nothing, session)?;
             return Ok(Answer::Done);
         };
-        let keys: Vec<_> = {
-            let regions = self.regions.lock();
-            let keys = regions.devices.keys().copied();
-            keys.filter(|key| key.0 == number).collect()
-        };
-        for key in keys {
-            self.take_away(key, patience, Keep::Nothing, session)?;
-        }
+        self.take_all_away(number, patience, session)?;
         let _turn = self.turn.lock();
         let mut regions = self.regions.lock();
         if regions.devices.keys().any(|key| key.0 == number) {

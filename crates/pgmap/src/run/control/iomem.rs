@@ -76,6 +76,8 @@ mod tests {
     use crate::device::Device;
     use crate::memory::machine_frames;
 
+    static PLATFORM: HostPlatform = HostPlatform;
+
     /// HOT-1: the run's map is that of a process, with the devices' own names.
     #[test]
     fn a_run_has_the_map_of_a_process() {
@@ -83,7 +85,6 @@ mod tests {
             ["compressed:1028K", "compressed:8M"].map(|spec| spec.parse().unwrap());
         let control = Control::new(64 << 20, &specs).unwrap();
 
-        static PLATFORM: HostPlatform = HostPlatform;
         let map: Arc<MemoryMap> = MemoryMap::new(&PLATFORM, MAX_PFN).unwrap();
         let _ram = map.add_ram(machine_frames()).unwrap();
         let devices = specs.map(|spec| {
