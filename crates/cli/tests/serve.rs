@@ -297,6 +297,18 @@ fn bad_blocks_survive_a_restart() {
     );
 }
 
+/// PMEM-4: who wants to flush by the CPU learns whether that is enough; it is no question of memory, which nothing makes durable.
+#[test]
+fn list_says_where_the_cpu_makes_stores_durable() {
+    let place = Place::new();
+    let _server = place.serve(&["disk.img,size=16M", "memory,size=8M"]);
+    let listed = place.ok(&["list", "-R", "--json"]);
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    // Where the test's directory is on persistent memory, it may be.
+    assert!(listed[0]["map_sync"].is_boolean(), "{listed}");
+    assert!(listed[1]["map_sync"].is_null(), "{listed}");
+}
+
 /// What goes wrong at the start is one line that says what to do, and changes no file.
 #[test]
 fn mistakes_are_one_line() {

@@ -6,9 +6,11 @@
 
 pub mod affinity;
 mod area;
+pub mod device_dax;
 pub mod event;
 pub mod fds;
 mod forks;
+pub mod hugetlb;
 pub mod mmu;
 pub mod platform;
 pub mod probe;

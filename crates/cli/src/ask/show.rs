@@ -75,8 +75,12 @@ pub(super) fn manager(manager: &ManagerInfo) -> String {
 }
 
 fn region(region: &Region) -> String {
+    let map_sync = match region.map_sync {
+        Some(true) => "  map_sync",
+        Some(false) | None => "",
+    };
     format!(
-        "{}  {}  {}  available {}",
+        "{}  {}  {}  available {}{map_sync}",
         region.dev,
         region.image.as_deref().unwrap_or("volatile memory"),
         bytes(region.size),

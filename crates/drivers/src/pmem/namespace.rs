@@ -42,6 +42,15 @@ pub enum Align {
     Pud,
 }
 
+/// The size of the pages that volatile memory is made of, if it is to be of huge ones.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HugePage {
+    /// 2 MiB.
+    Pmd,
+    /// 1 GiB.
+    Pud,
+}
+
 /// Where the metadata of a namespace's frames lives.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum MapLocation {
@@ -100,6 +109,7 @@ words!(
     Raw = "raw"
 );
 words!(Align, "4K, 2M or 1G", Page = "4K", Pmd = "2M", Pud = "1G");
+words!(HugePage, "2M or 1G", Pmd = "2M", Pud = "1G");
 words!(MapLocation, "mem or dev", Mem = "mem", Dev = "dev");
 words!(
     Activation,
@@ -124,6 +134,17 @@ impl Align {
             Self::Page => 4 << 10,
             Self::Pmd => 2 << 20,
             Self::Pud => 1 << 30,
+        }
+    }
+}
+
+impl HugePage {
+    /// The unit in which such pages can be mapped.
+    #[must_use]
+    pub const fn align(self) -> Align {
+        match self {
+            Self::Pmd => Align::Pmd,
+            Self::Pud => Align::Pud,
         }
     }
 }

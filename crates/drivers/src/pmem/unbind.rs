@@ -15,7 +15,7 @@ use super::dax::Dax;
 use super::device::Pmem;
 use super::hold::Hold;
 use super::patience::Patience;
-use super::region::Storage;
+use super::storage::Storage;
 
 /// How far a namespace has been taken out of use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -174,10 +174,10 @@ impl Pmem {
     /// Takes volatile memory that is not needed away from whoever maps it still.
     fn revoke(&self, afterwards: Afterwards) -> Result<(), Errno> {
         match (self.region.storage(), afterwards) {
-            (Storage::MemoryFiles, Afterwards::Forget) => {
+            (Storage::MemoryFiles(_), Afterwards::Forget) => {
                 self.medium.frames().map_or(Ok(()), SharedFrames::revoke)
             }
-            (Storage::MemoryFiles, Afterwards::Keep)
+            (Storage::MemoryFiles(_), Afterwards::Keep)
             | (Storage::Medium, Afterwards::Keep | Afterwards::Forget) => Ok(()),
         }
     }

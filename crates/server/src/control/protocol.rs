@@ -304,6 +304,10 @@ pub struct Region {
     pub uuid: String,
     /// Bytes at the start that hold the labels.
     pub metadata_size: u64,
+    /// Whether who maps it makes his stores durable by writing back the CPU's caches, without a system call; nothing about
+    /// volatile memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map_sync: Option<bool>,
     /// What is in it.
     pub namespaces: Vec<Namespace>,
 }

@@ -8,6 +8,8 @@ use pgmap_drivers::pmem::{
     Activation, Align, Mode, Namespace, Pmem, PmemSpec, Region, RegionError, Wanted,
 };
 
+use pgmap_host::shared::MapSync;
+
 use super::holds::holder;
 use super::{Device, Keep, Service};
 use crate::control::protocol::{
@@ -97,6 +99,7 @@ impl Service {
             image: (region.name() != "memory").then(|| region.name().to_owned()),
             uuid: region.uuid().to_string(),
             metadata_size: region.overhead_bytes(),
+            map_sync: region.map_sync().map(|sync| sync == MapSync::Yes),
             namespaces: namespaces
                 .iter()
                 .map(|namespace| self.namespace_view(region, namespace))
@@ -400,7 +403,11 @@ fn region_failure(error: &RegionError) -> Failure {
         RegionError::Unknown { .. } => Code::NotFound,
         RegionError::InUse { .. } => Code::Busy,
         RegionError::Unlabelled(_) => Code::Unsupported,
-        RegionError::Commit(_) | RegionError::Io(_) => Code::Failed,
+        RegionError::Commit(_)
+        | RegionError::FewHugePages { .. }
+        | RegionError::NoHugePages(_)
+        | RegionError::NoCopies
+        | RegionError::Io(_) => Code::Failed,
     };
     Failure::new(code, error)
 }
