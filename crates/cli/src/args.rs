@@ -205,7 +205,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
 
-    /// Print nothing but errors
+    /// Print nothing but errors of pgmap's own, not those of NBD clients
     #[arg(long, short)]
     pub(crate) quiet: bool,
 }

@@ -114,6 +114,28 @@ fn the_end_names_holders() {
     kill(client);
 }
 
+/// MAP-6: a region goes with all of its namespaces, or, if one of them is held, with none.
+#[test]
+fn a_region_goes_whole_or_stays() {
+    let place = Place::new();
+    let server = place.serve(&["disk.img,size=64M"]);
+    place.ok(&["destroy-namespace", "-f", "pmem0"]);
+    for name in ["first", "second", "third"] {
+        place.ok(&["create-namespace", "--size", "8M", "--name", name]);
+    }
+    let client = pinned(&place, "second");
+    let mut nbd = serving::nbd::Nbd::connect(server.nbd(), "pmem0").unwrap();
+    let before = place.ok(&["list", "-NR", "--json"]);
+    let said = place.refused(&["unplug", "region0", "--timeout", "300ms"]);
+    assert!(said.contains("my rings"), "{said}");
+    assert_eq!(place.ok(&["list", "-NR", "--json"]), before);
+    nbd.write(0, &[7; 512]).unwrap();
+    assert!(nbd.read(0, 512).unwrap() == [7; 512]);
+    kill(client);
+    place.ok(&["unplug", "region0", "--timeout", "10s"]);
+    assert!(!place.ok(&["list"]).contains("region0"));
+}
+
 /// MAP-6: whoever asked for the unplug may die: then nobody waits, and nothing has changed.
 #[test]
 fn a_killed_unplug_changes_nothing() {

@@ -39,5 +39,5 @@ pub use patience::Patience;
 pub use region::{OpenError, Region, RegionError};
 pub use scrub::{Generation, Progress, ScrubError};
 pub use spec::PmemSpec;
-pub use unbind::{Afterwards, Holders, UnbindError};
+pub use unbind::{Afterwards, Holders, UnbindError, Unbinding};
 pub use uuid::{NoUuid, Uuid};
