@@ -78,8 +78,10 @@ Regions:
   PATH,size=SIZE[,mode=fsdax|devdax|raw][,align=4K|2M|1G][,map=mem|dev]
       an image; mode, align and map are those of the namespace that a new one
       gets. mode=raw serves any file as it is
-  memory,size=SIZE[,...]
-      memory, gone at the end";
+  /dev/dax0.0[,...]
+      a device-dax, likewise
+  memory,size=SIZE[,huge=2M|1G][,...]
+      memory, gone at the end; of huge pages if that is said";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -203,7 +205,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
 
-    /// Print nothing but errors
+    /// Print nothing but errors of pgmap's own, not those of NBD clients
     #[arg(long, short)]
     pub(crate) quiet: bool,
 }

@@ -22,6 +22,7 @@ use seat::Seat;
 pub use view::{DeviceState, DeviceView, ProcessView, RamView};
 
 mod error;
+mod iomem;
 mod progress;
 mod seat;
 mod view;
