@@ -14,7 +14,7 @@ use pgmap_core::driver::PrivateOps;
 use pgmap_drivers::slots::{Owner, release_owner};
 use pgmap_mm::stats::Stats;
 use pgmap_sync::Mutex;
-use pgmap_sync::atomic::Ordering;
+use pgmap_sync::atomic::{AtomicBool, Ordering};
 
 pub use config::{DeviceConfig, Unreadable};
 pub use control::{
@@ -48,6 +48,8 @@ struct Run {
     memory: Memory,
     plugged: Mutex<Plugged>,
     files: Mutex<FileMaps>,
+    /// The program has mapped a file that may count in the budget.
+    has_mapped: AtomicBool,
 }
 
 static RUN: OnceLock<Run> = OnceLock::new();
@@ -98,6 +100,7 @@ pub fn start() -> Result<Option<&'static AddressSpace>, String> {
         memory,
         plugged: Mutex::new(plugged),
         files: Mutex::new(FileMaps::new(Stats::get(region.map_files()))),
+        has_mapped: AtomicBool::new(false),
     });
     run.note_capacity(&run.plugged.lock());
     Ok(Some(run.memory.space()))
@@ -172,6 +175,17 @@ fn follow() -> Duration {
     again.min(run.follow_files())
 }
 
+/// Says that the program has mapped so many bytes of a file. It is found without that, but not as soon.
+pub fn note_mapped_file(bytes: usize) {
+    let Some(run) = RUN.get() else { return };
+    let least = Stats::get(run.region.map_files());
+    if least > 0 && bytes as u64 >= least {
+        // Relaxed: see `follow_files`.
+        run.has_mapped.store(true, Ordering::Relaxed);
+        run.memory.pager().wake_reclaimer();
+    }
+}
+
 /// Called by the fault thread when frames are short.
 fn short_of_frames() {
     if let Some(run) = RUN.get() {
@@ -194,6 +208,10 @@ impl Run {
     fn follow_files(&self) -> Duration {
         let ram = self.memory.space().inner().ram();
         let mut files = self.files.lock();
+        // Relaxed: a hint; the mapping is found at the next look in any case.
+        if self.has_mapped.swap(false, Ordering::Relaxed) {
+            files.look_again();
+        }
         let again = files.follow(|resident| {
             self.grant.note_files(resident, ram);
             (self.grant.held(), ram.in_use())

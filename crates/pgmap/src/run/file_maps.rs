@@ -24,9 +24,11 @@ const MAPS: Duration = Duration::from_millis(100);
 /// Between two looks at what is in RAM: where there is room, and where there is not.
 const CALM: Duration = Duration::from_millis(50);
 const PRESSED: Duration = Duration::from_millis(4);
-/// A look may take one part of so many of the time, and one of fewer while there are too many pages.
+/// Looking may take one part of so many of the time, unless there are too many pages.
 const SHARE: u32 = 8;
-const PRESSED_SHARE: u32 = 2;
+
+/// So often in a row pages of a mapping do not become fewer when they are dropped, before it is left to the kernel.
+const MOST_FUTILE: u32 = 16;
 
 /// What is known of one chunk.
 #[derive(Clone, Copy, Debug, Default)]
@@ -44,12 +46,41 @@ struct Chunk {
 struct FileMap {
     range: Range<usize>,
     chunks: Vec<Chunk>,
+    /// Pages in RAM at the last look.
+    resident: usize,
+    /// How often in a row there were no fewer after some were dropped.
+    futile: u32,
 }
 
 impl FileMap {
     fn new(range: Range<usize>) -> Self {
         let chunks = vec![Chunk::default(); range.len().div_ceil(CHUNK)];
-        Self { range, chunks }
+        Self {
+            range,
+            chunks,
+            resident: 0,
+            futile: 0,
+        }
+    }
+
+    /// Whether its pages can be dropped: those of files that this user may not write cannot, and are the kernel's business.
+    const fn is_ours(&self) -> bool {
+        self.futile < MOST_FUTILE
+    }
+
+    /// After a look: of `before` pages in RAM all but `left` were dropped.
+    const fn note_drop(&mut self, before: usize, left: usize) {
+        if self.resident < before {
+            self.futile = 0;
+        } else if left < before {
+            self.futile += 1;
+        }
+    }
+
+    /// Pages in RAM that were not dropped since the last look.
+    fn undropped(&self) -> usize {
+        let chunks = self.chunks.iter();
+        chunks.map(|chunk| usize::from(chunk.resident)).sum()
     }
 
     fn addresses(&self, chunk: usize) -> Range<usize> {
@@ -57,8 +88,12 @@ impl FileMap {
         start..(start + CHUNK).min(self.range.end)
     }
 
-    /// Looks what is in RAM. Answers how many pages.
-    fn look(&mut self, pagemap: &mut Pagemap) -> usize {
+    /// Looks what is in RAM.
+    fn look(&mut self, pagemap: &mut Pagemap) {
+        self.resident = 0;
+        if !self.is_ours() {
+            return;
+        }
         for chunk in &mut self.chunks {
             chunk.resident = 0;
         }
@@ -66,7 +101,7 @@ impl FileMap {
         let found = pagemap.each_resident(&self.range, |run| count(chunks, start, run));
         // What cannot be seen counts as nothing: it is the kernel's then, as it is without us.
         if found.is_err() {
-            return 0;
+            return;
         }
         for chunk in chunks
             .iter_mut()
@@ -75,7 +110,7 @@ impl FileMap {
             chunk.dropped = false;
             chunk.heat = (chunk.heat + 1).min(HOT);
         }
-        chunks.iter().map(|chunk| usize::from(chunk.resident)).sum()
+        self.resident = self.undropped();
     }
 }
 
@@ -124,6 +159,12 @@ impl FileMaps {
         }
     }
 
+    /// The program has mapped a file: the next look is due at once.
+    pub(super) const fn look_again(&mut self) {
+        self.looked_for = None;
+        self.due = None;
+    }
+
     /// Pages in RAM at the last look.
     pub(super) const fn resident_frames(&self) -> u64 {
         self.resident as u64
@@ -157,14 +198,16 @@ impl FileMaps {
             let floor = all.saturating_sub(budget).min(self.resident);
             self.drop_pages(usize::try_from(part).unwrap_or(excess).max(floor));
         }
-        let pressed = all > goal - goal / 4;
-        let (wait, share) = if pressed {
-            (PRESSED, PRESSED_SHARE)
+        let wait = if self.maps.is_empty() {
+            MAPS
+        } else if all > budget {
+            // A program reads on while we drop.
+            Duration::ZERO
+        } else if all > goal - goal / 4 {
+            PRESSED.max(began.elapsed())
         } else {
-            (CALM, SHARE)
+            CALM.max(began.elapsed() * SHARE)
         };
-        let wait = if self.maps.is_empty() { MAPS } else { wait };
-        let wait = wait.max(began.elapsed() * share);
         self.due = Some(Instant::now() + wait);
         wait
     }
@@ -188,7 +231,8 @@ impl FileMaps {
         let Some(pagemap) = &mut self.pagemap else {
             return;
         };
-        self.resident = self.maps.iter_mut().map(|map| map.look(pagemap)).sum();
+        self.maps.iter_mut().for_each(|map| map.look(pagemap));
+        self.resident = self.maps.iter().map(|map| map.resident).sum();
     }
 
     /// Drops at least `want` pages, if so many may go: at most in as many rounds as a chunk can be spared.
@@ -210,7 +254,12 @@ impl FileMaps {
             run.end = addresses.end;
         }
         page_out(&run);
-        self.resident = self.resident.saturating_sub(dropped);
+        let before: Vec<_> = self.maps.iter().map(|map| map.resident).collect();
+        let wanted: Vec<_> = self.maps.iter().map(FileMap::undropped).collect();
+        self.look();
+        for ((map, before), left) in self.maps.iter_mut().zip(before).zip(wanted) {
+            map.note_drop(before, left);
+        }
     }
 
     /// Moves the hand by one chunk. Answers which addresses are to be dropped, and how many pages are there.
