@@ -117,7 +117,8 @@ Sizes:
 
 Summary:
   Lines for what did not happen are left out.
-  resident    the most that was in RAM at once
+  resident    the most that was in RAM at once, mapped files included if
+              --map-files is given
   faults      how often the program touched a page that was not ready: a new
               one, one on a device, one that was about to leave RAM, or the
               first write to one that had come back and was only read since
@@ -222,6 +223,9 @@ pub(crate) struct RunArgs {
     pub(crate) devices: Vec<DeviceSpec>,
 
     /// Keep files that the program maps within --ram, too: those mappings that have at least SIZE bytes, such as 64M
+    ///
+    /// The pages that have been in RAM longest are dropped; dirty ones are written by the kernel. Pages of a private mapping
+    /// that the program has changed stay in RAM; so do those of files that this user may not write, and these do not count.
     #[arg(long, value_name = "SIZE", value_parser = map_files)]
     pub(crate) map_files: Option<u64>,
 
