@@ -125,15 +125,14 @@ pub(crate) struct Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // Nobody can be told of a failure any more: `File::sync_all` before is how to hear of it.
-        self.cache.write_back(0..u32::MAX, OnPinned::Bounce);
         self.space.inner().files().close(&self.cache);
     }
 }
 
 /// An open file whose pages are memory.
 ///
-/// Dropping the last handle and the last mapping writes back what is dirty, without saying whether that worked.
+/// Dropping the last handle, the last mapping and the last pin writes back what is dirty, without saying whether that worked:
+/// [`sync_all`](Self::sync_all) says so.
 #[derive(Debug)]
 pub struct File<'m> {
     inner: Arc<Inner>,
