@@ -268,6 +268,16 @@ fn bad_blocks_survive_a_restart() {
     assert_eq!(listed[0]["badblocks"][0]["offset"], 8);
     assert_eq!(listed[0]["badblocks"][0]["length"], 4);
     assert_eq!(place.ok(&["scrub", "--wait"]), "done: 4 bad blocks\n");
+    for direct in [
+        &["map", "pmem0", "--length", "2M"][..],
+        &["map", "pmem0", "--write"],
+    ] {
+        let said = place.refused(direct);
+        assert!(
+            said.contains("block 8 is bad") && said.contains("clear-error"),
+            "{said}"
+        );
+    }
     place.ok(&["clear-error", "pmem0", "-B", "8", "-n", "4"]);
     assert_eq!(
         place.ok(&["scrub", "pmem0", "--wait"]),
