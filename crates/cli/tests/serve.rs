@@ -371,6 +371,25 @@ fn a_configuration_file_and_metrics() {
     );
 }
 
+/// PMEM-4: of an input that is longer than the range, as much is written as fits, durably, and the rest is told of.
+#[test]
+fn too_much_input_is_written_as_far_as_it_fits() {
+    let place = Place::new();
+    let _server = place.serve(&["disk.img,size=8M"]);
+    let bytes = pattern(2 * MIB + 1, 7);
+    fs::write(place.path("input"), &bytes).unwrap();
+    let mut command = place.pgmap(&["map", "pmem0", "--length", "2M", "--write"]);
+    let input = fs::File::open(place.path("input")).unwrap();
+    let output = command.stdin(input).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(
+        said.contains("its first 2097152 bytes are written and durable"),
+        "{said}"
+    );
+    assert!(place.read("pmem0")[..2 * MIB] == bytes[..2 * MIB]);
+}
+
 /// Who reads and who writes a range at the same time have each their own place in the file.
 #[test]
 fn a_writer_is_not_led_astray_by_a_reader() {

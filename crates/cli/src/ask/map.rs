@@ -64,8 +64,14 @@ fn read(frames: &SharedFrames, range: Range<u64>) -> anyhow::Result<()> {
     output.flush().context("cannot copy to standard output")
 }
 
-/// Copies standard input to the start of a range, durably.
+/// Copies standard input to the start of a range, durably. What was copied before an error is durable, too.
 fn write(frames: &SharedFrames, range: Range<u64>) -> anyhow::Result<()> {
+    let copied = copy(frames, range);
+    frames.flush().context("cannot flush what was written")?;
+    copied
+}
+
+fn copy(frames: &SharedFrames, range: Range<u64>) -> anyhow::Result<()> {
     let (mut input, mut bytes) = (stdin().lock(), vec![0; CHUNK_BYTES]);
     let mut at = range.start;
     while at < range.end {
@@ -79,9 +85,12 @@ fn write(frames: &SharedFrames, range: Range<u64>) -> anyhow::Result<()> {
         at += count as u64;
     }
     if input.read(&mut [0])? > 0 {
-        bail!("standard input is longer than the range: the rest was not written");
+        let bytes = range.end - range.start;
+        bail!(
+            "standard input is longer than the range: its first {bytes} bytes are written and durable, the rest is not"
+        );
     }
-    frames.flush().context("cannot flush what was written")
+    Ok(())
 }
 
 /// As much of a buffer as there is to be moved.
