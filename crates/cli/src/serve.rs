@@ -17,7 +17,7 @@ use pgmap_server::control::protocol::{Answer, Kind, Request};
 use pgmap_server::control::{Client, Listener, place};
 use pgmap_server::nbd::{self, Credentials, Exports, Limits, Peers, Security, Stopped};
 use pgmap_server::service::{Metrics, Service, Uri};
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -32,7 +32,9 @@ const LAST_REPLIES: Duration = Duration::from_secs(10);
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 struct Options {
+    #[serde(deserialize_with = "one_or_more")]
     pmem: Vec<String>,
+    #[serde(deserialize_with = "one_or_more")]
     nbd: Vec<String>,
     socket: Option<PathBuf>,
     metrics: Option<String>,
@@ -40,6 +42,20 @@ struct Options {
     tls_certificates: Option<PathBuf>,
     tls_verify_peer: bool,
     quiet: bool,
+}
+
+/// A text, or a list of texts.
+fn one_or_more<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a text or a list of texts")]
+    enum OneOrMore {
+        One(String),
+        More(Vec<String>),
+    }
+    Ok(match OneOrMore::deserialize(deserializer)? {
+        OneOrMore::One(text) => vec![text],
+        OneOrMore::More(texts) => texts,
+    })
 }
 
 pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
