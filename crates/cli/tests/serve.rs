@@ -13,6 +13,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Stdio};
 use std::time::Instant;
 
+use pgmap_server::control::Client;
+use pgmap_server::control::protocol::Request;
 use serving::{Place, has, pattern};
 
 const MIB: usize = 1 << 20;
@@ -315,7 +317,10 @@ fn mistakes_are_one_line() {
             "no/such/x.img",
         ),
         (&["serve", "--pmem", "x.img,size=1"], "at least one page"),
-        (&["serve", "--config", "bad.toml"], "bad.toml"),
+        (
+            &["serve", "--config", "bad.toml"],
+            "expected a text or a list",
+        ),
         (&["serve", "--config", "odd.toml"], "pnem"),
         (&[&full[..], &["0.0.0.0:10809"]].concat(), "127.0.0.1"),
         (&[&full[..], &["nonsense"]].concat(), "unix:PATH"),
@@ -337,9 +342,10 @@ fn mistakes_are_one_line() {
 #[test]
 fn a_configuration_file_and_metrics() {
     let place = Place::new();
-    let config = "pmem = [\"memory,size=16M\"]\nmetrics = \"127.0.0.1:0\"\n";
+    // One may be written without the brackets of a list.
+    let config = "pmem = [\"memory,size=16M\"]\nmetrics = \"127.0.0.1:0\"\nnbd = \"127.0.0.1:0\"\n";
     fs::write(place.path("serve.toml"), config).unwrap();
-    let arguments = ["serve", "--config", "serve.toml", "--nbd", "127.0.0.1:0"];
+    let arguments = ["serve", "--config", "serve.toml"];
     let server = place.serve_with(&arguments);
     assert!(
         server.announced.contains("nbd://127.0.0.1:"),
@@ -369,6 +375,71 @@ fn a_configuration_file_and_metrics() {
         page.contains("pgmap_reads_total{device=\"pmem0\"}"),
         "{page}"
     );
+}
+
+/// What was meant wrongly is told in one line that says what is wrong about it.
+#[test]
+fn mistakes_of_verbs_say_what_is_wrong() {
+    let place = Place::new();
+    let server = place.serve(&["memory,size=8M"]);
+    let cases: [(&[&str], &str); 9] = [
+        (&["map", "pmem0", "--offset", "1"], "a multiple of 2M"),
+        (&["map", "pmem0", "--offset", "x"], "`x` is no size"),
+        (
+            &["inject-error", "pmem0", "-B", "0", "--count", "0"],
+            "write at least 1",
+        ),
+        (
+            &["clear-error", "pmem0", "-B", "0", "--count", "0"],
+            "write at least 1",
+        ),
+        (
+            &["inject-error", "pmem0", "-B", "x"],
+            "write a whole number",
+        ),
+        (&["memory", "offline", "x"], "write a whole number"),
+        (&["top", "-n", "0"], "write at least 1"),
+        (&["plug", "compressed:1G"], "is a device of `pgmap run`"),
+        (&["plug", "file:a,size=1G"], "is a device of `pgmap run`"),
+    ];
+    for (arguments, part) in cases {
+        let said = place.refused(arguments);
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(said.contains(part), "{arguments:?}: {said}");
+    }
+    // Over the socket there is no such check before.
+    let mut client = Client::connect(&server.control()).unwrap();
+    let refused = client.ask(&Request::InjectError {
+        namespace: "pmem0".into(),
+        block: 0,
+        count: 0,
+    });
+    assert!(refused.unwrap_err().to_string().contains("at least 1"));
+}
+
+/// A program that maps a range is looked for as a shell does it, and its status is ours.
+#[test]
+fn a_program_that_cannot_be_started_has_a_status_of_its_own() {
+    let place = Place::new();
+    let _server = place.serve(&["memory,size=8M"]);
+    fs::write(place.path("plain"), "no program").unwrap();
+    for (program, status) in [("nosuch", 127), ("./plain", 126), ("false", 1), ("true", 0)] {
+        let mut command = place.pgmap(&["map", "pmem0", "--", program]);
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(status), "{program}: {output:?}");
+        assert_eq!(output.stderr.is_empty(), status < 2, "{output:?}");
+    }
+}
+
+/// A manager that has nothing of what was asked for is not listed.
+#[test]
+fn list_names_nobody_without_what_was_asked_for() {
+    let place = Place::new();
+    let _server = place.serve(&["memory,size=8M"]);
+    assert!(place.ok(&["list", "-N"]).contains("serve, process"));
+    assert_eq!(place.ok(&["list", "-D"]), "");
+    place.ok(&["unplug", "region0"]);
+    assert!(place.ok(&["list"]).contains("serve, process"));
 }
 
 /// PMEM-4: of an input that is longer than the range, as much is written as fits, durably, and the rest is told of.

@@ -309,6 +309,10 @@ impl Service {
         count: u64,
         change: impl Fn(&Pmem, core::ops::Range<u64>) -> Result<(), BlockError>,
     ) -> Result<Answer, Failure> {
+        if count == 0 {
+            let text = "no blocks are meant: a count is at least 1";
+            return Err(Failure::new(Code::Invalid, text));
+        }
         let device = self.device(name)?;
         let start = block.saturating_mul(SECTOR_BYTES);
         let end = start.saturating_add(count.saturating_mul(SECTOR_BYTES));
