@@ -16,7 +16,7 @@ use anyhow::{Context, anyhow, bail, ensure};
 use pgmap_server::control::protocol::{Answer, Kind, Request};
 use pgmap_server::control::{Client, Listener, place};
 use pgmap_server::nbd::{self, Credentials, Exports, Limits, Peers, Security, Stopped};
-use pgmap_server::service::{Metrics, Service, Uri};
+use pgmap_server::service::{Metrics, PmemSpec, Service, Uri};
 use serde::{Deserialize, Deserializer};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -67,30 +67,22 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let security = options.security()?;
     // Before there are threads: none of them is to die of a signal that we wait for.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("cannot wait for signals")?;
+    let regions = options.regions()?;
     let service = Service::new()?;
-    for spec in &options.pmem {
-        let parsed = spec
-            .parse()
-            .map_err(|error| anyhow!("--pmem {spec}: {error}"))?;
-        service
-            .plug(&parsed)
-            .map_err(|error| anyhow!("--pmem {spec}: {error}"))?;
-    }
-    let control = control_path(&options)?;
     let nbd = nbd::Server::new(
         Arc::clone(&service) as Arc<dyn Exports>,
         Limits::default(),
         security,
     )?;
-    let fronts = Fronts::open(&nbd, &options, &control)?;
+    let control = control_path(&options)?;
+    let (fronts, sockets) = Fronts::bind(&options, &control)?;
     service.set_nbd(nbd.clone(), fronts.uris());
-    let listener = Listener::start(&control, Arc::clone(&service) as _)
-        .with_context(|| format!("cannot listen at {}", control.display()))?;
-    let metrics = options
-        .metrics
-        .as_deref()
-        .map(|address| metrics(address, &service));
-    let metrics = metrics.transpose()?;
+    // Nobody is served before nothing can fail any more: what is made until then can be taken back.
+    let started = start(&service, &options, &regions, &control);
+    let (metrics, listener) = started.inspect_err(|_| service.give_up())?;
+    for socket in sockets {
+        nbd.serve(socket).context("NBD clients cannot be served")?;
+    }
     if !options.quiet {
         announce(&control, metrics.as_ref())?;
     }
@@ -108,6 +100,25 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     }
     drop((metrics, listener));
     end(&service, &nbd, fronts)
+}
+
+/// All that may fail at the start, the sockets of those who ask at last.
+fn start(
+    service: &Arc<Service>,
+    options: &Options,
+    regions: &[PmemSpec],
+    control: &Path,
+) -> anyhow::Result<(Option<Metrics>, Listener)> {
+    for spec in regions {
+        let plugged = service.plug(spec);
+        plugged.map_err(|error| anyhow!("--pmem {spec}: {error}"))?;
+    }
+    let metrics = options.metrics.as_deref();
+    let metrics = metrics.map(|address| self::metrics(address, service));
+    let metrics = metrics.transpose()?;
+    let listener = Listener::start(control, Arc::clone(service) as _)
+        .with_context(|| format!("cannot listen at {}", control.display()))?;
+    Ok((metrics, listener))
 }
 
 /// Answers what is under way, makes everything durable, and goes.
@@ -146,6 +157,14 @@ impl Options {
         options.tls_verify_peer |= args.tls_verify_peer;
         options.quiet |= args.quiet;
         Ok(options)
+    }
+
+    fn regions(&self) -> anyhow::Result<Vec<PmemSpec>> {
+        let parsed = self.pmem.iter().map(|spec| {
+            let parsed = spec.parse();
+            parsed.map_err(|error| anyhow!("--pmem {spec}: {error}"))
+        });
+        parsed.collect()
     }
 
     fn peers(&self) -> Peers {
@@ -227,7 +246,8 @@ struct Fronts {
 }
 
 impl Fronts {
-    fn open(nbd: &nbd::Server, options: &Options, control: &Path) -> anyhow::Result<Self> {
+    /// Takes the addresses. Who connects waits until somebody serves there.
+    fn bind(options: &Options, control: &Path) -> anyhow::Result<(Self, Vec<nbd::Listener>)> {
         let scheme = match options.tls {
             Tls::Require => "nbds",
             Tls::On | Tls::Off => "nbd",
@@ -242,6 +262,7 @@ impl Fronts {
             [] => vec![beside],
             given => given.to_vec(),
         };
+        let mut sockets = Vec::new();
         for place in places {
             let cannot = || format!("NBD clients cannot be served at {place}");
             let listener = if let Some(path) = place.strip_prefix("unix:") {
@@ -255,9 +276,9 @@ impl Fronts {
                 fronts.tcp.push(listener.local_addr()?);
                 nbd::Listener::Tcp(listener)
             };
-            nbd.serve(listener).with_context(cannot)?;
+            sockets.push(listener);
         }
-        Ok(fronts)
+        Ok((fronts, sockets))
     }
 
     fn uris(&self) -> Vec<Uri> {
