@@ -333,8 +333,8 @@ fn announce(control: &Path, metrics: Option<&Metrics>) -> anyhow::Result<()> {
     let mut text = String::new();
     for namespace in listing.regions.iter().flat_map(|region| &region.namespaces) {
         let _ = writeln!(text, "{}", show::namespace(namespace));
-        if let Some(nbd) = &namespace.nbd {
-            let _ = writeln!(text, "  {nbd}");
+        for uri in namespace.uris() {
+            let _ = writeln!(text, "  {uri}");
         }
         if namespace.map.is_some() && namespace.state == "enabled" {
             let _ = writeln!(text, "  direct: pgmap map {}", namespace.device());

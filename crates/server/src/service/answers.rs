@@ -120,12 +120,14 @@ impl Service {
             offset: range.start,
             length: range.end - range.start,
         });
+        let uris = bound.as_ref().map(|_| self.uris(&name));
+        let mut uris = uris.unwrap_or_default().into_iter();
         NamespaceView {
             dev: format!("namespace{}.{}", region.number(), namespace.index),
             mode: namespace.mode.to_string(),
             map: (namespace.mode != Mode::Raw).then(|| namespace.map.to_string()),
             size: namespace.size_bytes(),
-            metadata_size: region.overhead_bytes(),
+            metadata_size: namespace.metadata.end - namespace.metadata.start,
             uuid: namespace.uuid.to_string(),
             sector_size: SECTOR_BYTES,
             align: namespace.align.bytes(),
@@ -140,7 +142,8 @@ impl Service {
             .into(),
             badblock_count: sectors.sum(),
             badblocks: badblocks.collect(),
-            nbd: bound.and_then(|_| self.uri(&name)),
+            nbd: uris.next(),
+            nbd_also: uris.collect(),
         }
     }
 

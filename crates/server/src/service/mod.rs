@@ -53,8 +53,10 @@ struct Regions {
     next: u32,
     all: BTreeMap<u32, Arc<Region>>,
     /// Namespaces in use, by region and number.
-    devices: BTreeMap<(u32, u32), Device>,
+    devices: Devices,
 }
+
+type Devices = BTreeMap<(u32, u32), Device>;
 
 /// A namespace in use.
 #[derive(Clone, Debug)]
@@ -129,7 +131,7 @@ impl Service {
     }
 
     /// Takes the namespaces of a new region into use that are to be.
-    fn devices_of(&self, region: &Arc<Region>) -> Result<Vec<((u32, u32), Device)>, BindError> {
+    fn devices_of(&self, region: &Arc<Region>) -> Result<Devices, BindError> {
         let wanted = |namespace: &Namespace| namespace.activation == Activation::Enabled;
         let wanted = region.namespaces().into_iter().filter(wanted);
         let bound = wanted.map(|namespace| {
@@ -212,11 +214,12 @@ impl Service {
         }
     }
 
-    /// Where NBD clients find an export.
-    fn uri(&self, name: &str) -> Option<String> {
-        let (_, uris) = self.nbd.get()?;
-        let Uri { before, after } = uris.first()?;
-        Some(format!("{before}{name}{after}"))
+    /// Where NBD clients find an export: an address for each socket.
+    fn uris(&self, name: &str) -> Vec<String> {
+        let uris = self.nbd.get().map(|(_, uris)| uris.iter());
+        let uris = uris.into_iter().flatten();
+        uris.map(|Uri { before, after }| format!("{before}{name}{after}"))
+            .collect()
     }
 
     /// Ends the connections of those who use a device that is out of use.
