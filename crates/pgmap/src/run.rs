@@ -170,6 +170,8 @@ fn follow() -> Duration {
 fn short_of_frames() {
     if let Some(run) = RUN.get() {
         run.grant.grow(run.memory.space().inner().ram());
+        // Before the first page moves: who looks at both is not to see that pages have left a RAM that nobody is in.
+        publish_resident(run);
     }
 }
 
@@ -193,13 +195,17 @@ impl Run {
     }
 }
 
+fn publish_resident(run: &Run) {
+    let bytes = run.memory.space().inner().ram().in_use() * PAGE_SIZE as u64;
+    // Relaxed: a number for people.
+    run.process.resident.store(bytes, Ordering::Relaxed);
+}
+
 fn publish(run: &Run) {
     let space = run.memory.space().inner();
     let bytes = |frames: u64| frames * PAGE_SIZE as u64;
+    publish_resident(run);
     // Relaxed, all: numbers for people.
-    run.process
-        .resident
-        .store(bytes(space.ram().in_use()), Ordering::Relaxed);
     let plugged = run.plugged.lock();
     for (nth, shown) in run.process.devices.iter().enumerate() {
         let ops = plugged.device(nth).and_then(|device| device.ops());

@@ -45,8 +45,8 @@ pub(super) fn listing(manager: &ManagerInfo, listing: &Listing) -> String {
         let _ = writeln!(text, "  {}", self::region(region));
         for namespace in &region.namespaces {
             let _ = writeln!(text, "    {}", self::namespace(namespace));
-            if let (Some(nbd), "enabled") = (&namespace.nbd, namespace.state.as_str()) {
-                let _ = writeln!(text, "      {nbd}");
+            for uri in namespace.uris() {
+                let _ = writeln!(text, "      {uri}");
             }
         }
     }
