@@ -15,7 +15,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail, ensure};
-use pgmap_server::control::protocol::{Answer, Kind, Request};
+use pgmap_server::control::protocol::{Answer, Kind, Namespace, Region, Request};
 use pgmap_server::control::{Client, Listener, place};
 use pgmap_server::nbd::{self, Credentials, Exports, Limits, Peers, Security, Stopped};
 use pgmap_server::service::{Metrics, PmemSpec, Service, Uri};
@@ -335,14 +335,24 @@ fn metrics(address: &str, service: &Arc<Service>) -> anyhow::Result<Metrics> {
 }
 
 /// What is served and how it is found, as the control socket tells it.
+fn namespaces(region: &Region) -> impl Iterator<Item = &Namespace> {
+    region.namespaces.iter()
+}
+
 fn announce(control: &Path, metrics: Option<&Metrics>) -> anyhow::Result<()> {
     let mut client = Client::connect(control)?;
     let Answer::Listing(listing) = client.ask(&Request::List)? else {
         bail!("no listing");
     };
     let mut text = String::new();
-    for namespace in listing.regions.iter().flat_map(|region| &region.namespaces) {
-        let _ = writeln!(text, "{}", show::namespace(namespace));
+    let in_region = |region| namespaces(region).map(move |namespace| (region, namespace));
+    for (region, namespace) in listing.regions.iter().flat_map(in_region) {
+        // Of a namespace that has its region to itself, all of the region's metadata is its own.
+        let metadata = match namespaces(region).count() {
+            1 => show::region_metadata(region),
+            _ => namespace.metadata_size,
+        };
+        let _ = writeln!(text, "{}", show::namespace(namespace, metadata));
         for uri in namespace.uris() {
             let _ = writeln!(text, "  {uri}");
         }

@@ -40,7 +40,8 @@ fn a_fresh_image_is_one_namespace() {
     let place = Place::new();
     let server = place.serve(&["disk.img,size=1G"]);
     let first = server.announced.lines().next().unwrap();
-    assert_eq!(first, "pmem0  fsdax  1022.0 MiB  align 2M");
+    let shown = "pmem0  fsdax  1022.0 MiB  align 2M  metadata 2.0 MiB on the device";
+    assert_eq!(first, shown);
     assert!(server.announced.contains("direct: pgmap map pmem0"));
     assert!(server.announced.contains(&server.uri("pmem0")));
     let listed: serde_json::Value = serde_json::from_str(&place.ok(&["list", "--json"])).unwrap();
@@ -58,7 +59,8 @@ fn a_fresh_image_is_one_namespace() {
     );
 }
 
-/// MAP-8: the metadata of a namespace is its own, and that of the label the region's; where there is none, nothing is said of it.
+/// MAP-8: a namespace that has its region to itself is told with all of its metadata, labels included; in the list what is its own, and
+/// what is the region's, are told apart; where there is none, nothing is said of it.
 #[test]
 fn metadata_is_told_where_it_is() {
     let place = Place::new();
@@ -67,7 +69,7 @@ fn metadata_is_told_where_it_is() {
     let mut lines = server.announced.lines();
     let line = lines.find(|line| line.starts_with("pmem0")).unwrap();
     assert!(
-        line.ends_with("align 4K  metadata 496.0 KiB on the device"),
+        line.ends_with("align 4K  metadata 2.5 MiB on the device"),
         "{line}"
     );
     let line = lines.find(|line| line.starts_with("pmem1")).unwrap();

@@ -231,7 +231,7 @@ fn create(args: CreateArgs) -> anyhow::Result<()> {
     let text = if args.json {
         format!("{:#}\n", json!(namespace))
     } else {
-        format!("{}\n", show::namespace(&namespace))
+        format!("{}\n", show::namespace(&namespace, namespace.metadata_size))
     };
     output::print(text.as_bytes())
 }
