@@ -13,6 +13,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Stdio};
 use std::time::Instant;
 
+use pgmap_server::control::Client;
+use pgmap_server::control::protocol::Request;
 use serving::{Place, has, pattern};
 
 const MIB: usize = 1 << 20;
@@ -32,16 +34,14 @@ fn kill(mut child: Child) {
     child.wait().unwrap();
 }
 
-/// What is announced is what there is, in the words of the issue: name, mode, size, alignment, metadata.
+/// What is announced is what there is, in the words of the issue: name, mode, size, alignment.
 #[test]
 fn a_fresh_image_is_one_namespace() {
     let place = Place::new();
     let server = place.serve(&["disk.img,size=1G"]);
     let first = server.announced.lines().next().unwrap();
-    assert_eq!(
-        first,
-        "pmem0  fsdax  1022.0 MiB  align 2M  metadata 2.0 MiB on the device"
-    );
+    let shown = "pmem0  fsdax  1022.0 MiB  align 2M  metadata 2.0 MiB on the device";
+    assert_eq!(first, shown);
     assert!(server.announced.contains("direct: pgmap map pmem0"));
     assert!(server.announced.contains(&server.uri("pmem0")));
     let listed: serde_json::Value = serde_json::from_str(&place.ok(&["list", "--json"])).unwrap();
@@ -57,6 +57,73 @@ fn a_fresh_image_is_one_namespace() {
         iomem.contains("pmem0") && iomem.contains("Persistent Memory"),
         "{iomem}"
     );
+}
+
+/// MAP-8: a namespace that has its region to itself is told with all of its metadata, labels included; in the list what is its own, and
+/// what is the region's, are told apart; where there is none, nothing is said of it.
+#[test]
+fn metadata_is_told_where_it_is() {
+    let place = Place::new();
+    let regions = ["disk.img,size=64M,align=4K,map=dev", "memory,size=8M"];
+    let server = place.serve(&regions);
+    let mut lines = server.announced.lines();
+    let line = lines.find(|line| line.starts_with("pmem0")).unwrap();
+    assert!(
+        line.ends_with("align 4K  metadata 2.5 MiB on the device"),
+        "{line}"
+    );
+    let line = lines.find(|line| line.starts_with("pmem1")).unwrap();
+    assert!(!line.contains("metadata"), "{line}");
+    let listed = place.ok(&["list", "-NR", "--json"]);
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    let own = listed[0]["namespaces"][0]["metadata_size"]
+        .as_u64()
+        .unwrap();
+    let whole = listed[0]["metadata_size"].as_u64().unwrap();
+    assert_eq!(own, 496 << 10);
+    assert_eq!(whole, own + (2 << 20));
+    assert_eq!(listed[1]["namespaces"][0]["metadata_size"], 0);
+}
+
+/// Each export is told at all places where clients find it, and is found there.
+#[test]
+fn each_address_is_told() {
+    let place = Place::new();
+    let pmem = [
+        "serve",
+        "--pmem",
+        "memory,size=4M",
+        "--pmem",
+        "memory,size=8M",
+    ];
+    let nbd = [
+        "--nbd",
+        "unix:a.sock",
+        "--nbd",
+        "127.0.0.1:0",
+        "--nbd",
+        "unix:b.sock",
+    ];
+    let server = place.serve_with(&[&pmem[..], &nbd].concat());
+    let uris = server.announced.lines().filter(|line| line.contains("nbd"));
+    let uris: Vec<&str> = uris.map(str::trim).collect();
+    let (first, second) = uris.split_at(uris.len() / 2);
+    for (name, uris) in [("pmem0", first), ("pmem1", second)] {
+        let found = |part: &str| {
+            uris.iter()
+                .any(|uri| uri.contains(name) && uri.contains(part))
+        };
+        assert!(
+            found("/a.sock") && found("/b.sock") && found("nbd://127.0.0.1:"),
+            "{uris:?}"
+        );
+        assert_eq!(uris.len(), 3, "{uris:?}");
+    }
+    let listed = place.ok(&["list"]);
+    assert!(uris.iter().all(|uri| listed.contains(uri)), "{listed}");
+    for socket in ["a.sock", "b.sock"] {
+        serving::nbd::Nbd::connect(&place.path(socket), "pmem1").unwrap();
+    }
 }
 
 /// REF-7, MAP-6: an unplug names who holds the device, changes nothing at its deadline, and waits without one.
@@ -290,6 +357,16 @@ fn bad_blocks_survive_a_restart() {
     assert_eq!(listed[0]["badblocks"][0]["offset"], 8);
     assert_eq!(listed[0]["badblocks"][0]["length"], 4);
     assert_eq!(place.ok(&["scrub", "--wait"]), "done: 4 bad blocks\n");
+    for direct in [
+        &["map", "pmem0", "--length", "2M"][..],
+        &["map", "pmem0", "--write"],
+    ] {
+        let said = place.refused(direct);
+        assert!(
+            said.contains("block 8 is bad") && said.contains("clear-error"),
+            "{said}"
+        );
+    }
     place.ok(&["clear-error", "pmem0", "-B", "8", "-n", "4"]);
     assert_eq!(
         place.ok(&["scrub", "pmem0", "--wait"]),
@@ -327,7 +404,10 @@ fn mistakes_are_one_line() {
             "no/such/x.img",
         ),
         (&["serve", "--pmem", "x.img,size=1"], "at least one page"),
-        (&["serve", "--config", "bad.toml"], "bad.toml"),
+        (
+            &["serve", "--config", "bad.toml"],
+            "expected a text or a list",
+        ),
         (&["serve", "--config", "odd.toml"], "pnem"),
         (&[&full[..], &["0.0.0.0:10809"]].concat(), "127.0.0.1"),
         (&[&full[..], &["nonsense"]].concat(), "unix:PATH"),
@@ -375,9 +455,10 @@ fn a_look_that_nobody_reads_is_the_last() {
 #[test]
 fn a_configuration_file_and_metrics() {
     let place = Place::new();
-    let config = "pmem = [\"memory,size=16M\"]\nmetrics = \"127.0.0.1:0\"\n";
+    // One may be written without the brackets of a list.
+    let config = "pmem = [\"memory,size=16M\"]\nmetrics = \"127.0.0.1:0\"\nnbd = \"127.0.0.1:0\"\n";
     fs::write(place.path("serve.toml"), config).unwrap();
-    let arguments = ["serve", "--config", "serve.toml", "--nbd", "127.0.0.1:0"];
+    let arguments = ["serve", "--config", "serve.toml"];
     let server = place.serve_with(&arguments);
     assert!(
         server.announced.contains("nbd://127.0.0.1:"),
@@ -407,6 +488,90 @@ fn a_configuration_file_and_metrics() {
         page.contains("pgmap_reads_total{device=\"pmem0\"}"),
         "{page}"
     );
+}
+
+/// What was meant wrongly is told in one line that says what is wrong about it.
+#[test]
+fn mistakes_of_verbs_say_what_is_wrong() {
+    let place = Place::new();
+    let server = place.serve(&["memory,size=8M"]);
+    let cases: [(&[&str], &str); 9] = [
+        (&["map", "pmem0", "--offset", "1"], "a multiple of 2M"),
+        (&["map", "pmem0", "--offset", "x"], "`x` is no size"),
+        (
+            &["inject-error", "pmem0", "-B", "0", "--count", "0"],
+            "write at least 1",
+        ),
+        (
+            &["clear-error", "pmem0", "-B", "0", "--count", "0"],
+            "write at least 1",
+        ),
+        (
+            &["inject-error", "pmem0", "-B", "x"],
+            "write a whole number",
+        ),
+        (&["memory", "offline", "x"], "write a whole number"),
+        (&["top", "-n", "0"], "write at least 1"),
+        (&["plug", "compressed:1G"], "is a device of `pgmap run`"),
+        (&["plug", "file:a,size=1G"], "is a device of `pgmap run`"),
+    ];
+    for (arguments, part) in cases {
+        let said = place.refused(arguments);
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(said.contains(part), "{arguments:?}: {said}");
+    }
+    // Over the socket there is no such check before.
+    let mut client = Client::connect(&server.control()).unwrap();
+    let refused = client.ask(&Request::InjectError {
+        namespace: "pmem0".into(),
+        block: 0,
+        count: 0,
+    });
+    assert!(refused.unwrap_err().to_string().contains("at least 1"));
+}
+
+/// A program that maps a range is looked for as a shell does it, and its status is ours.
+#[test]
+fn a_program_that_cannot_be_started_has_a_status_of_its_own() {
+    let place = Place::new();
+    let _server = place.serve(&["memory,size=8M"]);
+    fs::write(place.path("plain"), "no program").unwrap();
+    for (program, status) in [("nosuch", 127), ("./plain", 126), ("false", 1), ("true", 0)] {
+        let mut command = place.pgmap(&["map", "pmem0", "--", program]);
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(status), "{program}: {output:?}");
+        assert_eq!(output.stderr.is_empty(), status < 2, "{output:?}");
+    }
+}
+
+/// A manager that has nothing of what was asked for is not listed.
+#[test]
+fn list_names_nobody_without_what_was_asked_for() {
+    let place = Place::new();
+    let _server = place.serve(&["memory,size=8M"]);
+    assert!(place.ok(&["list", "-N"]).contains("serve, process"));
+    assert_eq!(place.ok(&["list", "-D"]), "");
+    place.ok(&["unplug", "region0"]);
+    assert!(place.ok(&["list"]).contains("serve, process"));
+}
+
+/// PMEM-4: of an input that is longer than the range, as much is written as fits, durably, and the rest is told of.
+#[test]
+fn too_much_input_is_written_as_far_as_it_fits() {
+    let place = Place::new();
+    let _server = place.serve(&["disk.img,size=8M"]);
+    let bytes = pattern(2 * MIB + 1, 7);
+    fs::write(place.path("input"), &bytes).unwrap();
+    let mut command = place.pgmap(&["map", "pmem0", "--length", "2M", "--write"]);
+    let input = fs::File::open(place.path("input")).unwrap();
+    let output = command.stdin(input).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(
+        said.contains("its first 2097152 bytes are written and durable"),
+        "{said}"
+    );
+    assert!(place.read("pmem0")[..2 * MIB] == bytes[..2 * MIB]);
 }
 
 /// Who reads and who writes a range at the same time have each their own place in the file.
