@@ -206,7 +206,13 @@ impl FileCpu {
     ///
     /// See [`PinError`].
     pub fn pin(&mut self, at: VirtAddr, pages: u32, pin: &Pin) -> Result<PinnedPages, PinError> {
-        pin_user_pages(&self.machine.machine.space, &mut self.worker, at, pages, pin)
+        pin_user_pages(
+            &self.machine.machine.space,
+            &mut self.worker,
+            at,
+            pages,
+            pin,
+        )
     }
 
     fn serve(&mut self, at: VirtAddr, fault: Fault, access: Access) -> Result<(), Signal> {

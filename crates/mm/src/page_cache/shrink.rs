@@ -23,14 +23,20 @@ impl PageCache {
         let mut freed = 0;
         // Every block is looked at twice: to be unmapped, and to be emptied.
         let mut patience = 2 * (self.active.len() + self.inactive.len()) + 2;
+        // Inactive blocks that gave up nothing, as their pages are pinned or cannot be written: they do not count as waiting
+        // there, or they would spare the active ones for as long as the pins last.
+        let mut fruitless = 0;
         while freed < want && patience > 0 {
             patience -= 1;
-            if self.inactive.len() <= self.active.len() / INACTIVE
+            if self.inactive.len() <= self.active.len() / INACTIVE + fruitless
                 && let Some((block, _)) = self.active.pop(0)
             {
                 self.deactivate(block);
+                fruitless = fruitless.saturating_sub(1);
             } else if let Some((block, _)) = self.inactive.pop(0) {
-                freed += self.evict(block);
+                let evicted = self.evict(block);
+                fruitless = if evicted == 0 { fruitless + 1 } else { 0 };
+                freed += evicted;
             } else {
                 break;
             }
