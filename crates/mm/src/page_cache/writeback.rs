@@ -390,8 +390,21 @@ impl PageCache {
 
     /// Ends the writeback of a run, whose pages are dirty again if they were not written.
     fn end(&self, run: Run, outcome: Result<(), BackingError>) {
+        let count = u64::from(run.count);
+        match outcome {
+            Ok(()) => Stats::add(&self.stats.file_pages_written, count),
+            Err(error) => {
+                // Before anybody can find that the pages are not being written any more: who waited for that asks for errors next.
+                Stats::add(&self.stats.file_write_errors, 1);
+                self.errors.set(error);
+            }
+        }
         let mut cursor = self.table.lock(PageIndex(run.first).block());
         for page in run.pages().map(PageIndex) {
+            if outcome.is_err() {
+                // First, too: who looks without the cursor finds it under writeback, or dirty.
+                self.set_dirty(&mut cursor, page);
+            }
             if let CachePage::Cached(cached) = cursor.get(page) {
                 let writeback = Writeback::Idle;
                 cursor.set(
@@ -402,19 +415,8 @@ impl PageCache {
                     }),
                 );
             }
-            if outcome.is_err() {
-                self.set_dirty(&mut cursor, page);
-            }
         }
         drop(cursor);
-        let count = u64::from(run.count);
-        match outcome {
-            Ok(()) => Stats::add(&self.stats.file_pages_written, count),
-            Err(error) => {
-                Stats::add(&self.stats.file_write_errors, 1);
-                self.errors.set(error);
-            }
-        }
         // Relaxed: see `note_writeback`.
         self.under_writeback.fetch_sub(count, Ordering::Relaxed);
         self.written.wake_all();
