@@ -87,13 +87,8 @@ impl PageCache {
         let wanted = clip(wanted.clone(), &(0..self.size_pages()));
         let absent = |entry| entry == CachePage::Absent;
         let run = cursor.run(page.0, &wanted, absent);
-        let open = |page: &u32| !self.barrier.is_closed(*page);
-        let end = run.clone().find(|page| !open(page)).unwrap_or(run.end);
-        let run = around(
-            page.0,
-            &(run.start..end),
-            worker.frames.prepare(&self.ram, run.len()),
-        );
+        let run = self.open_around(page, &run);
+        let run = around(page.0, &run, worker.frames.prepare(&self.ram, run.len()));
         let run = if self.load(&run) {
             run
         } else if run.len() > 1 && self.load(&(page.0..page.0 + 1)) {
@@ -116,6 +111,14 @@ impl PageCache {
         self.cached.fetch_add(run.len() as u64, Ordering::Relaxed);
         self.queue(page, Mapping::Unmapped);
         Stats::add(&self.stats.file_pages_read, run.len() as u64);
+    }
+
+    /// The pages of a run around one of them that are not closed, as that one is not.
+    fn open_around(&self, page: PageIndex, run: &Range<u32>) -> Range<u32> {
+        let is_closed = |page: &u32| self.barrier.is_closed(*page);
+        let before = (run.start..page.0).rev().find(is_closed);
+        let after = (page.0..run.end).find(is_closed);
+        before.map_or(run.start, |page| page + 1)..after.unwrap_or(run.end)
     }
 
     /// Reads pages. Their memory is given back if that fails.
