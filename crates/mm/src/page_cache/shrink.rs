@@ -116,7 +116,11 @@ impl PageCache {
                 at += 1;
                 continue;
             }
-            self.drop_run(&mut cursor, &(start..at), &gone[before..count]);
+            self.drop_run(&mut cursor, &(start..at));
+            for frame in &gone[before..count] {
+                // Who pins it from here on finds that the entry is another.
+                self.map.frame(*frame).unfreeze(1);
+            }
         }
         drop(cursor);
         self.ram.free(&gone[..count]);
@@ -134,18 +138,12 @@ impl PageCache {
         (cold && self.map.frame(page.frame).freeze(1)).then_some(page.frame)
     }
 
-    /// Forgets pages that are mapped nowhere, and whose frames are claimed. The frames are the caller's to free.
-    pub(super) fn drop_run(
-        &self,
-        cursor: &mut Cursor<'_, CachePage>,
-        run: &Range<u32>,
-        frames: &[Pfn],
-    ) {
+    /// Forgets pages that are mapped nowhere, and that nobody can pin: their frames are claimed, or the range is closed. The
+    /// frames are the caller's to free.
+    pub(super) fn drop_run(&self, cursor: &mut Cursor<'_, CachePage>, run: &Range<u32>) {
         self.mmu.free(run.start, run.len());
-        for (page, frame) in run.clone().map(PageIndex).zip(frames) {
+        for page in run.clone().map(PageIndex) {
             cursor.set(page, CachePage::Absent);
-            // Who pins it from here on finds that the entry is another.
-            self.map.frame(*frame).unfreeze(1);
         }
         // Relaxed: a number that stands alone.
         self.cached.fetch_sub(run.len() as u64, Ordering::Relaxed);
