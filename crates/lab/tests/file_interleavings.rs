@@ -387,6 +387,58 @@ fn extension_against_stores() {
     machine.assert_empty();
 }
 
+/// An access behind the end that is being answered while the file becomes longer leaves no SIGBUS behind (WB-5).
+fn extension_against_faults() {
+    let (machine, vma) = machine(2, PAGE, SOUND);
+    let program = spawn(&machine, move |machine| {
+        let mut cpu = machine.cpu();
+        let _ = cpu.load(word(&vma, 1, 0));
+    });
+    let longer = machine
+        .cache
+        .set_len(2 * PAGE as u64, |_| ControlFlow::Break(()));
+    assert_eq!(longer, Ok(()));
+    program.join().unwrap();
+    let mut cpu = machine.cpu();
+    let added = cpu.load(word(&vma, 1, 0));
+    assert_eq!(added, Ok(0), "a longer file can be used");
+    drop(cpu);
+    machine.assert_empty();
+}
+
+/// WB-5: what a file has gained can be used, whoever touched it before.
+#[test]
+fn a_longer_file_can_be_used() {
+    explore(extension_against_faults);
+}
+
+/// A pin that comes too late, and goes at once, is no obstacle to a truncation that is under way (WB-5, REF-5).
+fn late_pins_against_truncate() {
+    let (machine, vma) = machine(4, 2 * PAGE, SOUND);
+    let mut cpu = machine.cpu();
+    assert_eq!(cpu.load(word(&vma, 1, 0)), Ok(0));
+    let late = spawn(&machine, move |machine| {
+        let mut cpu = machine.cpu();
+        for _ in 0..2 {
+            drop(cpu.pin(word(&vma, 1, 0), 1, &Pin::READ));
+        }
+    });
+    let cut = machine.cache.set_len(PAGE as u64, |_| {
+        thread::yield_now();
+        ControlFlow::Continue(())
+    });
+    assert_eq!(cut, Ok(()));
+    late.join().unwrap();
+    drop(cpu);
+    machine.assert_empty();
+}
+
+/// WB-5, REF-5: pins that come while a closed range is dropped.
+#[test]
+fn late_pins_do_not_disturb_truncation() {
+    explore(late_pins_against_truncate);
+}
+
 /// WB-5: extending a file re-protects the page at the old end.
 #[test]
 fn what_a_longer_file_gains_is_zeros() {
