@@ -1,10 +1,11 @@
 //! `cargo xtask`: what the repository does to itself.
 //!
 //! `test` builds and runs every test, `tidy` checks what no lint can, `asan` runs the tests of device memory under
-//! `AddressSanitizer`, `bench` measures.
+//! `AddressSanitizer`, `dax` tests on persistent memory in a virtual machine, `bench` measures.
 
 mod asan;
 mod bench;
+mod dax;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -18,10 +19,11 @@ fn main() -> ExitCode {
         Some("test") => test(arguments.collect()),
         Some("tidy") => tidy::tidy(&root()),
         Some("asan") => asan::asan(&root()),
+        Some("dax") => dax::dax(&root()),
         Some("bench") => bench::bench(&root(), &arguments.collect::<Vec<_>>()),
         _ => {
             eprintln!(
-                "usage: cargo xtask test [ARGUMENTS OF cargo test] | tidy | asan | bench [--quick] [--write] [GROUP]"
+                "usage: cargo xtask test [ARGUMENTS OF cargo test] | tidy | asan | dax | bench [--quick] [--write] [GROUP]"
             );
             return ExitCode::from(2);
         }

@@ -11,7 +11,7 @@ use pgmap_mm::backing::{Backing as _, BackingError};
 use pgmap_mm::errseq::Seen;
 use pgmap_mm::fault::{Access, Outcome};
 use pgmap_mm::gup::{Pin, PinError, PinnedPages, pin_user_pages};
-use pgmap_mm::page_cache::{CacheParts, FileVma, OnPinned, PageCache};
+use pgmap_mm::page_cache::{CacheParts, FileVma, OnPinned, PageCache, VmaAccess};
 use pgmap_mm::space::Worker;
 
 use crate::disk::ModelFile;
@@ -71,6 +71,7 @@ impl FileMachine {
             mmu: Arc::clone(&setup.memory) as _,
             size_bytes: setup.disk.written().len() as u64,
             backing: Arc::clone(&setup.disk) as _,
+            memcg: None,
             most_pages: setup.most_pages,
             stats: space.stats(),
         })?);
@@ -100,6 +101,7 @@ impl FileMachine {
             at: VirtAddr::new((nth + 1) * MAPPINGS),
             first: pages.start,
             pages: pages.end - pages.start,
+            access: VmaAccess::ReadWrite,
         };
         self.memory.add_vma(vma);
         self.machine.space.files().map(&self.cache, vma);

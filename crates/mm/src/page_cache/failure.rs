@@ -48,6 +48,7 @@ impl PageCache {
         self.mmu.free(page.0, 1);
         // Relaxed: a number that stands alone.
         self.cached.fetch_sub(1, Ordering::Relaxed);
+        self.uncharge(1);
         let lost = if cached.is_dirty() || was_written {
             self.forget_dirty(&mut cursor, page, cached);
             self.errors.set(BackingError::Io(EIO));
