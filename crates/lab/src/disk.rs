@@ -85,7 +85,7 @@ impl Medium {
     fn assert_idle(&self, bytes: &Range<usize>) {
         let pages = bytes.start / PAGE_SIZE..bytes.end.div_ceil(PAGE_SIZE);
         let busy = self.busy.range(pages).next();
-        assert_eq!(busy, None, "bytes of a transfer were cut or punched");
+        assert_eq!(busy, None, "bytes were removed under a transfer");
     }
 }
 

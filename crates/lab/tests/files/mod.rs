@@ -1,4 +1,5 @@
 //! What scenarios with a mapped file have in common.
+#![allow(dead_code, reason = "no test uses all of it")]
 
 use std::sync::Arc;
 
@@ -12,18 +13,29 @@ use shuttle::thread;
 
 /// Bytes in a page.
 pub(crate) const PAGE: usize = PAGE_SIZE;
+/// A word of a file whose bytes are all 9.
+pub(crate) const NINES: u64 = u64::from_ne_bytes([9; 8]);
 /// A disk that does what it says.
 pub(crate) const SOUND: Flaw = Flaw::None;
-/// Pages that the file may have: one block.
-const MOST_PAGES: u32 = 64;
+/// Pages that the file may have: two blocks.
+const MOST_PAGES: u32 = 128;
 
 /// A machine whose file has `bytes` bytes, all of them 0, and is mapped as a whole.
 pub(crate) fn machine(frames: u64, bytes: usize, flaw: Flaw) -> (Arc<FileMachine>, FileVma) {
+    machine_of(frames, ModelFile::new(vec![0; bytes], flaw))
+}
+
+/// The same, with bytes that are all 9.
+pub(crate) fn full_machine(frames: u64, bytes: usize) -> (Arc<FileMachine>, FileVma) {
+    machine_of(frames, ModelFile::new(vec![9; bytes], SOUND))
+}
+
+fn machine_of(frames: u64, disk: Arc<ModelFile>) -> (Arc<FileMachine>, FileVma) {
     let machine = FileMachine::new(FileSetup {
         frames,
         most_pages: MOST_PAGES,
         memory: ModelSharedMmu::new(MOST_PAGES, shared_memory::Flaw::None),
-        disk: ModelFile::new(vec![0; bytes], flaw),
+        disk,
     });
     let machine = machine.unwrap();
     let vma = machine.map(0, &(0..MOST_PAGES));

@@ -6,6 +6,8 @@ use super::{CachePage, PageCache};
 use crate::backing::BackingError;
 use crate::mmu::Progress;
 use crate::page_table::PageIndex;
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 use crate::stats::Stats;
 
 /// What a memory failure has cost.
@@ -37,6 +39,10 @@ impl PageCache {
             // From here on nobody can claim it: it is neither cleaned nor evicted.
             self.map.frame(cached.frame).poison();
             if !cached.is_under_writeback() {
+                break (cursor, cached);
+            }
+            #[cfg(shuttle)]
+            if seeded_bug::has(SeededBug::FailureIgnoresWriteback) {
                 break (cursor, cached);
             }
             // What is on its way to the file may be no better, and is not to land there after the page was punched.

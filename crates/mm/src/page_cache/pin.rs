@@ -10,6 +10,8 @@ use pgmap_core::page::GetError;
 use super::{CachePage, Cached, PageCache};
 use crate::gup::PinAccess;
 use crate::page_table::{Cursor, PageIndex};
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 use crate::space::Worker;
 
 /// Why a page of a file could not be pinned.
@@ -51,11 +53,38 @@ impl PageCache {
         let same = entry.is_some_and(|entry| {
             entry.frame == frame && (access == PinAccess::Read || entry.is_dirty())
         });
-        if same && !self.barrier.is_closed(page.0) {
+        let is_closed = self.barrier.is_closed(page.0);
+        #[cfg(shuttle)]
+        let is_closed = is_closed && !seeded_bug::has(SeededBug::PinIgnoresTheBarrier);
+        if same && !is_closed {
             return Some(frame);
         }
         self.ram.unpin(frame);
         None
+    }
+
+    /// Claims the frame of a page, under its cursor, if nobody has it pinned: nobody can pin it until the claim ends.
+    pub(super) fn claim(&self, frame: Pfn) -> bool {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::ClaimIgnoresPins) {
+            return true;
+        }
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::ClaimLooksFirst) {
+            return !self.map.frame(frame).is_pinned();
+        }
+        self.map.frame(frame).freeze(1)
+    }
+
+    /// Ends a claim: who pins the frame from here on finds what was done under it.
+    pub(super) fn unclaim(&self, frame: Pfn) {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::ClaimIgnoresPins)
+            || seeded_bug::has(SeededBug::ClaimLooksFirst)
+        {
+            return;
+        }
+        self.map.frame(frame).unfreeze(1);
     }
 
     fn pin_slow(

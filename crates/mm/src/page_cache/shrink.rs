@@ -12,6 +12,8 @@ use pgmap_sync::atomic::Ordering;
 use super::entry::Mapping;
 use super::{CachePage, Cached, OnPinned, PageCache};
 use crate::page_table::{BLOCK_PAGES, BlockIndex, Cursor, PageIndex};
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 use crate::stats::Stats;
 
 /// Of the pages in RAM, one of so many waits on the inactive list, so that a touch can show that it is used.
@@ -113,13 +115,18 @@ impl PageCache {
             if start == at {
                 let left = cursor.get(PageIndex(at)).cached();
                 stays |= left.is_some_and(|page| !page.is_mapped());
+                #[cfg(shuttle)]
+                if seeded_bug::has(SeededBug::ReclaimStripsPinned)
+                    && let Some(left) = left
+                {
+                    self.forget_dirty(&mut cursor, PageIndex(at), left);
+                }
                 at += 1;
                 continue;
             }
             self.drop_run(&mut cursor, &(start..at));
             for frame in &gone[before..count] {
-                // Who pins it from here on finds that the entry is another.
-                self.map.frame(*frame).unfreeze(1);
+                self.unclaim(*frame);
             }
         }
         drop(cursor);
@@ -135,7 +142,7 @@ impl PageCache {
     fn claim_cold(&self, cursor: &Cursor<'_, CachePage>, page: u32) -> Option<Pfn> {
         let page = cursor.get(PageIndex(page)).cached()?;
         let cold = !page.is_mapped() && !page.is_dirty() && !page.is_under_writeback();
-        (cold && self.map.frame(page.frame).freeze(1)).then_some(page.frame)
+        (cold && self.claim(page.frame)).then_some(page.frame)
     }
 
     /// Forgets pages that are mapped nowhere, and that nobody can pin: their frames are claimed, or the range is closed. The

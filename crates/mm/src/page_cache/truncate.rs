@@ -14,6 +14,8 @@ use super::entry::State;
 use super::{CachePage, Cached, PageCache, pages_of};
 use crate::backing::BackingError;
 use crate::page_table::{BLOCK_PAGES, BlockIndex, Cursor, PageIndex};
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 
 /// Why a file could not be cut, punched or extended. It is as it was.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -136,12 +138,22 @@ impl PageCache {
                 // Where that fails, writes go unseen to a page that is dirty or protected already.
                 self.mkclean(&(page.0..page.0 + 1));
             }
+            #[cfg(shuttle)]
+            let tail = if seeded_bug::has(SeededBug::ExtendKeepsTheTail) {
+                old..old
+            } else {
+                tail
+            };
             self.mmu.pages(page.0, 1).zero(within_page(&tail));
         }
         // Release: pairs with the acquire in `size_bytes`.
         self.size_bytes.store(new, Ordering::Release);
         drop(cursor);
         // Accesses behind the old end were answered with SIGBUS, and those that have just found it there will be.
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::ExtendIgnoresFaults) {
+            return self.unmap_pages(&(pages_of(&(0..old)).end..pages_of(&(0..new)).end));
+        }
         self.table.synchronize();
         self.unmap_pages(&(pages_of(&(0..old)).end..pages_of(&(0..new)).end));
     }
@@ -173,6 +185,10 @@ impl PageCache {
 
     /// The first page of a closed range that somebody has pinned: exactly.
     fn first_pinned(&self, range: &Range<u32>) -> Option<u32> {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::TruncateEndIsNothing) && range.end == self.table.pages() {
+            return None;
+        }
         self.used(range).find(|page| {
             let cursor = self.table.lock(PageIndex(*page).block());
             let Some(cached) = cursor.get(PageIndex(*page)).cached() else {

@@ -1,8 +1,9 @@
-//! The protocols of the page cache, with their threads interleaved in random orders.
+//! Writeback, sync and extension of a mapped file, with their threads interleaved in random orders; and for each a bug that must
+//! be found.
 //!
 //! ```text
-//! RUSTFLAGS="--cfg shuttle" cargo test -p pgmap-lab --release --test file_interleavings
-//! ORDERS=100000 RUSTFLAGS="--cfg shuttle" cargo test -p pgmap-lab --release --test file_interleavings
+//! RUSTFLAGS="--cfg shuttle" cargo test -p pgmap-lab --release --test file_writeback
+//! ORDERS=100000 RUSTFLAGS="--cfg shuttle" cargo test -p pgmap-lab --release --test file_writeback
 //! ```
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 #![cfg(shuttle)]
@@ -17,206 +18,30 @@ use explore::explore;
 use files::{PAGE, SOUND, machine, pin, spawn, word_of};
 use pgmap_lab::disk;
 use pgmap_lab::file_machine::word;
-use pgmap_lab::machine::Signal;
 use pgmap_lab::shared_memory;
 use pgmap_mm::backing::BackingError;
 use pgmap_mm::gup::Pin;
 use pgmap_mm::mmu::Stop;
 use pgmap_mm::page_cache::OnPinned;
+use pgmap_mm::seeded_bug::{SeededBug, seed};
 use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use shuttle::thread;
 
-/// What a device writes to a pinned page is what the program and the file have (GUP-3, RMAP-1, WB-4).
-fn pins_against_evict() {
-    let (machine, vma) = machine(2, 3 * PAGE, SOUND);
-    let reclaimer = spawn(&machine, |machine| {
-        for _ in 0..3 {
-            machine.cache.shrink(1);
-        }
-    });
-    let program = spawn(&machine, move |machine| {
-        let mut cpu = machine.cpu();
-        for page in [1, 2, 1] {
-            assert_eq!(cpu.store(word(&vma, page, 1), 1), Ok(()));
-        }
-    });
-    let mut cpu = machine.cpu();
-    let at = word(&vma, 0, 0);
-    let pinned = pin(&mut cpu, at, &Pin::WRITE);
-    let dma = machine.memory.dma(0);
-    for round in 1..3 {
-        dma.store(at, round);
-        thread::yield_now();
-        assert_eq!(dma.load(at), round, "a pinned page stays");
-        let entry = machine.cache.peek(0).cached();
-        assert!(
-            entry.is_some_and(|page| page.is_dirty()),
-            "a pinned page keeps everything"
-        );
-    }
-    drop(pinned);
-    assert_eq!(cpu.load(at), Ok(2), "what the device wrote");
-    reclaimer.join().unwrap();
-    program.join().unwrap();
-    machine.sync(&mut Default::default()).unwrap();
-    assert_eq!(word_of(&machine.disk.durable(), 0, 0), 2);
-    drop(cpu);
-    machine.assert_empty();
-}
-
-/// GUP-3, RMAP-1, WB-4: `unmap-check-then-act`, `evict-under-dma`, `ext4-1899`.
-#[test]
-fn pinned_pages_of_files_stay() {
-    explore(pins_against_evict);
-}
-
-/// What a device wrote reaches the file, whatever was cleaned meanwhile (GUP-4).
-fn pins_against_clean() {
-    let (machine, vma) = machine(4, 2 * PAGE, SOUND);
-    let flusher = spawn(&machine, |machine| {
-        machine.cache.write_back(0..2, OnPinned::Skip);
-        machine.cache.write_some(1);
-    });
-    let mut cpu = machine.cpu();
-    let at = word(&vma, 0, 0);
-    for round in 1..3 {
-        let pinned = pin(&mut cpu, at, &Pin::WRITE);
-        let dma = machine.memory.dma(0);
-        thread::yield_now();
-        dma.store(at, round);
-        drop(pinned);
-    }
-    flusher.join().unwrap();
-    machine.sync(&mut Default::default()).unwrap();
-    let written = word_of(&machine.disk.durable(), 0, 0);
-    assert_eq!(written, 2, "what the device wrote");
-    drop(cpu);
-    machine.assert_empty();
-}
-
-/// GUP-4: `wp-bypass`.
-#[test]
-fn pinned_pages_are_never_taken_for_clean() {
-    explore(pins_against_clean);
-}
-
-/// Somebody pins a page, as long as there is one, while it is cut off and punched (WB-5, GUP-3).
-fn pins_against_truncate() {
-    let (machine, vma) = machine(4, 3 * PAGE, SOUND);
-    let device = spawn(&machine, move |machine| {
-        let mut cpu = machine.cpu();
-        let at = word(&vma, 2, 0);
-        for round in 1..4 {
-            let Ok(pinned) = cpu.pin(at, 1, &Pin::WRITE) else {
-                continue;
-            };
-            let dma = machine.memory.dma(2);
-            dma.store(at, round);
-            thread::yield_now();
-            assert_eq!(dma.load(at), round, "a pinned page stays");
-            drop(pinned);
-        }
-    });
-    let reader = spawn(&machine, move |machine| {
-        // Pins that come and go at once.
-        let mut cpu = machine.cpu();
-        for page in [2, 1, 2] {
-            drop(cpu.pin(word(&vma, page, 0), 1, &Pin::READ));
-        }
-    });
-    let keep_waiting = |_| {
-        thread::yield_now();
-        ControlFlow::Continue(())
-    };
-    let bytes = 2 * PAGE as u64..3 * PAGE as u64;
-    assert_eq!(machine.cache.punch(bytes, keep_waiting), Ok(()));
-    assert_eq!(machine.cache.set_len(PAGE as u64, keep_waiting), Ok(()));
-    assert_eq!(machine.disk.written().len(), PAGE);
-    assert_eq!(machine.cache.set_len(0, keep_waiting), Ok(()));
-    device.join().unwrap();
-    reader.join().unwrap();
-    assert_eq!(machine.cache.cached_pages(), 0, "nothing is left");
-    machine.assert_empty();
-}
-
-/// WB-5: `truncate-end-zero`, and pins that come while a range is looked at.
-#[test]
-fn truncation_waits_for_pins() {
-    explore(pins_against_truncate);
-}
-
-/// Who reads a page that was punched, or cut off and added again, never reads old bytes (FLT-2).
-fn faults_against_removal() {
-    let (machine, vma) = machine(2, 3 * PAGE, SOUND);
-    let mut cpu = machine.cpu();
-    for page in [1, 2] {
-        assert_eq!(cpu.store(word(&vma, page, 0), 9), Ok(()));
-    }
-    machine.sync(&mut Default::default()).unwrap();
-    let removed = Arc::new(AtomicBool::new(false));
-    let readers = [1, 2].map(|page| {
-        let removed = Arc::clone(&removed);
-        spawn(&machine, move |machine| {
-            let mut cpu = machine.cpu();
-            for _ in 0..3 {
-                let was_removed = removed.load(Ordering::SeqCst);
-                match cpu.load(word(&vma, page, 0)) {
-                    Ok(0) => {}
-                    Ok(_) => assert!(!was_removed, "removed bytes stay away"),
-                    Err(signal) => assert!(signal == Signal::Bus && !was_removed, "{signal:?}"),
-                }
-            }
-        })
-    });
-    let reclaimer = spawn(&machine, |machine| {
-        machine.cache.shrink(1);
-        machine.cache.shrink(1);
-    });
-    let give_up = |_| ControlFlow::Break(());
-    let (page, end) = (PAGE as u64, 3 * PAGE as u64);
-    assert_eq!(machine.cache.punch(page..2 * page, give_up), Ok(()));
-    assert_eq!(machine.cache.set_len(2 * page, give_up), Ok(()));
-    assert_eq!(machine.cache.set_len(end, give_up), Ok(()));
-    removed.store(true, Ordering::SeqCst);
-    for page in [2, 1] {
-        let found = cpu.load(word(&vma, page, 0));
-        assert_eq!(found, Ok(0), "removed bytes stay away");
-    }
-    for reader in readers {
-        reader.join().unwrap();
-    }
-    reclaimer.join().unwrap();
-    drop(cpu);
-    machine.assert_empty();
-}
-
-/// FLT-2: `remove-stale-source`.
-#[test]
-fn removed_bytes_stay_away() {
-    explore(faults_against_removal);
-}
-
-/// Two write the same pages back, while a program stores: the newest bytes are in the file last.
+/// Two write the same page back, while a program stores: the newest bytes are in the file last.
 fn writeback_against_writeback() {
-    let (machine, vma) = machine(4, 2 * PAGE, SOUND);
-    let flushers = [
-        spawn(&machine, |machine| {
-            machine.cache.write_back(0..2, OnPinned::Skip)
-        }),
-        spawn(&machine, |machine| {
-            machine.cache.write_back(0..2, OnPinned::Bounce)
-        }),
-    ];
+    let (machine, vma) = machine(4, PAGE, SOUND);
     let mut cpu = machine.cpu();
-    for round in 1..4 {
+    assert_eq!(cpu.store(word(&vma, 0, 0), 1), Ok(()));
+    let flusher = spawn(&machine, |machine| {
+        machine.cache.write_back(0..1, OnPinned::Skip);
+    });
+    for round in 2..4 {
         assert_eq!(cpu.store(word(&vma, 0, 0), round), Ok(()));
         machine.cache.write_back(0..1, OnPinned::Bounce);
         let written = word_of(&machine.disk.written(), 0, 0);
         assert_eq!(written, round, "the newest bytes");
     }
-    for flusher in flushers {
-        flusher.join().unwrap();
-    }
+    flusher.join().unwrap();
     let written = word_of(&machine.disk.written(), 0, 0);
     assert_eq!(written, 3, "the newest bytes");
     drop(cpu);
@@ -226,6 +51,14 @@ fn writeback_against_writeback() {
 /// WB-2: older bytes never land last.
 #[test]
 fn older_bytes_never_land_last() {
+    explore(writeback_against_writeback);
+}
+
+/// WB-2: two writes of one page at once.
+#[test]
+#[should_panic = "two transfers"]
+fn a_writeback_of_pages_under_writeback_is_found() {
+    seed(SeededBug::WritebackIgnoresWriteback);
     explore(writeback_against_writeback);
 }
 
@@ -271,6 +104,14 @@ fn cleaning_is_all_or_nothing() {
     explore(|| two_mappings_against_clean(None));
 }
 
+/// WB-3: `mkclean-two-vmas`.
+#[test]
+#[should_panic = "the last word stored"]
+fn a_cleaning_of_one_mapping_is_found() {
+    seed(SeededBug::MkcleanStopsAtTheFirst);
+    explore(|| two_mappings_against_clean(None));
+}
+
 /// WB-3: a mapping that cannot be protected keeps the page dirty.
 #[test]
 fn a_mapping_that_stays_writable_keeps_the_page_dirty() {
@@ -304,43 +145,12 @@ fn background_writeback_never_waits_for_a_pin() {
     explore(background_writeback_against_pins);
 }
 
-/// A program finds what it stored last, with fewer frames than pages, while all is reclaimed and written back (FLT-4).
-fn faults_against_shrink() {
-    let (machine, vma) = machine(2, 3 * PAGE, SOUND);
-    let reclaimer = spawn(&machine, |machine| {
-        for _ in 0..2 {
-            machine.cache.shrink(1);
-        }
-        machine.cache.write_back(0..3, OnPinned::Bounce);
-    });
-    let programs = [0, 1].map(|page| {
-        spawn(&machine, move |machine| {
-            let mut cpu = machine.cpu();
-            for round in 1..3 {
-                let own = word(&vma, page, 0);
-                let shared = word(&vma, 2, page as usize + 1);
-                assert_eq!(cpu.store(own, round), Ok(()));
-                assert_eq!(cpu.store(shared, round), Ok(()));
-                assert_eq!(cpu.load(own), Ok(round), "the last word stored");
-                assert_eq!(cpu.load(shared), Ok(round), "the last word stored");
-            }
-        })
-    });
-    for program in programs {
-        program.join().unwrap();
-    }
-    reclaimer.join().unwrap();
-    machine.sync(&mut Default::default()).unwrap();
-    let durable = machine.disk.durable();
-    assert_eq!(word_of(&durable, 2, 1), 2, "the last word stored");
-    assert_eq!(word_of(&durable, 1, 0), 2, "the last word stored");
-    machine.assert_empty();
-}
-
-/// FLT-4: no dirty page is dropped.
+/// WB-1: `mkclean-wait`.
 #[test]
-fn faults_and_reclaim_of_files_lose_no_store() {
-    explore(faults_against_shrink);
+#[should_panic = "max_steps"]
+fn a_background_writeback_that_waits_is_found() {
+    seed(SeededBug::BackgroundWaits);
+    explore(background_writeback_against_pins);
 }
 
 /// What lies behind the end of a file is zeros when the file becomes longer, and what is stored afterwards stays (WB-5).
@@ -390,17 +200,18 @@ fn extension_against_stores() {
 /// An access behind the end that is being answered while the file becomes longer leaves no SIGBUS behind (WB-5).
 fn extension_against_faults() {
     let (machine, vma) = machine(2, PAGE, SOUND);
+    // In another block than the old end.
     let program = spawn(&machine, move |machine| {
         let mut cpu = machine.cpu();
-        let _ = cpu.load(word(&vma, 1, 0));
+        let _ = cpu.load(word(&vma, 64, 0));
     });
     let longer = machine
         .cache
-        .set_len(2 * PAGE as u64, |_| ControlFlow::Break(()));
+        .set_len(65 * PAGE as u64, |_| ControlFlow::Break(()));
     assert_eq!(longer, Ok(()));
     program.join().unwrap();
     let mut cpu = machine.cpu();
-    let added = cpu.load(word(&vma, 1, 0));
+    let added = cpu.load(word(&vma, 64, 0));
     assert_eq!(added, Ok(0), "a longer file can be used");
     drop(cpu);
     machine.assert_empty();
@@ -412,31 +223,12 @@ fn a_longer_file_can_be_used() {
     explore(extension_against_faults);
 }
 
-/// A pin that comes too late, and goes at once, is no obstacle to a truncation that is under way (WB-5, REF-5).
-fn late_pins_against_truncate() {
-    let (machine, vma) = machine(4, 2 * PAGE, SOUND);
-    let mut cpu = machine.cpu();
-    assert_eq!(cpu.load(word(&vma, 1, 0)), Ok(0));
-    let late = spawn(&machine, move |machine| {
-        let mut cpu = machine.cpu();
-        for _ in 0..2 {
-            drop(cpu.pin(word(&vma, 1, 0), 1, &Pin::READ));
-        }
-    });
-    let cut = machine.cache.set_len(PAGE as u64, |_| {
-        thread::yield_now();
-        ControlFlow::Continue(())
-    });
-    assert_eq!(cut, Ok(()));
-    late.join().unwrap();
-    drop(cpu);
-    machine.assert_empty();
-}
-
-/// WB-5, REF-5: pins that come while a closed range is dropped.
+/// WB-5: the SIGBUS of the old end stays.
 #[test]
-fn late_pins_do_not_disturb_truncation() {
-    explore(late_pins_against_truncate);
+#[should_panic = "a longer file can be used"]
+fn a_longer_file_that_ignores_faults_is_found() {
+    seed(SeededBug::ExtendIgnoresFaults);
+    explore(extension_against_faults);
 }
 
 /// WB-5: extending a file re-protects the page at the old end.
@@ -445,12 +237,22 @@ fn what_a_longer_file_gains_is_zeros() {
     explore(extension_against_stores);
 }
 
+/// WB-5: bytes behind the old end show.
+#[test]
+#[should_panic = "what is new is zeros"]
+fn a_longer_file_that_keeps_its_tail_is_found() {
+    seed(SeededBug::ExtendKeepsTheTail);
+    explore(extension_against_stores);
+}
+
 /// Whenever the power is cut, what sync returned for is there (WB-2), and after a crash of the program alone, too.
 fn power_cut_against_writeback(flaw: disk::Flaw) {
     let (machine, vma) = machine(2, 3 * PAGE, flaw);
     let promised = Arc::new(AtomicU64::new(0));
     let flusher = spawn(&machine, |machine| {
-        machine.cache.write_back(0..3, OnPinned::Skip);
+        for _ in 0..2 {
+            machine.cache.write_back(0..3, OnPinned::Skip);
+        }
         machine.cache.shrink(2);
     });
     let power = {
@@ -474,13 +276,13 @@ fn power_cut_against_writeback(flaw: disk::Flaw) {
             assert_eq!(cpu.store(word(&vma, page, 1), round), Ok(()));
         }
         machine.sync(&mut seen).unwrap();
+        let durable = machine.disk.durable();
+        for page in 0..2 {
+            let word = word_of(&durable, page, 1);
+            assert_eq!(word, round, "what sync returned for is there");
+        }
         promised.store(round, Ordering::SeqCst);
         assert_eq!(cpu.store(word(&vma, 0, 2), round), Ok(()));
-    }
-    let durable = machine.disk.durable();
-    for page in 0..2 {
-        let word = word_of(&durable, page, 1);
-        assert!(word >= 3, "what sync returned for is there");
     }
     flusher.join().unwrap();
     power.join().unwrap();
@@ -492,6 +294,36 @@ fn power_cut_against_writeback(flaw: disk::Flaw) {
 #[test]
 fn what_sync_returned_for_is_there() {
     explore(|| power_cut_against_writeback(SOUND));
+}
+
+/// A sync returns when what somebody else was writing is in the file (WB-2).
+fn sync_against_writeback() {
+    let (machine, vma) = machine(4, PAGE, SOUND);
+    let mut cpu = machine.cpu();
+    assert_eq!(cpu.store(word(&vma, 0, 0), 1), Ok(()));
+    let flusher = spawn(&machine, |machine| {
+        machine.cache.write_back(0..1, OnPinned::Skip);
+    });
+    machine.sync(&mut Default::default()).unwrap();
+    let durable = word_of(&machine.disk.durable(), 0, 0);
+    assert_eq!(durable, 1, "what sync returned for is there");
+    flusher.join().unwrap();
+    drop(cpu);
+    machine.assert_empty();
+}
+
+/// WB-2: sync against writeback in the background.
+#[test]
+fn sync_waits_for_what_others_write() {
+    explore(sync_against_writeback);
+}
+
+/// WB-2: a sync returns for what somebody else still writes.
+#[test]
+#[should_panic = "what sync returned for is there"]
+fn a_sync_that_waits_for_nobody_is_found() {
+    seed(SeededBug::SyncIgnoresWriteback);
+    explore(sync_against_writeback);
 }
 
 /// WB-2: the same checks find a disk that promises too early.
@@ -520,7 +352,7 @@ fn errors_against_sync() {
     let durable = word_of(&machine.disk.durable(), 0, 0);
     assert_eq!(durable, 1, "what sync returned for is there");
     flusher.join().unwrap();
-    assert_eq!(told, 1, "each is told once");
+    assert_eq!(told, 1, "what sync tells of, once");
     drop(cpu);
     machine.assert_empty();
 }
@@ -528,6 +360,14 @@ fn errors_against_sync() {
 /// WB-2: an error of background writeback is reported by the sync that waited for it.
 #[test]
 fn sync_tells_of_errors_in_the_background() {
+    explore(errors_against_sync);
+}
+
+/// WB-2: an error is noted when nobody asks any more.
+#[test]
+#[should_panic = "what sync"]
+fn errors_that_come_late_are_found() {
+    seed(SeededBug::ErrorsComeLate);
     explore(errors_against_sync);
 }
 
@@ -563,5 +403,13 @@ fn memory_failure_against_writeback() {
 /// WB-6: a page that is lost while it is written.
 #[test]
 fn a_lost_page_costs_no_other() {
+    explore(memory_failure_against_writeback);
+}
+
+/// WB-6: the bytes of a lost page land in a hole.
+#[test]
+#[should_panic = "removed"]
+fn a_failure_that_ignores_writeback_is_found() {
+    seed(SeededBug::FailureIgnoresWriteback);
     explore(memory_failure_against_writeback);
 }
