@@ -48,14 +48,15 @@ impl PageCache {
     fn try_pin(&self, page: PageIndex, access: PinAccess) -> Option<Pfn> {
         let frame = self.table.peek(page).cached()?.frame;
         self.map.frame(frame).try_pin().ok()?;
-        // From here on nobody can claim the frame; what was done before we see.
+        // From here on nobody can claim the frame; what was done before we see. The barrier comes first: who finds it open has
+        // pinned before it closes, or finds the entry of who has closed and opened it.
+        let is_closed = self.barrier.is_closed(page.0);
+        #[cfg(shuttle)]
+        let is_closed = is_closed && !seeded_bug::has(SeededBug::PinIgnoresTheBarrier);
         let entry = self.table.peek(page).cached();
         let same = entry.is_some_and(|entry| {
             entry.frame == frame && (access == PinAccess::Read || entry.is_dirty())
         });
-        let is_closed = self.barrier.is_closed(page.0);
-        #[cfg(shuttle)]
-        let is_closed = is_closed && !seeded_bug::has(SeededBug::PinIgnoresTheBarrier);
         if same && !is_closed {
             return Some(frame);
         }
