@@ -30,7 +30,7 @@ const MOST_BYTES: u64 = PAGES as u64 * PAGE_SIZE as u64;
 
 fn machine(frames: u64, memory: shared_memory::Flaw, disk: disk::Flaw) -> Arc<FileMachine> {
     // Longer than a whole number of pages.
-    let bytes = (0..130 * PAGE_SIZE + 700).map(|at| (at / 7 % 251) as u8);
+    let bytes = (0..130 * PAGE_SIZE + 700).map(|at| at.to_le_bytes()[at % 3]);
     let machine = FileMachine::new(FileSetup {
         // For those that lose their bytes.
         frames: frames + 4096,

@@ -13,7 +13,7 @@ use pgmap_mm::backing::BackingError;
 use pgmap_mm::errseq::Seen;
 use pgmap_mm::gup::{Pin, PinAccess, PinError, PinnedPages};
 use pgmap_mm::mmu::Stop;
-use pgmap_mm::page_cache::{FileVma, Lost, OnPinned, TruncateError};
+use pgmap_mm::page_cache::{Cached, FileVma, Lost, OnPinned, TruncateError};
 
 /// One thing that happens.
 #[derive(Clone, Debug)]
@@ -132,9 +132,9 @@ impl FileHistory {
                 self.losses += u32::from(*operation == disk::Operation::Read);
                 self.machine.disk.fail(*operation, *error);
             }
-            Step::Refuse(operation, stop) => {
+            Step::Refuse(operation, why) => {
                 self.scarce = true;
-                self.machine.memory.refuse(*operation, *stop);
+                self.machine.memory.refuse(*operation, *why);
             }
         }
         self.check();
@@ -223,7 +223,7 @@ impl FileHistory {
         match signal {
             Signal::Bus if page >= self.size_pages() || self.lost.contains_key(&page) => {}
             Signal::Bus => self.lose(page),
-            Signal::OutOfMemory => self.assert_full(),
+            Signal::OutOfMemory => self.assert_full(1),
             Signal::Segv => panic!("page {page} agrees with the mappings"),
         }
     }
@@ -235,11 +235,12 @@ impl FileHistory {
         self.lost.insert(page, OnDisk::Yes);
     }
 
-    fn assert_full(&self) {
+    /// There may be no frame for `more` pages: nearly all are pinned, or cannot leave for another reason.
+    fn assert_full(&self, more: u32) {
         let limit = self.machine.machine.space.ram().limit();
         let pinned: BTreeSet<_> = self.pins.iter().flat_map(|pin| pin.dma.keys()).collect();
         assert!(
-            self.scarce || pinned.len() as u64 >= limit,
+            self.scarce || pinned.len() as u64 + u64::from(more) > limit,
             "the budget agrees with what is refused"
         );
     }
@@ -320,21 +321,10 @@ impl FileHistory {
                 }
             }
             Err(PinError::NoMemory { .. }) => {
-                // What this pin holds already counts.
-                self.scarce |= count > 8;
-                self.assert_full_with(count);
+                self.assert_full(count);
             }
             Err(error) => panic!("{error}"),
         }
-    }
-
-    fn assert_full_with(&self, more: u32) {
-        let limit = self.machine.machine.space.ram().limit();
-        let pinned: BTreeSet<_> = self.pins.iter().flat_map(|pin| pin.dma.keys()).collect();
-        assert!(
-            self.scarce || pinned.len() as u64 + u64::from(more) > limit,
-            "the budget agrees with what is refused"
-        );
     }
 
     fn take_pin(&mut self, nth: usize) -> Option<Pinned> {
@@ -428,11 +418,10 @@ impl FileHistory {
             .set_len(bytes, |_| ControlFlow::Break(()));
         let bytes = usize::try_from(bytes).unwrap();
         let cuts = bytes < self.bytes.len();
-        if self.resized(&(first..192), cuts, done) {
+        let gone = if cuts { first..192 } else { 0..0 };
+        if self.resized(&gone, done) {
             self.bytes.resize(bytes, 0);
-            if cuts {
-                self.lost.retain(|page, _| *page < first);
-            }
+            self.lost.retain(|page, _| !gone.contains(page));
         }
     }
 
@@ -445,15 +434,15 @@ impl FileHistory {
             .machine
             .cache
             .punch(bytes.clone(), |_| ControlFlow::Break(()));
-        if self.resized(&whole, true, done) {
+        if self.resized(&whole, done) {
             self.bytes[start..end].fill(0);
             self.lost.retain(|page, _| !whole.contains(page));
         }
     }
 
-    /// Whether pages were dropped, if that `drops` any. Pins decide that, exactly in the range (WB-5).
-    fn resized(&self, gone: &Range<u32>, drops: bool, done: Result<(), TruncateError>) -> bool {
-        let pinned = gone.clone().find(|page| drops && self.is_pinned(*page));
+    /// Whether the file was changed, and these pages dropped. Pins decide that, exactly in the range (WB-5).
+    fn resized(&self, gone: &Range<u32>, done: Result<(), TruncateError>) -> bool {
+        let pinned = gone.clone().find(|page| self.is_pinned(*page));
         match done {
             Ok(()) => {
                 assert_eq!(pinned, None, "pins agree with what was dropped");
@@ -474,7 +463,7 @@ impl FileHistory {
     fn memory_failure(&mut self, page: u32) {
         let before = self.machine.cache.peek(page).cached();
         let lost = self.machine.cache.memory_failure(page);
-        let dirty = before.is_some_and(|page| page.is_dirty());
+        let dirty = before.is_some_and(Cached::is_dirty);
         assert_eq!(lost == Lost::Page, dirty, "what is lost agrees");
         if before.is_some() {
             // What a device has pinned there is nobody's page any more.

@@ -37,7 +37,7 @@ impl PageCache {
                 fruitless = fruitless.saturating_sub(1);
             } else if let Some((block, _)) = self.inactive.pop(0) {
                 let evicted = self.evict(block);
-                fruitless = if evicted == 0 { fruitless + 1 } else { 0 };
+                fruitless = u32::from(evicted == 0) * (fruitless + 1);
                 freed += evicted;
             } else {
                 break;
