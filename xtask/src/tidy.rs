@@ -36,7 +36,7 @@ const ATOMICS: [(&str, &str); 3] = [
     ),
 ];
 /// Where unsafe code may be.
-const UNSAFE: [&str; 21] = [
+const UNSAFE: [&str; 22] = [
     "crates/sync/",
     "crates/core/",
     "crates/host/",
@@ -50,6 +50,7 @@ const UNSAFE: [&str; 21] = [
     "crates/mm/src/reclaim.rs",
     "crates/mm/src/shared_mmu.rs",
     "crates/pgmap/src/file.rs",
+    "crates/pgmap/src/io.rs",
     "crates/pgmap/src/memory.rs",
     "crates/pgmap/src/shared.rs",
     "crates/pgmap/src/space.rs",

@@ -111,9 +111,15 @@ impl Holders {
     /// Who holds any of these addresses, oldest first.
     #[must_use]
     pub fn of(&self, range: &Range<usize>) -> Vec<Holder> {
-        self.registry
-            .lock()
-            .of(|holder| holder.range.start < range.end && range.start < holder.range.end)
+        self.registry.lock().of(|holder| overlaps(holder, range))
+    }
+
+    /// Whether anybody holds any of these addresses.
+    #[must_use]
+    pub fn has_any_of(&self, range: &Range<usize>) -> bool {
+        let registry = self.registry.lock();
+        let mut holders = registry.holders.values();
+        holders.any(|holder| overlaps(holder, range))
     }
 
     /// Registers a holder of a device's pages until [`remove_frames`](Self::remove_frames).
@@ -139,4 +145,8 @@ impl Holders {
         let overlaps = |holder: &FrameHolder| holder.frames.intersects(range);
         self.frames.lock().of(overlaps)
     }
+}
+
+const fn overlaps(holder: &Holder, range: &Range<usize>) -> bool {
+    holder.range.start < range.end && range.start < holder.range.end
 }

@@ -429,9 +429,43 @@ impl FileMapping<'_> {
 
 impl Drop for FileMapping<'_> {
     fn drop(&mut self) {
-        self.inner.space.inner().files().unmap(&self.vma);
-        // SAFETY: by the type invariant it is a mapping of the file that the pager has just forgotten; nobody has a reference
-        // to its bytes.
+        let mapped = Mapped {
+            inner: Arc::clone(&self.inner),
+            vma: self.vma,
+        };
+        if let Err(mapped) = mapped.end() {
+            self.inner.space.linger(mapped);
+        }
+    }
+}
+
+/// A mapping that nobody has any more. While pages of it are pinned, it and its file stay: a device may be writing to them, and
+/// what it writes is to reach the file.
+///
+/// # Invariants
+///
+/// As those of [`FileMapping`].
+#[derive(Debug)]
+pub(crate) struct Mapped {
+    inner: Arc<Inner>,
+    vma: FileVma,
+}
+
+impl Mapped {
+    /// Ends the mapping, unless it is pinned.
+    pub(crate) fn end(self) -> Result<(), Self> {
+        let space = self.inner.space.inner();
+        if space.unmap_file(&self.vma).is_err() {
+            return Err(self);
+        }
+        // SAFETY: by the type invariant it is a mapping of the file, which the pager has just forgotten; nobody has a reference
+        // to its bytes, or a page of it pinned.
         unsafe { self.inner.memory.unmap(self.vma.at, self.vma.pages) };
+        Ok(())
+    }
+
+    /// Writes what is dirty, pinned or not.
+    pub(crate) fn write_back(&self) {
+        self.inner.cache.write_back(0..u32::MAX, OnPinned::Bounce);
     }
 }

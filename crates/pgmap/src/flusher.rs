@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use pgmap_mm::page_cache::OnPinned;
-use pgmap_mm::space::AddressSpace;
 
 use crate::pager::Pager;
+use crate::space::AddressSpace;
 
 /// Pages are written after this long, however few they are.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -19,17 +19,21 @@ const LOOK: Duration = Duration::from_millis(20);
 const MANY: u64 = 10;
 
 /// Starts the thread; it ends with the pager.
-pub(crate) fn start(pager: &Arc<Pager>) -> std::io::Result<JoinHandle<()>> {
-    let pager = Arc::clone(pager);
-    pgmap_host::thread::spawn("pgmap-flush", move || flush(&pager))
+pub(crate) fn start(
+    pager: &Arc<Pager>,
+    space: &Arc<AddressSpace>,
+) -> std::io::Result<JoinHandle<()>> {
+    let (pager, space) = (Arc::clone(pager), Arc::clone(space));
+    pgmap_host::thread::spawn("pgmap-flush", move || flush(&pager, &space))
 }
 
-fn flush(pager: &Pager) {
+fn flush(pager: &Pager, space: &AddressSpace) {
     let mut idle = Duration::ZERO;
     while !pager.stopping() {
         thread::park_timeout(LOOK);
         idle += LOOK;
-        let space = &pager.space;
+        space.end_lingering();
+        let space = space.inner();
         let dirty = space.files().dirty_pages();
         if dirty == 0 || (dirty < space.ram().limit() / MANY && idle < PERIOD) {
             continue;
@@ -40,7 +44,7 @@ fn flush(pager: &Pager) {
 }
 
 /// Writes what is dirty in each file, pinned pages excepted.
-fn write_all(space: &AddressSpace) {
+fn write_all(space: &pgmap_mm::space::AddressSpace) {
     for cache in space.files().all() {
         cache.write_back(0..u32::MAX, OnPinned::Skip);
     }

@@ -20,6 +20,7 @@ mod budget;
 mod device;
 mod file;
 mod flusher;
+pub mod io;
 mod memory;
 mod pager;
 pub mod run;

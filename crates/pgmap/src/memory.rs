@@ -12,6 +12,7 @@ use pgmap_core::memremap::{MapError as DeviceMapError, MemoryMap};
 use pgmap_core::platform::OutOfAddressSpace;
 use pgmap_host::mmu::{Children, HostError, HostMmu};
 use pgmap_host::platform::HostPlatform;
+use pgmap_mm::gup::{Pin, PinError, PinnedPages};
 use pgmap_mm::space::Parts;
 use pgmap_mm::stats::Stats;
 use pgmap_sync::Mutex;
@@ -207,7 +208,7 @@ impl Memory {
     pub(crate) fn start_flusher(&self) -> std::io::Result<()> {
         let mut flusher = self.flusher.lock();
         if flusher.is_none() {
-            *flusher = Some(flusher::start(&self.pager)?);
+            *flusher = Some(flusher::start(&self.pager, &self.space)?);
         }
         Ok(())
     }
@@ -247,6 +248,7 @@ impl Drop for Memory {
             // A pager thread that panicked has ended the process already.
             let _ = thread.join();
         }
+        self.space.abandon_lingering();
     }
 }
 
@@ -266,6 +268,12 @@ impl Mapping<'_> {
     #[must_use]
     pub const fn range(&self) -> &Range<usize> {
         &self.range
+    }
+
+    /// Pins all of it.
+    #[track_caller]
+    pub(crate) fn pin(&self, pin: &Pin) -> Result<PinnedPages, PinError> {
+        self.memory.space.pin_user_pages(self.range.clone(), pin)
     }
 
     /// The bytes.
