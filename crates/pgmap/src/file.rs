@@ -184,7 +184,7 @@ impl Memory {
             stats: self.stats(),
         })?;
         let cache = Arc::new(cache);
-        self.start_flusher()
+        self.start_flusher(None)
             .map_err(|error| no_memory(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN)))?;
         space.inner().files().open(Arc::clone(&cache));
         let seen = Mutex::new(cache.errors().sample());

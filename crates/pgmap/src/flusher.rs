@@ -1,6 +1,7 @@
 //! Background writeback: dirty pages of files go to their files before anybody has to wait for that.
 //!
-//! One thread for each [`Memory`] that ever opened a file. It never waits for a pin (WB-1).
+//! One thread for each [`Memory`] that ever opened a file, or that is to report old pins: it looks for those, too, and for
+//! mappings that only waited for their pins. It never waits for a pin (WB-1).
 
 use core::time::Duration;
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::thread::{self, JoinHandle};
 
 use pgmap_mm::page_cache::OnPinned;
 
+use crate::old_pins::OldPins;
 use crate::pager::Pager;
 use crate::space::AddressSpace;
 
@@ -22,17 +24,21 @@ const MANY: u64 = 10;
 pub(crate) fn start(
     pager: &Arc<Pager>,
     space: &Arc<AddressSpace>,
+    old_pins: Option<OldPins>,
 ) -> std::io::Result<JoinHandle<()>> {
     let (pager, space) = (Arc::clone(pager), Arc::clone(space));
-    pgmap_host::thread::spawn("pgmap-flush", move || flush(&pager, &space))
+    pgmap_host::thread::spawn("pgmap-flush", move || flush(&pager, &space, old_pins))
 }
 
-fn flush(pager: &Pager, space: &AddressSpace) {
+fn flush(pager: &Pager, space: &AddressSpace, mut old_pins: Option<OldPins>) {
     let mut idle = Duration::ZERO;
     while !pager.stopping() {
         thread::park_timeout(LOOK);
         idle += LOOK;
         space.end_lingering();
+        if let Some(old_pins) = &mut old_pins {
+            old_pins.look(space);
+        }
         let space = space.inner();
         let dirty = space.files().dirty_pages();
         if dirty == 0 || (dirty < space.ram().limit() / MANY && idle < PERIOD) {

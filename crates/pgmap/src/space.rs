@@ -439,9 +439,15 @@ impl AddressSpace {
         lingering.iter().for_each(Mapped::write_back);
     }
 
+    /// Who has pages pinned, of files or of anonymous memory, oldest first (REF-7).
+    #[must_use]
+    pub fn holders(&self) -> Vec<Holder> {
+        self.inner.map_of_frames().holders().all()
+    }
+
     /// Who has pinned any of these addresses, oldest first (REF-7).
     #[must_use]
-    pub fn holders(&self, range: &Range<usize>) -> Vec<Holder> {
+    pub fn holders_of(&self, range: &Range<usize>) -> Vec<Holder> {
         self.inner.holders(range)
     }
 
