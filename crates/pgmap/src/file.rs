@@ -30,9 +30,11 @@ use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_core::platform::OutOfAddressSpace;
 use pgmap_host::file_backing::FileBacking;
 use pgmap_host::file_memory::{FileMemory, Prot};
-use pgmap_mm::backing::BackingError;
+use pgmap_mm::backing::{Backing, BackingError};
 use pgmap_mm::errseq::Seen;
-use pgmap_mm::page_cache::{CacheParts, FileVma, OnPinned, PageCache, TruncateError, Written};
+use pgmap_mm::page_cache::{
+    CacheParts, FileVma, Lost, OnPinned, PageCache, TruncateError, Written,
+};
 use pgmap_sync::Mutex;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -149,10 +151,6 @@ impl Memory {
             path: path.to_owned(),
             error,
         };
-        let no_memory = |errno| OpenError::Memory {
-            path: path.to_owned(),
-            errno,
-        };
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -164,7 +162,26 @@ impl Memory {
         }
         flock(&file, FlockOperation::NonBlockingLockExclusive)
             .map_err(|_| OpenError::Locked(path.to_owned()))?;
-        let size_bytes = metadata.len();
+        self.open_over(path, Arc::new(FileBacking::new(file)), metadata.len())
+    }
+
+    /// Opens something else than a file of the machine, so many bytes long, of which errors speak as `path`: an image in a format
+    /// of one's own, or an object that comes over a network.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::TooLong`], or what the machine lacks.
+    pub fn open_over(
+        &self,
+        path: impl AsRef<Path>,
+        backing: Arc<dyn Backing>,
+        size_bytes: u64,
+    ) -> Result<File<'_>, OpenError> {
+        let path = path.as_ref();
+        let no_memory = |errno| OpenError::Memory {
+            path: path.to_owned(),
+            errno,
+        };
         let most_pages = most_pages(size_bytes).ok_or_else(|| OpenError::TooLong {
             path: path.to_owned(),
             bytes: size_bytes,
@@ -178,7 +195,7 @@ impl Memory {
             map: Arc::clone(space.inner().map_of_frames()),
             ram: Arc::clone(space.inner().ram()),
             mmu: Arc::clone(&memory) as _,
-            backing: Arc::new(FileBacking::new(file)),
+            backing,
             size_bytes,
             most_pages,
             stats: self.stats(),
@@ -293,6 +310,18 @@ impl File<'_> {
         self.inner
             .cache
             .punch(bytes, |_| keep_waiting(began, patience))
+    }
+}
+
+impl File<'_> {
+    /// Says that the RAM of the page with this byte has lost its bytes, to be told by whoever learns of it (`BUS_MCEERR_AO`, a
+    /// checksum, a scrubber; not from inside a signal handler). Its frame is never used again. A page that the file has too is
+    /// read anew when it is touched. If it had bytes that only RAM had, who touches it gets SIGBUS, and each who has the file open
+    /// is told of the loss when they sync, until the page is truncated or punched (WB-6).
+    #[doc(alias = "MADV_HWPOISON")]
+    pub fn memory_failure(&self, at_bytes: u64) -> Lost {
+        let page = u32::try_from(at_bytes / PAGE_SIZE as u64).unwrap_or(u32::MAX);
+        self.inner.cache.memory_failure(page)
     }
 }
 

@@ -4,6 +4,7 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::process::Command;
 
 use pgmap::{Device, Memory};
 
@@ -80,6 +81,19 @@ pub(crate) fn check(bytes: &[u8], page: usize, version: u64) {
             "page {page} is not of version {version} from byte {at:?} on; its first word says {word:#x}"
         );
     }
+}
+
+/// What the parent's test said, if this is a child that runs the same test.
+pub(crate) fn told() -> Option<String> {
+    std::env::var("PGMAP_TEST_CHILD").ok()
+}
+
+/// A child that runs one test of this program, and is told something.
+pub(crate) fn child(test: &str, what: &str) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args(["--exact", test, "--nocapture"]);
+    command.env("PGMAP_TEST_CHILD", what);
+    command
 }
 
 /// Numbers that are the same in each run.
