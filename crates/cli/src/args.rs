@@ -78,8 +78,10 @@ Regions:
   PATH,size=SIZE[,mode=fsdax|devdax|raw][,align=4K|2M|1G][,map=mem|dev]
       an image; mode, align and map are those of the namespace that a new one
       gets. mode=raw serves any file as it is
-  memory,size=SIZE[,...]
-      memory, gone at the end";
+  /dev/dax0.0[,...]
+      a device-dax, likewise
+  memory,size=SIZE[,huge=2M|1G][,...]
+      memory, gone at the end; of huge pages if that is said";
 
 const EXAMPLES: &str = "\
 Examples:
@@ -115,7 +117,8 @@ Sizes:
 
 Summary:
   Lines for what did not happen are left out.
-  resident    the most that was in RAM at once
+  resident    the most that was in RAM at once, mapped files included if
+              --map-files is given
   faults      how often the program touched a page that was not ready: a new
               one, one on a device, one that was about to leave RAM, or the
               first write to one that had come back and was only read since
@@ -203,7 +206,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
 
-    /// Print nothing but errors
+    /// Print nothing but errors of pgmap's own, not those of NBD clients
     #[arg(long, short)]
     pub(crate) quiet: bool,
 }
@@ -218,6 +221,13 @@ pub(crate) struct RunArgs {
     /// machine's memory]
     #[arg(long = "device", value_name = "SPEC", value_parser = clap::builder::ValueParser::new(device))]
     pub(crate) devices: Vec<DeviceSpec>,
+
+    /// Keep files that the program maps within --ram, too: those mappings that have at least SIZE bytes, such as 64M
+    ///
+    /// The pages that have been in RAM longest are dropped; dirty ones are written by the kernel. Pages of a private mapping
+    /// that the program has changed stay in RAM; so do those of files that this user may not write, and these do not count.
+    #[arg(long, value_name = "SIZE", value_parser = map_files)]
+    pub(crate) map_files: Option<u64>,
 
     /// Write the summary to a file, as JSON
     #[arg(long, value_name = "FILE")]
@@ -256,6 +266,10 @@ fn ram(text: &str) -> Result<u64, String> {
         return Err("that is more than any machine can address: give less".to_owned());
     }
     Ok(bytes)
+}
+
+fn map_files(text: &str) -> Result<u64, String> {
+    parse_size(text).map_err(|error| explain(&error))
 }
 
 fn device(text: &str) -> Result<DeviceSpec, String> {

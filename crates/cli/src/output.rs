@@ -10,13 +10,25 @@ pub(crate) fn tell(text: impl Display) {
     let _ = stderr().write_all(text.to_string().as_bytes());
 }
 
+/// Whether somebody still reads what is printed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Reader {
+    Reads,
+    /// It has seen enough.
+    Gone,
+}
+
 /// Writes what was asked for to stdout. A reader that has seen enough is no error.
 pub(crate) fn print(text: &[u8]) -> anyhow::Result<()> {
+    print_on(text).map(|_reader| ())
+}
+
+/// As [`print`], for what goes on until nobody reads it.
+pub(crate) fn print_on(text: &[u8]) -> anyhow::Result<Reader> {
     let written = stdout().write_all(text).and_then(|()| stdout().flush());
     match written {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => {
-            Err(error).context("cannot write to standard output")
-        }
-        _ => Ok(()),
+        Ok(()) => Ok(Reader::Reads),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(Reader::Gone),
+        Err(error) => Err(error).context("cannot write to standard output"),
     }
 }

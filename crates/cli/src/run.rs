@@ -150,7 +150,11 @@ fn control(args: &RunArgs) -> anyhow::Result<Control> {
             devices.len()
         );
     }
-    Ok(Control::new(args.ram, devices)?)
+    let control = Control::new(args.ram, devices)?;
+    if let Some(least_bytes) = args.map_files {
+        control.map_files(least_bytes);
+    }
+    Ok(control)
 }
 
 /// RAM of the whole machine, in bytes.

@@ -3,6 +3,8 @@
 //! Here are the options, the sockets and the end; what is served is [`Service`]. What must never happen here: an end that
 //! loses what a client was told is done.
 
+mod complaints;
+
 use core::fmt::Write as _;
 use core::net::SocketAddr;
 use core::time::Duration;
@@ -24,6 +26,7 @@ use signal_hook::iterator::Signals;
 use crate::args::{ServeArgs, Tls};
 use crate::ask::show;
 use crate::output;
+use complaints::Complaints;
 
 /// How long clients have at the end to take the replies that they wait for.
 const LAST_REPLIES: Duration = Duration::from_secs(10);
@@ -66,6 +69,11 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         Limits::default(),
         security,
     )?;
+    let complaints = Complaints::new();
+    if !options.quiet {
+        let complaints = Arc::clone(&complaints);
+        nbd.report_ends(move |client, end| complaints.hear(client, end));
+    }
     let fronts = Fronts::open(&nbd, &options, &control)?;
     service.set_nbd(nbd.clone(), fronts.uris());
     let listener = Listener::start(&control, Arc::clone(&service) as _)
@@ -91,7 +99,9 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         output::tell(format_args!("pgmap: still held at the end: {line}\n"));
     }
     drop((metrics, listener));
-    end(&service, &nbd, fronts)
+    let ended = end(&service, &nbd, fronts);
+    complaints.finish();
+    ended
 }
 
 /// Answers what is under way, makes everything durable, and goes.
@@ -284,7 +294,7 @@ fn metrics(address: &str, service: &Arc<Service>) -> anyhow::Result<Metrics> {
     let usage = || format!("metrics cannot be served at {address}: write 127.0.0.1:9464");
     let mut addresses = address.to_socket_addrs().with_context(usage)?;
     let first = addresses.next().with_context(usage)?;
-    Metrics::serve(first, service).with_context(usage)
+    Metrics::serve(first, service).with_context(|| format!("metrics cannot be served at {address}"))
 }
 
 /// What is served and how it is found, as the control socket tells it.

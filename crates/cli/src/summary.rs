@@ -54,6 +54,40 @@ fn as_text<S: Serializer>(spec: &DeviceSpec, serializer: S) -> Result<S::Ok, S::
 
 const PAGE_BYTES: u64 = 4096;
 
+/// What should not have happened: the counter, and what is said after its number if it is one, and if it is more.
+const TROUBLES: [(&str, &str, &str); 6] = [
+    (
+        "out_of_memory",
+        "access found RAM and every device full: the program was killed; give a larger --device, or one more",
+        "accesses found RAM and every device full: the program was killed; give a larger --device, or one more",
+    ),
+    (
+        "device_errors_read",
+        "page could not be read from a device",
+        "pages could not be read from a device",
+    ),
+    (
+        "device_errors_corrupt",
+        "page came back corrupted from a device, and was refused",
+        "pages came back corrupted from a device, and were refused",
+    ),
+    (
+        "device_errors_write",
+        "page could not be written to a device, and stayed in RAM",
+        "pages could not be written to a device, and stayed in RAM",
+    ),
+    (
+        "poisoned",
+        "page is lost: the program gets SIGBUS where it touches it",
+        "pages are lost: the program gets SIGBUS where it touches them",
+    ),
+    (
+        "forks",
+        "child that was forked ran in plain memory, outside the budget",
+        "children that were forked ran in plain memory, outside the budget",
+    ),
+];
+
 impl Summary {
     pub(crate) fn new(control: &Control, elapsed: Duration, status: ExitStatus) -> Self {
         let region = control.region();
@@ -222,36 +256,11 @@ impl Summary {
 
     /// What should not have happened, if it has.
     fn troubles(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let troubles = [
-            (
-                "out_of_memory",
-                "accesses found RAM and every device full: the program was killed; give a larger --device, or one more",
-            ),
-            (
-                "device_errors_read",
-                "pages could not be read from a device",
-            ),
-            (
-                "device_errors_corrupt",
-                "pages came back corrupted from a device, and were refused",
-            ),
-            (
-                "device_errors_write",
-                "pages could not be written to a device, and stayed in RAM",
-            ),
-            (
-                "poisoned",
-                "pages are lost: the program gets SIGBUS where it touches them",
-            ),
-            (
-                "forks",
-                "children that were forked ran in plain memory, outside the budget",
-            ),
-        ];
-        for (name, text) in troubles {
+        for (name, one, many) in TROUBLES {
             match self.counter(name) {
                 0 => {}
-                count => writeln!(f, "  note        {} {text}", Count(count))?,
+                1 => writeln!(f, "  note        1 {one}")?,
+                count => writeln!(f, "  note        {} {many}", Count(count))?,
             }
         }
         if self.elapsed_seconds > 1.0 && self.fault_total_seconds > self.elapsed_seconds / 4.0 {

@@ -72,14 +72,15 @@ fn sockets(place: &Place) -> usize {
 
 /// Every mistake is one line, and changes nothing.
 fn mistakes(place: &Place) {
-    let cases: [(&[&str], &str); 8] = [
+    let cases: [(&[&str], &str); 9] = [
         (&["unplug", "nothing0"], "nothing0"),
         (&["holders", "nothing0"], "nothing0"),
         (&["plug", "nonsense:1G"], "nonsense"),
         (&["plug", "file:/no/such/file,size=1G"], "/no/such/file"),
         (&["memory", "offline", "99999"], "there is no block 99999"),
         (&["memory", "online", "0", "--zone", "normal"], "movable"),
-        (&["create-namespace"], "pgmap serve"),
+        (&["create-namespace"], "no `pgmap serve` of yours runs"),
+        (&["scrub"], "no `pgmap serve` of yours runs"),
         (&["map", "compressed0"], "pgmap serve"),
     ];
     for (arguments, part) in cases {
@@ -110,6 +111,34 @@ fn halve_the_ram(place: &Place) {
     assert_eq!(memory()["online"], before["online"]);
 }
 
+/// HOT-1: a run's map has its RAM in blocks, as they are now, and its devices behind it in order, as text and as JSON.
+fn show_the_map(place: &Place) {
+    let size = json(place, &["memory", "--json"])["block_size"]
+        .as_u64()
+        .unwrap();
+    place.ok(&["memory", "offline", "1", "--timeout", "30s"]);
+    let shown = json(place, &["iomem", "--json"]);
+    let text = place.ok(&["iomem"]);
+    place.ok(&["memory", "online", "1"]);
+    assert_eq!(shown[0]["kind"], "run");
+    let roots = shown[0]["resources"].as_array().unwrap();
+    let names: Vec<_> = roots.iter().map(|root| &root["name"]).collect();
+    assert_eq!(names, ["System RAM", &devices(place)[0].0]);
+    let number = |resource: &Value, field: &str| resource[field].as_u64().unwrap();
+    let end = |root| number(root, "start") + number(root, "size");
+    assert!(number(&roots[1], "start") >= end(&roots[0]), "{shown}");
+    assert_eq!(number(&roots[1], "size"), 512 << 20, "a file's pages");
+    let off_line = &roots[0]["children"][1];
+    assert_eq!(off_line["name"], "block 1 offline");
+    assert_eq!(
+        (number(off_line, "start"), number(off_line, "size")),
+        (size, size)
+    );
+    assert!(text.starts_with("run, process"), "{text}");
+    let line = format!("\n  {size:08x}-{:08x} : block 1 offline\n", 2 * size - 1);
+    assert!(text.contains(&line), "{line}: {text}");
+}
+
 /// MAP-6, HOT-5: devices and RAM of a run are listed, added and taken away by commands, and its program finds every byte.
 #[test]
 fn a_run_is_asked_and_changed_while_its_program_verifies() {
@@ -136,7 +165,7 @@ fn a_run_is_asked_and_changed_while_its_program_verifies() {
     assert!(said.contains("compressed0 is in use, and stays"), "{said}");
     assert_eq!(devices(&place)[0].0, "compressed0");
     for round in 0..2 {
-        let spec = ["file:cold,size=512M", "compressed:512M"][round];
+        let spec = ["compressed:512M", "file:cold,size=512M"][round];
         let old = devices(&place)[0].0.clone();
         let new = place.ok(&["plug", spec]).trim().to_owned();
         place.ok(&["unplug", &old, "--timeout", "60s"]);
@@ -147,6 +176,7 @@ fn a_run_is_asked_and_changed_while_its_program_verifies() {
         );
     }
     halve_the_ram(&place);
+    show_the_map(&place);
 
     assert_eq!(run.said(), "ok\n");
     assert_eq!(place.ok(&["list"]), "");

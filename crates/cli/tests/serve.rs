@@ -114,6 +114,28 @@ fn the_end_names_holders() {
     kill(client);
 }
 
+/// MAP-6: a region goes with all of its namespaces, or, if one of them is held, with none.
+#[test]
+fn a_region_goes_whole_or_stays() {
+    let place = Place::new();
+    let server = place.serve(&["disk.img,size=64M"]);
+    place.ok(&["destroy-namespace", "-f", "pmem0"]);
+    for name in ["first", "second", "third"] {
+        place.ok(&["create-namespace", "--size", "8M", "--name", name]);
+    }
+    let client = pinned(&place, "second");
+    let mut nbd = serving::nbd::Nbd::connect(server.nbd(), "pmem0").unwrap();
+    let before = place.ok(&["list", "-NR", "--json"]);
+    let said = place.refused(&["unplug", "region0", "--timeout", "300ms"]);
+    assert!(said.contains("my rings"), "{said}");
+    assert_eq!(place.ok(&["list", "-NR", "--json"]), before);
+    nbd.write(0, &[7; 512]).unwrap();
+    assert!(nbd.read(0, 512).unwrap() == [7; 512]);
+    kill(client);
+    place.ok(&["unplug", "region0", "--timeout", "10s"]);
+    assert!(!place.ok(&["list"]).contains("region0"));
+}
+
 /// MAP-6: whoever asked for the unplug may die: then nobody waits, and nothing has changed.
 #[test]
 fn a_killed_unplug_changes_nothing() {
@@ -275,6 +297,18 @@ fn bad_blocks_survive_a_restart() {
     );
 }
 
+/// PMEM-4: who wants to flush by the CPU learns whether that is enough; it is no question of memory, which nothing makes durable.
+#[test]
+fn list_says_where_the_cpu_makes_stores_durable() {
+    let place = Place::new();
+    let _server = place.serve(&["disk.img,size=16M", "memory,size=8M"]);
+    let listed = place.ok(&["list", "-R", "--json"]);
+    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
+    // Where the test's directory is on persistent memory, it may be.
+    assert!(listed[0]["map_sync"].is_boolean(), "{listed}");
+    assert!(listed[1]["map_sync"].is_null(), "{listed}");
+}
+
 /// What goes wrong at the start is one line that says what to do, and changes no file.
 #[test]
 fn mistakes_are_one_line() {
@@ -309,6 +343,32 @@ fn mistakes_are_one_line() {
         pattern(8 * MIB, 3)
     );
     assert!(!place.path("x.img").exists());
+}
+
+/// An address that is well written, but taken, is not told how to write one.
+#[test]
+fn a_taken_address_for_metrics_is_called_taken() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let serve = ["serve", "--pmem", "memory,size=8M", "--metrics", &address];
+    let said = Place::new().refused(&serve);
+    assert!(said.contains("in use") && !said.contains("write"), "{said}");
+}
+
+/// What goes on until Ctrl-C ends when nobody reads it any more.
+#[test]
+fn a_look_that_nobody_reads_is_the_last() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let started = Instant::now();
+    let place = Place::new();
+    let mut command = place.pgmap(&["top", "--count", "2", "--interval", "20s"]);
+    let output = command.stdout(writer).output().unwrap();
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{output:?}"
+    );
+    assert!(started.elapsed() < Duration::from_secs(15));
 }
 
 /// The options may come from a file; metrics are there for Prometheus.

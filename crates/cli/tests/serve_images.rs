@@ -141,6 +141,9 @@ fn a_truncated_image_is_an_error() {
     place.ok(&["list"]);
     let output = server.end(libc::SIGTERM);
     assert!(output.status.code().is_some(), "{output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    let ended = "of pmem0: the device failed in the middle of a reply\n";
+    assert_eq!(said.matches(ended).count(), 1, "{said}");
     // Such an image is not served again, and says why.
     let said = place.refused(&["serve", "--pmem", "disk.img"]);
     assert!(

@@ -261,8 +261,14 @@ fn garbage_disturbs_nobody() {
     });
     place.ok(&["unplug", "pmem0", "--timeout", "2s"]);
     let output = server.end(libc::SIGTERM);
+    assert!(output.status.success(), "{output:?}");
+    // It is told of, and the thousands of lines that it would be are not.
+    let said = String::from_utf8(output.stderr).unwrap();
+    let is_told = |line: &str| {
+        line.contains("does not speak the protocol") || line.ends_with("sessions went wrong")
+    };
     assert!(
-        output.status.success() && output.stderr.is_empty(),
-        "{output:?}"
+        said.lines().count() < 20 && said.lines().all(is_told),
+        "{said}"
     );
 }

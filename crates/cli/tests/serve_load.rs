@@ -102,7 +102,8 @@ impl Load<'_> {
         while self.goes_on() {
             thread::sleep(random.sleep_below(40));
             let mut client = Client::connect(&self.server.control()).unwrap();
-            let Ok(Answer::Mapped { offset, .. }) = client.ask(&Request::Map(range.clone())) else {
+            let Ok(Answer::Mapped { id, offset, .. }) = client.ask(&Request::Map(range.clone()))
+            else {
                 continue;
             };
             let file = File::from(client.take_file().unwrap());
@@ -111,6 +112,8 @@ impl Load<'_> {
             if client.ask(&Request::Pin { range, label }).is_err() {
                 continue;
             }
+            // The pin alone is to be waited for.
+            client.ask(&Request::Release { id }).unwrap();
             self.pinned.store(true, SeqCst);
             let bytes = pattern(BLOCK, random.below(1 << 30));
             file.write_all_at(&bytes, offset).unwrap();

@@ -98,11 +98,13 @@ pub(crate) struct Blocks {
     all: Vec<MemoryBlock>,
     /// For each zone the first block that may have free frames.
     heads: [Option<usize>; 2],
+    /// Frames that go neither on nor off line.
+    spare: Option<MemoryBlock>,
 }
 
 impl Blocks {
     /// The blocks of the RAM that is there from the start: all on line, in NORMAL.
-    pub(crate) fn online(range: PfnRange) -> Self {
+    pub(crate) fn online(range: PfnRange, spare: Option<PfnRange>) -> Self {
         let size = BlockSize::of_budget(range.count());
         let numbers = size.block_of(range.start()).0..;
         let parts = numbers.map_while(|number| {
@@ -116,6 +118,10 @@ impl Blocks {
             size,
             all: parts.collect(),
             heads: [None; 2],
+            spare: spare.map(|range| {
+                let state = BlockState::Online(RamZone::Normal);
+                MemoryBlock::new(size.block_of(range.start()), range, state)
+            }),
         };
         blocks.relist();
         blocks
@@ -135,7 +141,9 @@ impl Blocks {
 
     /// The block that has a frame.
     pub(crate) fn of(&self, pfn: Pfn) -> Option<&MemoryBlock> {
-        Some(&self.all[self.index_of(pfn)?])
+        let spare = self.spare.as_ref();
+        let spare = spare.filter(|spare| spare.range.contains(pfn));
+        spare.or_else(|| Some(&self.all[self.index_of(pfn)?]))
     }
 
     /// Adds a block that is off line, or whose memory was removed.
@@ -160,7 +168,8 @@ impl Blocks {
 
     /// The first run of frames at or after number `from` that have ever been in use.
     pub(crate) fn touched(&self, from: u64) -> Option<Range<u64>> {
-        let mut touched = self.all.iter().map(MemoryBlock::touched);
+        let blocks = self.all.iter().chain(&self.spare);
+        let mut touched = blocks.map(MemoryBlock::touched);
         let run = touched.find(|run| run.end > from && !run.is_empty())?;
         Some(run.start.max(from)..run.end)
     }
@@ -185,12 +194,27 @@ impl Blocks {
         None
     }
 
+    /// Takes a free frame that is spare.
+    pub(crate) fn take_spare(&mut self, map: &MemoryMap) -> Option<Pfn> {
+        let spare = self.spare.as_mut()?;
+        let range = spare.range;
+        let pfn = spare.free.take(map, range.start(), range.count())?;
+        spare.used += 1;
+        Some(pfn)
+    }
+
     /// Gives back a frame whose last hold was dropped.
     ///
     /// # Panics
     ///
     /// If it is no frame of RAM.
     pub(crate) fn give(&mut self, map: &MemoryMap, pfn: Pfn) {
+        let spare = self.spare.as_mut();
+        if let Some(spare) = spare.filter(|spare| spare.range.contains(pfn)) {
+            spare.free.give(map, spare.range.start(), pfn);
+            spare.used -= 1;
+            return;
+        }
         let Some(index) = self.index_of(pfn) else {
             panic!("{pfn:?} is given back, and is not RAM");
         };

@@ -122,13 +122,23 @@ impl MemoryMap {
     ///
     /// [`MapError::RamTwice`], or [`MapError::NoRoom`] if the map is not that long.
     pub fn add_ram(self: &Arc<Self>, frames: u64) -> Result<Ram, MapError> {
+        self.add_ram_with_spare(frames, 0)
+    }
+
+    /// The same, with `spare` frames behind them that are in no block, and had only while the limit is suspended.
+    ///
+    /// # Errors
+    ///
+    /// As [`add_ram`](Self::add_ram).
+    pub fn add_ram_with_spare(self: &Arc<Self>, frames: u64, spare: u64) -> Result<Ram, MapError> {
         let range = PfnRange::new(Pfn::from_u32(0), frames).ok_or(MapError::NoRoom)?;
-        if range.end() > self.max_frames {
-            return Err(MapError::NoRoom);
-        }
+        let all = PfnRange::new(Pfn::from_u32(0), frames.saturating_add(spare));
+        let all = all.filter(|all| all.end() <= self.max_frames);
+        let all = all.ok_or(MapError::NoRoom)?;
         let _hotplug = self.mem_hotplug_begin();
-        self.resources.lock().add_ram(range)?;
-        Ok(Ram::new(Arc::clone(self), range))
+        self.resources.lock().add_ram(all)?;
+        let spare = Pfn::new(frames).and_then(|start| PfnRange::new(start, spare));
+        Ok(Ram::new(Arc::clone(self), range, spare))
     }
 
     /// Gives frame numbers to memory that the CPU cannot address: `frames` of them, in an offset space of their own (MAP-10).

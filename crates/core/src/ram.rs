@@ -93,11 +93,11 @@ pub enum NotReplaced {
 }
 
 impl Ram {
-    /// The frames of `range`, all on line.
-    pub(crate) fn new(map: Arc<MemoryMap>, range: PfnRange) -> Self {
+    /// The frames of `range`, all on line, and spare ones.
+    pub(crate) fn new(map: Arc<MemoryMap>, range: PfnRange, spare: Option<PfnRange>) -> Self {
         Self {
             map,
-            blocks: Mutex::new(Blocks::online(range)),
+            blocks: Mutex::new(Blocks::online(range, spare)),
             capacity: AtomicU64::new(range.count()),
             wanted: AtomicU64::new(u64::MAX),
             ceiling: AtomicU64::new(0),
@@ -179,7 +179,7 @@ impl Ram {
         self.in_use().saturating_sub(self.limit())
     }
 
-    /// Lets all frames be used, whatever the limit, until [`restore_limit`](Self::restore_limit).
+    /// Lets all frames be used, spare ones, too, whatever the limit, until [`restore_limit`](Self::restore_limit).
     pub fn suspend_limit(&self) {
         let _lock = self.blocks.lock();
         // Relaxed, here and below: changed under the lock only.
@@ -224,7 +224,9 @@ impl Ram {
             .min(out.len());
         let mut taken = 0;
         for place in &mut out[..most] {
-            let Some(pfn) = blocks.take(&self.map) else {
+            let pfn = blocks.take(&self.map);
+            // What is short of the limit is on line, so that these are had above it only.
+            let Some(pfn) = pfn.or_else(|| blocks.take_spare(&self.map)) else {
                 break;
             };
             *place = pfn;
@@ -350,6 +352,26 @@ mod tests {
         ram.free(&out[..328]);
         assert_eq!(ram.in_use(), 0);
         assert_eq!(ram.alloc(&mut out), 100);
+    }
+
+    /// HOT-5: spare frames are in no block, and had only while the limit is suspended; they do not replace what goes off line.
+    #[test]
+    fn spare_frames_are_had_above_the_limit_only() {
+        let map = MemoryMap::new(&HeapPlatform, 4096).unwrap();
+        let ram = map.add_ram_with_spare(1024, 500).unwrap();
+        let frames: u64 = ram.blocks().iter().map(|block| block.range.count()).sum();
+        assert_eq!((frames, ram.capacity(), ram.limit()), (1024, 1024, 1024));
+        let mut out = [Pfn::from_u32(0); 2000];
+        assert_eq!(ram.alloc(&mut out), 1024);
+        assert_eq!(ram.replace(out[0]), Err(NotReplaced::Full));
+        ram.suspend_limit();
+        assert_eq!(ram.alloc(&mut out[1024..]), 500);
+        assert_eq!(ram.touched(1024), Some(1024..1524));
+        ram.restore_limit();
+        ram.free(&out[..1524]);
+        assert_eq!(ram.in_use(), 0);
+        assert_eq!(ram.alloc(&mut out), 1024);
+        assert!(out[..1024].iter().all(|pfn| pfn.get() < 1024));
     }
 
     /// A program that wants as many frames as are freed does not keep the limit from being kept.

@@ -43,7 +43,7 @@ pub enum Zeros {
 /// What is known about the bytes of a range.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Contents {
-    /// Somebody may have written them.
+    /// Somebody may have written them, or they are lost.
     Data,
     /// They read as zeros, and take no room.
     Hole,

@@ -1,6 +1,6 @@
 //! Persistent memory: regions, their namespaces, and what a namespace is while it is used.
 //!
-//! A [`Region`] is opened from a [`PmemSpec`]: an image file with a crash-safe label, a file served as it is, or memory. Its
+//! A [`Region`] is opened from a [`PmemSpec`]: an image file or a device-dax with a crash-safe label, a file served as it is, or memory. Its
 //! namespaces are bound as [`Pmem`], which the servers use as a block device and hand out to be mapped and pinned.
 //! What must never happen here: a label that is neither the old one nor the new one, a load or store through a
 //! mapping (it could be a SIGBUS), or frames taken away from under somebody.
@@ -21,6 +21,7 @@ mod place;
 mod region;
 mod scrub;
 pub mod spec;
+mod storage;
 mod unbind;
 mod uuid;
 
@@ -31,12 +32,12 @@ pub use hold::{Hold, HoldKind};
 pub use image::ImageError;
 pub use medium::Medium;
 pub use namespace::{
-    Activation, Align, LABEL_AREA_BYTES, MAX_NAMESPACES, MapLocation, Mode, Namespace, NoNamespace,
-    UnknownWord, Wanted,
+    Activation, Align, HugePage, LABEL_AREA_BYTES, MAX_NAMESPACES, MapLocation, Mode, Namespace,
+    NoNamespace, UnknownWord, Wanted,
 };
 pub use patience::Patience;
 pub use region::{OpenError, Region, RegionError};
 pub use scrub::{Generation, Progress, ScrubError};
 pub use spec::PmemSpec;
-pub use unbind::{Afterwards, Holders, UnbindError};
+pub use unbind::{Afterwards, Holders, UnbindError, Unbinding};
 pub use uuid::{NoUuid, Uuid};

@@ -13,7 +13,7 @@ use std::thread;
 
 use common::power::PowerCut;
 use common::{client, map, open, small_map, spec};
-use pgmap_drivers::block::{Access, BlockDevice, BlockError, Zeros};
+use pgmap_drivers::block::{Access, BlockDevice, BlockError, Contents, Zeros};
 use pgmap_drivers::pmem::{
     AccessError, Afterwards, Generation, Patience, Pmem, Region, ScrubError,
 };
@@ -46,6 +46,24 @@ fn a_lost_block_is_not_read() {
     let pinned = pmem.pin(0..4096, client("test"));
     assert_eq!(pinned.unwrap_err(), AccessError::Bad { offset: 512 });
     assert!(pmem.holds().is_empty());
+}
+
+/// PMEM-3: a lost block is never in a hole: who skips holes would read zeros there, and no error.
+#[test]
+fn a_lost_block_is_in_no_hole() {
+    let (_region, pmem) = open("memory,size=8M");
+    assert_eq!(pmem.extents(0..8192), Ok(vec![(0..8192, Contents::Hole)]));
+    pmem.inject_error(1024..3072).unwrap();
+    let extents = [
+        (700..1024, Contents::Hole),
+        (1024..3072, Contents::Data),
+        (3072..8192, Contents::Hole),
+    ];
+    assert_eq!(pmem.extents(700..8192).unwrap(), extents);
+    let inside = pmem.extents(1100..1200).unwrap();
+    assert_eq!(inside, [(1100..1200, Contents::Data)]);
+    pmem.clear_error(1024..3072).unwrap();
+    assert_eq!(pmem.extents(0..8192), Ok(vec![(0..8192, Contents::Hole)]));
 }
 
 /// PMEM-3: a full write mends a block; one of a part is refused, and writes nothing.

@@ -6,11 +6,14 @@
 
 pub mod affinity;
 mod area;
+pub mod device_dax;
 pub mod event;
 pub mod fds;
 pub mod file_backing;
+pub mod file_maps;
 pub mod file_memory;
 mod forks;
+pub mod hugetlb;
 pub mod mmu;
 pub mod platform;
 pub mod probe;

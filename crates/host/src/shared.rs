@@ -1,20 +1,36 @@
-//! Shared frames: memory that the CPU addresses, and that others may map, too: a memory file, or a file.
+//! Shared frames: memory that the CPU addresses, and that others may map, too: a memory file, a file, huge pages, or a
+//! device-dax.
 //!
 //! The pmem driver keeps its bytes here; frame `n` is the bytes from `n * 4096` on. They are read and written by system
-//! calls only, also where they are mapped: a file that somebody else truncates or a full file system is an error
-//! then, and not a SIGBUS.
+//! calls only, also where they are mapped: a file that somebody else truncates, a full file system or a pool without huge pages is
+//! an error then, and not a SIGBUS.
+
+mod mapped;
+#[cfg(test)]
+mod tests;
+mod write_back;
 
 use core::ops::Range;
 use core::ptr::{self, NonNull};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use pgmap_core::addr::PAGE_SIZE;
 use pgmap_sync::Mutex;
-use rustix::fs::{self, FallocateFlags, MemfdFlags, OFlags, SeekFrom};
-use rustix::io::{Errno, pread, pwrite};
+use rustix::fs::{self, FallocateFlags, FileType, MemfdFlags, OFlags, SeekFrom};
+use rustix::io::{Errno, fcntl_dupfd_cloexec, pread, pwrite};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+use crate::device_dax::DeviceDax;
+use write_back::WriteBack;
 
 /// What the kernel calls tmpfs and memory files.
 const TMPFS_MAGIC: fs::FsWord = 0x0102_1994;
+/// What the kernel calls hugetlbfs, and memory files of huge pages.
+const HUGETLBFS_MAGIC: fs::FsWord = 0x9584_58f6;
+/// Where in a memory file's flags the size of its pages is.
+const MFD_HUGE_SHIFT: u32 = 26;
+/// Bytes that are copied before they are sent, where the file cannot be sent from.
+const BOUNCE_BYTES: usize = 64 << 10;
 
 /// The bytes of a file, mapped as a whole.
 ///
@@ -29,7 +45,31 @@ pub struct SharedFrames {
     bytes: usize,
     /// A part that had no hole when it was last looked at: the kernel looks at every page of it to find its end.
     dense: Mutex<Range<u64>>,
-    is_memory: bool,
+    kind: Kind,
+}
+
+/// What the file is, and so by which calls its bytes are moved.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    /// A file of a file system: by its own calls.
+    File(MapSync),
+    /// A memory file: by its own calls.
+    Memory,
+    /// Huge pages of so many bytes: they are read by the file's own calls, for which a hole needs no page, and written through
+    /// the mapping, for want of calls.
+    Huge(u64),
+    /// A device-dax, mapped in units of so many bytes: through the mapping. Whatever was stored is written back from the CPU's
+    /// caches at once.
+    Device(u64, WriteBack),
+}
+
+/// Whether stores through a mapping are durable once whoever stored has written back the CPU's caches.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum MapSync {
+    /// They are: the mapping is of persistent memory itself, and the file's metadata is durable before a page can be written.
+    Yes,
+    /// They are not: `fdatasync` makes them durable.
+    No,
 }
 
 // SAFETY: the mapping is touched by system calls only, which any thread may make.
@@ -59,17 +99,60 @@ impl SharedFrames {
         Self::of_file(fd, bytes)
     }
 
+    /// The same, of huge pages of `page_bytes` bytes, of which `bytes` is a multiple. Their room is taken at once.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::NOMEM`] if the pool has too few: nobody was kept from one meanwhile. As [`of_file`](Self::of_file); what else the
+    /// machine answers.
+    pub fn huge(name: &str, bytes: u64, page_bytes: u64) -> Result<Self, Errno> {
+        let size = MemfdFlags::from_bits_retain(page_bytes.trailing_zeros() << MFD_HUGE_SHIFT);
+        let fd = fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | size)?;
+        fs::ftruncate(&fd, bytes)?;
+        // To map is to reserve.
+        let frames = Self::of_file(fd, bytes)?;
+        frames.allocate(&(0..bytes))?;
+        Ok(frames)
+    }
+
     /// The first `bytes` bytes of a file that is open for reading and writing, and is that long.
     ///
     /// # Errors
     ///
-    /// What the machine answers.
+    /// What the machine answers; [`Errno::NODEV`] for a character device that is no device-dax, [`Errno::OPNOTSUPP`] for one
+    /// whose bytes are not known here to be made durable; [`Errno::NOSYS`] for one, and for huge pages, if `process_vm_readv` and
+    /// `process_vm_writev` are forbidden.
     pub fn of_file(fd: OwnedFd, bytes: u64) -> Result<Self, Errno> {
+        let stat = fs::fstat(&fd)?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice {
+            let device = DeviceDax::of(stat.st_rdev).ok_or(Errno::NODEV)?;
+            let write_back = write_back::of_this_cpu().ok_or(Errno::OPNOTSUPP)?;
+            mapped::check()?;
+            let kind = Kind::Device(device.align_bytes, write_back);
+            return Self::mapped(fd, bytes, kind, MapFlags::SHARED);
+        }
+        let system = fs::fstatfs(&fd)?;
+        match system.f_type {
+            TMPFS_MAGIC => Self::mapped(fd, bytes, Kind::Memory, MapFlags::SHARED),
+            HUGETLBFS_MAGIC => {
+                mapped::check()?;
+                let kind = Kind::Huge(system.f_bsize.cast_unsigned());
+                Self::mapped(fd, bytes, kind, MapFlags::SHARED)
+            }
+            _ => {
+                let sync = MapFlags::SHARED_VALIDATE | MapFlags::SYNC;
+                let theirs = fcntl_dupfd_cloexec(&fd, 0)?;
+                Self::mapped(theirs, bytes, Kind::File(MapSync::Yes), sync)
+                    .or_else(|_| Self::mapped(fd, bytes, Kind::File(MapSync::No), MapFlags::SHARED))
+            }
+        }
+    }
+
+    fn mapped(fd: OwnedFd, bytes: u64, kind: Kind, flags: MapFlags) -> Result<Self, Errno> {
         let bytes = usize::try_from(bytes).map_err(|_| Errno::FBIG)?;
-        let is_memory = fs::fstatfs(&fd).is_ok_and(|system| system.f_type == TMPFS_MAGIC);
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
-        let at = unsafe { mmap(ptr::null_mut(), bytes, protection, MapFlags::SHARED, &fd, 0)? };
+        let at = unsafe { mmap(ptr::null_mut(), bytes, protection, flags, &fd, 0)? };
         let start = NonNull::new(at.cast()).ok_or(Errno::NOMEM)?;
         // INVARIANT: just mapped.
         Ok(Self {
@@ -77,7 +160,7 @@ impl SharedFrames {
             start,
             bytes,
             dense: Mutex::new(0..0),
-            is_memory,
+            kind,
         })
     }
 
@@ -96,7 +179,29 @@ impl SharedFrames {
     /// Whether the bytes are memory and nothing else: a store through the mapping costs a store, and no page is written back.
     #[must_use]
     pub const fn is_memory(&self) -> bool {
-        self.is_memory
+        match self.kind {
+            Kind::Memory | Kind::Huge(_) | Kind::Device(..) => true,
+            Kind::File(_) => false,
+        }
+    }
+
+    /// The unit in which the bytes can be mapped, in bytes.
+    #[must_use]
+    pub const fn unit_bytes(&self) -> u64 {
+        match self.kind {
+            Kind::File(_) | Kind::Memory => PAGE_SIZE as u64,
+            Kind::Huge(unit) | Kind::Device(unit, _) => unit,
+        }
+    }
+
+    /// Whether who maps the bytes makes his stores durable by the CPU; none for memory, which nothing makes durable.
+    #[must_use]
+    pub const fn map_sync(&self) -> Option<MapSync> {
+        match self.kind {
+            Kind::File(sync) => Some(sync),
+            Kind::Device(..) => Some(MapSync::Yes),
+            Kind::Memory | Kind::Huge(_) => None,
+        }
     }
 
     /// Reads the bytes from `offset` on.
@@ -106,7 +211,11 @@ impl SharedFrames {
     /// What the machine answers; [`Errno::IO`] if the file has become shorter.
     pub fn read(&self, mut offset: u64, mut to: &mut [u8]) -> Result<(), Errno> {
         while !to.is_empty() {
-            match pread(&self.fd, &mut *to, offset) {
+            let read = match self.kind {
+                Kind::File(_) | Kind::Memory | Kind::Huge(_) => pread(&self.fd, &mut *to, offset),
+                Kind::Device(..) => self.load(offset, to),
+            };
+            match read {
                 Ok(0) => return Err(Errno::IO),
                 Ok(count) => {
                     to = &mut to[count..];
@@ -123,11 +232,16 @@ impl SharedFrames {
     ///
     /// # Errors
     ///
-    /// What the machine answers; some bytes may have been written. [`Errno::INVAL`] for bytes beyond the end.
+    /// What the machine answers; some bytes may have been written. [`Errno::INVAL`] for bytes beyond the end;
+    /// [`Errno::NOSPC`] for a hole, if there is no huge page left to fill it.
     pub fn write(&self, mut offset: u64, mut from: &[u8]) -> Result<(), Errno> {
         self.check(&(offset..offset.saturating_add(from.len() as u64)))?;
         while !from.is_empty() {
-            match pwrite(&self.fd, from, offset) {
+            let written = match self.kind {
+                Kind::File(_) | Kind::Memory => pwrite(&self.fd, from, offset),
+                Kind::Huge(_) | Kind::Device(..) => self.store(offset, from),
+            };
+            match written {
                 Ok(0) => return Err(Errno::NOSPC),
                 Ok(count) => {
                     from = &from[count..];
@@ -147,7 +261,19 @@ impl SharedFrames {
     ///
     /// [`Errno::AGAIN`] if it takes none now; [`Errno::FAULT`] if the bytes cannot be had; what the socket answers.
     pub fn send(&self, range: Range<u64>, socket: BorrowedFd<'_>) -> Result<usize, Errno> {
-        let (_, len) = self.check(&range)?;
+        match self.kind {
+            Kind::File(_) | Kind::Memory => self.send_file(&range, socket),
+            Kind::Huge(_) => self.send_copy(&range, socket),
+            Kind::Device(..) => {
+                let (at, len) = self.place(&range)?;
+                // SAFETY: by the type invariant these bytes stay mapped during the call.
+                unsafe { mapped::send(at, len, socket) }
+            }
+        }
+    }
+
+    fn send_file(&self, range: &Range<u64>, socket: BorrowedFd<'_>) -> Result<usize, Errno> {
+        let (_, len) = self.check(range)?;
         let flags = fs::fcntl_getfl(socket)?;
         // The call itself has no way to say that it is not to wait.
         fs::fcntl_setfl(socket, flags | OFlags::NONBLOCK)?;
@@ -160,6 +286,16 @@ impl SharedFrames {
         }
     }
 
+    /// Through a buffer: to send from the mapping would fill its holes with pages.
+    fn send_copy(&self, range: &Range<u64>, socket: BorrowedFd<'_>) -> Result<usize, Errno> {
+        let (_, len) = self.check(range)?;
+        let mut bytes = vec![0; len.min(BOUNCE_BYTES)];
+        self.read(range.start, &mut bytes)
+            .map_err(|_| Errno::FAULT)?;
+        // SAFETY: our own bytes.
+        unsafe { mapped::send(NonNull::from(&mut bytes[..]).cast(), bytes.len(), socket) }
+    }
+
     /// Receives bytes from a socket straight to where they belong: as many as there are without waiting. 0 at the end
     /// of the stream.
     ///
@@ -169,31 +305,58 @@ impl SharedFrames {
     /// they are still to be received then; what the socket answers.
     pub fn receive(&self, range: Range<u64>, socket: BorrowedFd<'_>) -> Result<usize, Errno> {
         let (at, len) = self.place(&range)?;
-        let flags = libc::MSG_DONTWAIT;
         // SAFETY: by the type invariant these bytes stay mapped during the call, and nobody has a reference to them.
-        let received = unsafe { libc::recv(socket.as_raw_fd(), at.as_ptr().cast(), len, flags) };
-        usize::try_from(received).map_err(|_| last_errno())
+        let received = unsafe { mapped::receive(at, len, socket)? };
+        self.write_back(at, received);
+        Ok(received)
     }
 
-    /// Makes what was written durable, by whomever, through the mapping or past it.
+    /// Makes what was written durable, by whomever, through the mapping or past it. Of a device-dax this is what was written here,
+    /// and is durable already: who maps it writes back what he stores himself.
     ///
     /// # Errors
     ///
     /// What the machine answers: then some of it is not.
     pub fn flush(&self) -> Result<(), Errno> {
-        fs::fdatasync(&self.fd)
+        match self.kind {
+            Kind::File(_) | Kind::Memory | Kind::Huge(_) => fs::fdatasync(&self.fd),
+            Kind::Device(..) => Ok(()),
+        }
     }
 
     /// Gives back the room of these bytes: they read as zeros, also for those who map them. Nobody's mapping ends.
     ///
     /// # Errors
     ///
-    /// [`Errno::OPNOTSUPP`] if the file system cannot; what else the machine answers.
+    /// [`Errno::OPNOTSUPP`] if the file system cannot, or if no whole page is among them; what else the machine answers.
     pub fn punch(&self, range: &Range<u64>) -> Result<(), Errno> {
         let (start, len) = self.check(range)?;
-        let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        fs::fallocate(&self.fd, how, start as u64, len as u64)?;
+        match self.kind {
+            Kind::File(_) | Kind::Memory => {}
+            Kind::Huge(page_bytes) => return self.punch_huge(range, page_bytes),
+            Kind::Device(..) => return Err(Errno::OPNOTSUPP),
+        }
+        self.fallocate(
+            FallocateFlags::PUNCH_HOLE,
+            start as u64..(start + len) as u64,
+        )?;
         *self.dense.lock() = 0..0;
+        Ok(())
+    }
+
+    /// Whole pages go; of the others, a part becomes zeros.
+    fn punch_huge(&self, range: &Range<u64>, page_bytes: u64) -> Result<(), Errno> {
+        let whole = range.start.next_multiple_of(page_bytes)..range.end / page_bytes * page_bytes;
+        if whole.start >= whole.end {
+            return Err(Errno::OPNOTSUPP);
+        }
+        self.fallocate(FallocateFlags::PUNCH_HOLE, whole.clone())?;
+        for edge in [range.start..whole.start, whole.end..range.end] {
+            self.write(
+                edge.start,
+                &vec![0; usize::try_from(edge.end - edge.start).unwrap_or(0)],
+            )?;
+        }
         Ok(())
     }
 
@@ -203,9 +366,13 @@ impl SharedFrames {
     ///
     /// [`Errno::OPNOTSUPP`] if the file system cannot, as tmpfs: write zeros then; what else the machine answers.
     pub fn zero(&self, range: &Range<u64>) -> Result<(), Errno> {
-        let (start, len) = self.check(range)?;
-        let how = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
-        fs::fallocate(&self.fd, how, start as u64, len as u64)
+        self.check(range)?;
+        match self.kind {
+            Kind::File(_) | Kind::Memory => {
+                self.fallocate(FallocateFlags::ZERO_RANGE, range.clone())
+            }
+            Kind::Huge(_) | Kind::Device(..) => Err(Errno::OPNOTSUPP),
+        }
     }
 
     /// Takes room for these bytes, so that writing to them does not fail for want of it.
@@ -214,13 +381,25 @@ impl SharedFrames {
     ///
     /// [`Errno::OPNOTSUPP`] if the file system cannot; what else the machine answers.
     pub fn allocate(&self, range: &Range<u64>) -> Result<(), Errno> {
-        let (start, len) = self.check(range)?;
-        fs::fallocate(
-            &self.fd,
-            FallocateFlags::KEEP_SIZE,
-            start as u64,
-            len as u64,
-        )
+        self.check(range)?;
+        match self.kind {
+            Kind::File(_) | Kind::Memory | Kind::Huge(_) => {
+                self.fallocate(FallocateFlags::empty(), range.clone())
+            }
+            // It has all of its room.
+            Kind::Device(..) => Ok(()),
+        }
+    }
+
+    fn fallocate(&self, how: FallocateFlags, range: Range<u64>) -> Result<(), Errno> {
+        let how = how | FallocateFlags::KEEP_SIZE;
+        loop {
+            match fs::fallocate(&self.fd, how, range.start, range.end - range.start) {
+                // Huge pages are cleared one by one, and what was done stays done.
+                Err(Errno::INTR) => {}
+                done => return done,
+            }
+        }
     }
 
     /// The parts of a range, in order, without gaps. A hole that is punched meanwhile may still be told as data.
@@ -230,6 +409,11 @@ impl SharedFrames {
     /// What the machine answers.
     pub fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>, Errno> {
         self.check(&range)?;
+        match self.kind {
+            Kind::File(_) | Kind::Memory => {}
+            // Neither can tell.
+            Kind::Huge(_) | Kind::Device(..) => return Ok(vec![Extent::Data(range)]),
+        }
         let (mut extents, mut at) = (Vec::new(), range.start);
         while at < range.end {
             let dense = self.dense.lock().clone();
@@ -284,7 +468,12 @@ impl SharedFrames {
     ///
     /// What the machine answers.
     pub fn present_bytes(&self) -> Result<u64, Errno> {
-        Ok(fs::fstat(&self.fd)?.st_size.cast_unsigned())
+        match self.kind {
+            Kind::File(_) | Kind::Memory | Kind::Huge(_) => {
+                Ok(fs::fstat(&self.fd)?.st_size.cast_unsigned())
+            }
+            Kind::Device(..) => Ok(self.size_bytes()),
+        }
     }
 
     /// How much room the file takes; less than its length if it has holes.
@@ -293,8 +482,53 @@ impl SharedFrames {
     ///
     /// What the machine answers.
     pub fn room_bytes(&self) -> Result<u64, Errno> {
-        // By definition in units of 512 bytes, whatever the file system's blocks are.
-        Ok(fs::fstat(&self.fd)?.st_blocks.cast_unsigned() * 512)
+        match self.kind {
+            // By definition in units of 512 bytes, whatever the file system's blocks are.
+            Kind::File(_) | Kind::Memory | Kind::Huge(_) => {
+                Ok(fs::fstat(&self.fd)?.st_blocks.cast_unsigned() * 512)
+            }
+            Kind::Device(..) => Ok(self.size_bytes()),
+        }
+    }
+
+    /// Copies bytes from the mapping. Says how many.
+    fn load(&self, offset: u64, to: &mut [u8]) -> Result<usize, Errno> {
+        let (at, _) = self.place(&(offset..offset.saturating_add(to.len() as u64)))?;
+        // SAFETY: by the type invariant these bytes are mapped, and nobody has a reference to them.
+        let loaded = unsafe { mapped::load(at, to) };
+        loaded.map_err(|errno| {
+            if errno == Errno::FAULT {
+                Errno::IO
+            } else {
+                errno
+            }
+        })
+    }
+
+    /// Copies bytes to the mapping, durably if it is a device's. Says how many.
+    fn store(&self, offset: u64, from: &[u8]) -> Result<usize, Errno> {
+        let (at, _) = self.place(&(offset..offset.saturating_add(from.len() as u64)))?;
+        // SAFETY: by the type invariant these bytes are mapped, and nobody has a reference to them.
+        let stored = match unsafe { mapped::store(at, from) } {
+            // The page is gone, or there is none to be had.
+            Err(Errno::FAULT) if self.present_bytes()? > offset => match self.kind {
+                Kind::Huge(_) => Err(Errno::NOSPC),
+                Kind::File(_) | Kind::Memory | Kind::Device(..) => Err(Errno::IO),
+            },
+            Err(Errno::FAULT) => Err(Errno::IO),
+            stored => stored,
+        }?;
+        self.write_back(at, stored);
+        Ok(stored)
+    }
+
+    /// Makes durable what was just stored in a device.
+    fn write_back(&self, at: NonNull<u8>, len: usize) {
+        match self.kind {
+            // SAFETY: these bytes are mapped by the type invariant, and have their pages: the kernel has just stored there.
+            Kind::Device(_, write_back) => unsafe { write_back(at, len) },
+            Kind::File(_) | Kind::Memory | Kind::Huge(_) => {}
+        }
     }
 
     fn place(&self, range: &Range<u64>) -> Result<(NonNull<u8>, usize), Errno> {

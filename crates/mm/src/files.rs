@@ -8,6 +8,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
+use pgmap_core::memcg::Memcg;
 use pgmap_sync::Mutex;
 use pgmap_sync::atomic::{AtomicU32, Ordering};
 
@@ -126,6 +127,23 @@ impl Files {
         self.open.lock().iter().map(|cache| of(cache)).sum()
     }
 
+    /// Frees at least `want` frames that a group's pages have, if that is possible; says how many.
+    pub fn shrink_group(&self, memcg: &Arc<Memcg>, want: usize) -> usize {
+        let (mut freed, mut nth) = (0, 0);
+        while freed < want
+            && let Some(cache) = self.get(nth)
+        {
+            let is_member = cache.memcg().is_some_and(|other| Arc::ptr_eq(other, memcg));
+            freed += if is_member {
+                cache.shrink(want - freed)
+            } else {
+                0
+            };
+            nth += 1;
+        }
+        freed
+    }
+
     /// Frees at least `want` frames that pages of files have, if that is possible; says how many. Each file gives in
     /// proportion to what it has.
     pub fn shrink(&self, want: usize) -> usize {
@@ -172,7 +190,7 @@ impl AddressSpace {
                 Access::Write | Access::WriteProtected => self.balance_dirty(&cache),
             }
             let wants_more = outcome == Outcome::NoMemory;
-            if !wants_more || self.make_room(Caller::FaultHandler, BATCH) == 0 {
+            if !wants_more || self.make_room_for(&cache, Caller::FaultHandler) == 0 {
                 return outcome;
             }
         }
@@ -182,6 +200,14 @@ impl AddressSpace {
     fn balance_dirty(&self, cache: &PageCache) {
         if self.files.dirty_pages() > self.ram.limit() / DIRTY {
             cache.write_some(DIRTY_BLOCKS);
+        }
+    }
+
+    /// Makes room for more pages of a file: in its group, if that is at its limit. Says how many frames it freed.
+    pub(crate) fn make_room_for(&self, cache: &PageCache, caller: Caller) -> usize {
+        match cache.memcg().filter(|_| cache.is_at_limit()) {
+            Some(memcg) => self.files.shrink_group(memcg, BATCH),
+            None => self.make_room(caller, BATCH),
         }
     }
 

@@ -15,11 +15,11 @@ use pgmap_core::addr::{PAGE_SIZE, Pfn, VirtAddr};
 use pgmap_core::holders::{Holder, Ticket};
 
 use crate::fault::{Access, Outcome};
-use crate::page_cache::{NotPinned, PageCache};
+use crate::page_cache::{NotPinned, PageCache, VmaAccess};
 use crate::page_table::PageIndex;
 use crate::pte::Pte;
 use crate::reclaim::Caller;
-use crate::space::{AddressSpace, BATCH, Worker};
+use crate::space::{AddressSpace, Worker};
 
 /// What the holder of a pin does with the page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -106,6 +106,14 @@ pub enum PinError {
     /// The file that is mapped there is not that long.
     #[error("the file that is mapped at {at:?} ends before that page")]
     BeyondTheEnd {
+        /// The first such address.
+        at: VirtAddr,
+    },
+    /// Somebody wants to write to pages that are mapped to be read only.
+    #[error(
+        "the page at {at:?} is mapped to be read only: map it to be written, or pin it to be read"
+    )]
+    NotWritable {
         /// The first such address.
         at: VirtAddr,
     },
@@ -255,8 +263,15 @@ impl AddressSpace {
             let found = self.files.at(start);
             let found = found.and_then(|(vma, cache)| Some((vma.page_at(start)?, vma, cache)));
             let (first, vma, cache) = found.ok_or(PinError::BadAddress { at: start })?;
-            if pin.term == PinTerm::Long && pin.access == PinAccess::Write {
-                return Err(PinError::LongTerm { at: start });
+            match (pin.access, pin.term, vma.access) {
+                (PinAccess::Write, _, VmaAccess::Read) => {
+                    return Err(PinError::NotWritable { at: start });
+                }
+                (PinAccess::Write, PinTerm::Long, VmaAccess::ReadWrite) => {
+                    return Err(PinError::LongTerm { at: start });
+                }
+                (PinAccess::Write, PinTerm::Short, VmaAccess::ReadWrite)
+                | (PinAccess::Read, ..) => {}
             }
             let end = vma.file_pages().end.min(first.saturating_add(pages - done));
             for page in first..end {
@@ -279,7 +294,7 @@ impl AddressSpace {
         loop {
             let pinned = cache.pin(worker, page, access);
             let wants_more = pinned == Err(NotPinned::NoMemory);
-            if !wants_more || self.make_room(Caller::Reclaimer, BATCH) == 0 {
+            if !wants_more || self.make_room_for(cache, Caller::Reclaimer) == 0 {
                 return pinned;
             }
         }

@@ -21,7 +21,7 @@ fn main() -> Result<(), Box<dyn core::error::Error>> {
 
     // A device writes to the second MiB, behind everybody's back.
     let (mut there, socket) = UnixStream::pair()?;
-    let sender = thread::spawn(move || there.write_all(&[7; 1 << 20]));
+    let sender = thread::spawn(move || there.write_all(&vec![7; 1 << 20]));
     let start = map.range().start + (1 << 20);
     let pin = Pin::WRITE.label("rx ring");
     let pins = memory

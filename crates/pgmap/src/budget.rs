@@ -31,6 +31,8 @@ pub(crate) struct Grant {
     mine: &'static Process,
     /// Frames were short since the last look.
     pressed: AtomicBool,
+    /// Frames of this process's part that files have which its program maps.
+    files: AtomicU64,
 }
 
 impl Grant {
@@ -42,6 +44,7 @@ impl Grant {
             processes: region.processes(),
             mine,
             pressed: AtomicBool::new(false),
+            files: AtomicU64::new(0),
         };
         grant.take(grant.chunk());
         grant
@@ -59,8 +62,33 @@ impl Grant {
         let missing = self.fair().saturating_sub(self.held());
         if missing > 0 && self.free() > 0 {
             self.take(missing.min(self.chunk()));
-            ram.set_limit(self.held());
+            self.limit(ram, self.held());
         }
+    }
+
+    /// The files that the program maps have so many frames now: the rest of this process's part is for `ram`.
+    pub(crate) fn note_files(&self, frames: u64, ram: &Ram) {
+        let limit = self.limit_now(ram);
+        self.files.store(frames, Ordering::Relaxed);
+        self.limit(ram, limit);
+        // Files do not wait for frames: more are to be had before they are needed.
+        let wanted = ram.in_use() + frames + self.chunk() / 2;
+        if frames > 0 && wanted > self.held() {
+            self.grow(ram);
+        }
+    }
+
+    /// Frames that this process may use now, those of files included.
+    fn limit_now(&self, ram: &Ram) -> u64 {
+        let files = self.files.load(Ordering::Relaxed);
+        ram.limit().saturating_add(files).min(self.held())
+    }
+
+    /// Frames that this process may use from now on: what files do not have of them is for `ram`, but never less than a process
+    /// can work with.
+    fn limit(&self, ram: &Ram, frames: u64) {
+        let files = self.files.load(Ordering::Relaxed);
+        ram.set_limit(frames.saturating_sub(files).max(LEAST));
     }
 
     /// Gives back what is not needed, and some of what others need more. To be called now and then, by one thread.
@@ -68,9 +96,9 @@ impl Grant {
         let pressed = self.pressed.swap(false, Ordering::Relaxed);
         self.mine.hungry.store(pressed, Ordering::Relaxed);
         // `grow` may have raised the limit by what this gave back just then.
-        let mut limit = ram.limit().min(self.held()).min(self.share());
+        let mut limit = self.limit_now(ram).min(self.share());
+        let used = ram.in_use() + self.files.load(Ordering::Relaxed);
         if !pressed {
-            let used = ram.in_use();
             limit = limit.min(used + (used / 4).max(LEAST));
         }
         if self.hungry_others() > 0 {
@@ -78,9 +106,10 @@ impl Grant {
             let less = limit - limit / STEP;
             limit = limit.min(less.max(floor));
         }
-        ram.set_limit(limit.max(LEAST));
+        let limit = limit.max(LEAST);
+        self.limit(ram, limit);
         // What is still in use above the limit is given back at a later look.
-        let keep = ram.limit().max(ram.in_use());
+        let keep = limit.max(used);
         self.quota().give(bytes(self.held().saturating_sub(keep)));
     }
 
@@ -123,7 +152,7 @@ impl Grant {
     }
 
     /// Frames that this process has.
-    fn held(&self) -> u64 {
+    pub(crate) fn held(&self) -> u64 {
         frames(self.mine.granted.load(Ordering::Relaxed))
     }
 

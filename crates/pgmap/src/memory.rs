@@ -121,13 +121,14 @@ impl MemoryBuilder {
         let mmu = Arc::new(HostMmu::new(ADDRESSES, slots)?);
         let map = MemoryMap::new(&PLATFORM, MAX_PFN)?;
         let most_ram_frames = ram_frames.max(self.most_ram_bytes / PAGE_SIZE as u64);
-        let ram = map.add_ram(match mmu.children() {
-            Children::Served => most_ram_frames,
+        let spare_frames = match mmu.children() {
+            Children::Served => 0,
             // For a moment all pages may have to be in RAM.
             Children::Announced => (ram_frames + device_frames)
                 .min(machine_frames())
-                .max(most_ram_frames),
-        })?;
+                .saturating_sub(most_ram_frames),
+        };
+        let ram = map.add_ram_with_spare(most_ram_frames, spare_frames)?;
         // Without a limit, what comes on line later may be used as well.
         if ram.capacity() > ram_frames {
             ram.set_limit(ram_frames);

@@ -155,6 +155,11 @@ impl Pager {
         // Release: pairs with the acquire loads in both threads' loops.
         self.stopping.store(true, Ordering::Release);
         self.mmu.kick();
+        self.wake_reclaimer();
+    }
+
+    /// Makes the reclaimer look around.
+    pub(crate) fn wake_reclaimer(&self) {
         if let Some(reclaimer) = self.reclaimer.get() {
             reclaimer.unpark();
         }

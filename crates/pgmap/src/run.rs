@@ -12,8 +12,9 @@ use std::sync::OnceLock;
 use pgmap_core::addr::PAGE_SIZE;
 use pgmap_core::driver::PrivateOps;
 use pgmap_drivers::slots::{Owner, release_owner};
+use pgmap_mm::stats::Stats;
 use pgmap_sync::Mutex;
-use pgmap_sync::atomic::Ordering;
+use pgmap_sync::atomic::{AtomicBool, Ordering};
 
 pub use config::{DeviceConfig, Unreadable};
 pub use control::{
@@ -26,10 +27,12 @@ use crate::memory::{Memory, machine_frames};
 use crate::pager::{Surroundings, kill_as_out_of_memory};
 use crate::shared::{Process, Region};
 use crate::space::AddressSpace;
+use file_maps::FileMaps;
 use plugged::Plugged;
 
 mod config;
 mod control;
+mod file_maps;
 mod plugged;
 
 /// The environment variable that names the shared memory's file.
@@ -44,6 +47,9 @@ struct Run {
     grant: Grant,
     memory: Memory,
     plugged: Mutex<Plugged>,
+    files: Mutex<FileMaps>,
+    /// The program has mapped a file that may count in the budget.
+    has_mapped: AtomicBool,
 }
 
 static RUN: OnceLock<Run> = OnceLock::new();
@@ -93,6 +99,8 @@ pub fn start() -> Result<Option<&'static AddressSpace>, String> {
         grant,
         memory,
         plugged: Mutex::new(plugged),
+        files: Mutex::new(FileMaps::new(Stats::get(region.map_files()))),
+        has_mapped: AtomicBool::new(false),
     });
     run.note_capacity(&run.plugged.lock());
     Ok(Some(run.memory.space()))
@@ -163,7 +171,19 @@ fn follow() -> Duration {
         // What comes back needs frames that nobody has.
         run.grant.grow(space.ram());
     }
-    again
+    drop(plugged);
+    again.min(run.follow_files())
+}
+
+/// Says that the program has mapped so many bytes of a file. It is found without that, but not as soon.
+pub fn note_mapped_file(bytes: usize) {
+    let Some(run) = RUN.get() else { return };
+    let least = Stats::get(run.region.map_files());
+    if least > 0 && bytes as u64 >= least {
+        // Relaxed: see `follow_files`.
+        run.has_mapped.store(true, Ordering::Relaxed);
+        run.memory.pager().wake_reclaimer();
+    }
 }
 
 /// Called by the fault thread when frames are short.
@@ -184,6 +204,22 @@ fn hold_out() -> bool {
 }
 
 impl Run {
+    /// Keeps the program's own mappings of files within the budget. Answers when to call again.
+    fn follow_files(&self) -> Duration {
+        let ram = self.memory.space().inner().ram();
+        let mut files = self.files.lock();
+        // Relaxed: a hint; the mapping is found at the next look in any case.
+        if self.has_mapped.swap(false, Ordering::Relaxed) {
+            files.look_again();
+        }
+        let again = files.follow(|resident| {
+            self.grant.note_files(resident, ram);
+            (self.grant.held(), ram.in_use())
+        });
+        self.grant.note_files(files.resident_frames(), ram);
+        again
+    }
+
     /// The most that a mapping can have changes with the budget and the devices.
     fn note_capacity(&self, plugged: &Plugged) {
         // Relaxed: as in `build`.
@@ -197,9 +233,10 @@ fn publish(run: &Run) {
     let space = run.memory.space().inner();
     let bytes = |frames: u64| frames * PAGE_SIZE as u64;
     // Relaxed, all: numbers for people.
+    let resident = space.ram().in_use() + run.files.lock().resident_frames();
     run.process
         .resident
-        .store(bytes(space.ram().in_use()), Ordering::Relaxed);
+        .store(bytes(resident), Ordering::Relaxed);
     let plugged = run.plugged.lock();
     for (nth, shown) in run.process.devices.iter().enumerate() {
         let ops = plugged.device(nth).and_then(|device| device.ops());
@@ -207,7 +244,8 @@ fn publish(run: &Run) {
         shown.pages.store(usage.pages, Ordering::Relaxed);
         shown.bytes.store(usage.bytes, Ordering::Relaxed);
     }
-    run.region.note_peaks(bytes(space.ram().peak()));
+    run.region
+        .note_peaks(bytes(space.ram().peak().max(resident)));
 }
 
 /// Whether the calling thread is one of the pager's own.

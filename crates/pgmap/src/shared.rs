@@ -28,7 +28,7 @@ pub(crate) const REGION_NAME: &str = "pgmap-run";
 /// Words of all tables together: one for each page of 16 TiB.
 pub(crate) const TABLE_WORDS: usize = 1 << 32;
 /// "pgmap" and the version of this layout.
-const MAGIC: u64 = 0x7067_6d61_7000_0003;
+const MAGIC: u64 = 0x7067_6d61_7000_0004;
 
 /// What is known about one device of one process, or of all.
 #[derive(Debug, Default)]
@@ -85,6 +85,8 @@ struct Layout {
     ram_bytes: AtomicU64,
     /// What the budget was, while it is being lowered and may be restored; otherwise 0.
     ram_before: AtomicU64,
+    /// Mappings of files with at least so many bytes count in the budget; 0: none do.
+    map_files: AtomicU64,
     stats: Stats,
     managed: AtomicU64,
     /// Bytes of the budget that processes have.
@@ -201,6 +203,11 @@ impl Region {
     /// What the budget was, while it is being lowered and may be restored; otherwise 0.
     pub(crate) fn ram_before(self) -> &'static AtomicU64 {
         &self.layout().ram_before
+    }
+
+    /// Mappings of files with at least so many bytes count in the budget; 0: none do.
+    pub(crate) fn map_files(self) -> &'static AtomicU64 {
+        &self.layout().map_files
     }
 
     /// Whether something is being taken away that may be given back.

@@ -13,7 +13,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::thread;
 use std::time::Instant;
 
-use common::{MIB, PAGE, Random, Scratch, check, fork, memory, pattern};
+use common::{MIB, PAGE, Random, Scratch, check, fork, memory, pattern, soak};
 use pgmap::io::{Buffer, Ring};
 use pgmap::{
     BlockState, FileMapping, Memory, Pin, PinError, PinnedPages, Prot, Writeback, ZoneChoice,
@@ -27,15 +27,6 @@ const STORES: Range<usize> = 6144..12288;
 const HOLES: Range<usize> = 12288..16384;
 /// The size of the anonymous memory, in pages.
 const ANONYMOUS: usize = 8192;
-
-/// How long the test runs: `PGMAP_SOAK_MINUTES` is how `cargo xtask soak` says more.
-fn duration() -> Duration {
-    let minutes = std::env::var("PGMAP_SOAK_MINUTES").ok();
-    let minutes = minutes.and_then(|minutes| minutes.parse::<u64>().ok());
-    minutes.map_or(Duration::from_secs(6), |minutes| {
-        Duration::from_secs(60 * minutes)
-    })
-}
 
 /// What all threads use.
 struct Shared<'m> {
@@ -334,7 +325,7 @@ fn every_byte_is_right_under_dma() {
         memory: &memory,
         maps: [map(), map()],
         file: file.another(),
-        end: Instant::now() + duration(),
+        end: Instant::now() + soak().unwrap_or(Duration::from_secs(6)),
     };
     let middle = DMA.start + DMA.len() / 2;
     let (gone, versions) = thread::scope(|scope| {

@@ -15,8 +15,8 @@ use std::thread;
 
 use common::{MIB, PAGE, Scratch, check, child, memory, pattern, told};
 use pgmap::{
-    Backing, BackingError, FileMapping, Lost, Memory, Pin, PinError, Prot, SyncError, Transfer,
-    Writeback,
+    Backing, BackingError, FileMapping, Lost, Memory, OpenOptions as OpenFile, Pin, PinError, Prot,
+    SyncError, Transfer, Writeback,
 };
 use pgmap_host::file_backing::FileBacking;
 use pgmap_sync::Mutex;
@@ -48,7 +48,10 @@ impl Failing {
     fn open<'m>(self: &Arc<Self>, memory: &'m Memory) -> pgmap::File<'m> {
         let bytes = (PAGES * PAGE) as u64;
         let backing = Arc::clone(self) as _;
-        memory.open_over("failing", backing, bytes).unwrap()
+        let options = OpenFile::new();
+        memory
+            .open_over("failing", backing, bytes, &options)
+            .unwrap()
     }
 }
 

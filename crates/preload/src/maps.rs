@@ -96,7 +96,11 @@ pub(crate) unsafe extern "C" fn mmap(
         usize::try_from(offset).unwrap_or(usize::MAX),
     ];
     // SAFETY: by this function's contract.
-    unsafe { syscall_pointer(libc::SYS_mmap, arguments) }
+    let mapped = unsafe { syscall_pointer(libc::SYS_mmap, arguments) };
+    if fd >= 0 && mapped != libc::MAP_FAILED && state::space().is_some() {
+        pgmap::run::note_mapped_file(bytes);
+    }
+    mapped
 }
 
 /// Whether flags ask for private anonymous memory, and for nothing that we do not know.

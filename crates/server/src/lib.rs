@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod control;
+mod iomem;
 pub mod nbd;
 pub mod running;
 pub mod service;

@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use pgmap::run::{Change, Control, DeviceState, Failed, Held, Refused};
 use pgmap::spec::DeviceSpec;
-use pgmap_core::addr::PAGE_SIZE;
+use pgmap_core::addr::{PAGE_SIZE, Pfn, PfnRange};
+use pgmap_core::resource::{Descriptor, Flags, Resource};
 use pgmap_core::sparse::BlockSize;
 use pgmap_sync::Mutex;
 
@@ -19,6 +20,7 @@ use crate::control::protocol::{
     Request, Zone,
 };
 use crate::control::{Manager, Session};
+use crate::iomem;
 
 /// How often a change is looked at.
 const LOOK: Duration = Duration::from_millis(10);
@@ -142,6 +144,34 @@ impl Running {
             in_use: ram.resident_bytes,
             blocks: (0..self.blocks.count).map(block).collect(),
         }
+    }
+
+    /// One map for the whole run, with the blocks of its RAM in it.
+    fn iomem(&self) -> Result<Answer, Failure> {
+        let failed = |error: &dyn core::fmt::Display| Failure::new(Code::Failed, error);
+        let mut tree = self.control.iomem().map_err(|error| failed(&error))?;
+        let turned = self.blocks.turned.lock();
+        let blocks: Vec<_> = (0..self.blocks.count)
+            .map(|number| (number, self.blocks.state(&turned, number)))
+            .collect();
+        drop(turned);
+        for alike in blocks.chunk_by(|a, b| a.1 == b.1) {
+            let (first, state) = alike[0];
+            let (frames, count) = (self.blocks.bytes / PAGE_SIZE as u64, alike.len() as u64);
+            let start = Pfn::new(first * frames);
+            let range = start.and_then(|start| PfnRange::new(start, count * frames));
+            let Some(range) = range else { continue };
+            let name = match (state, count) {
+                (State::Online, 1) => format!("block {first} online"),
+                (State::Offline, 1) => format!("block {first} offline"),
+                (State::Online, _) => format!("blocks {first}-{} online", first + count - 1),
+                (State::Offline, _) => format!("blocks {first}-{} offline", first + count - 1),
+            };
+            let flags = Flags::SYSTEM_RAM;
+            let blocks = Resource::new(range, flags, Descriptor::None, &name);
+            tree.insert(blocks).map_err(|error| failed(&error))?;
+        }
+        Ok(Answer::Iomem(iomem::view(tree.roots())))
     }
 
     fn turn(
@@ -278,9 +308,9 @@ impl Manager for Running {
             Request::Offline { block, timeout_ms } => {
                 self.turn(block, State::Offline, time(timeout_ms), session)
             }
+            Request::Iomem => self.iomem(),
             Request::Release { id } => session.release(id),
-            Request::Iomem
-            | Request::CreateNamespace(_)
+            Request::CreateNamespace(_)
             | Request::DestroyNamespace { .. }
             | Request::Enable { .. }
             | Request::Disable { .. }

@@ -47,7 +47,7 @@ impl Manager for Fake {
 
     fn answer(&self, request: Request, session: &mut Session) -> Result<Answer, Failure> {
         match request {
-            Request::Iomem => Ok(Answer::Text("some text".into())),
+            Request::Iomem => Ok(Answer::Iomem(Vec::new())),
             Request::Pin { .. } => {
                 let id = session.hold(Guard(self.dropped.clone()))?;
                 Ok(Answer::Held { id })
@@ -119,7 +119,7 @@ fn a_request_is_answered() {
     let mut client = fixture.client();
     assert_eq!(client.manager().kind, Kind::Serve);
     let answer = client.ask(&Request::Iomem).unwrap();
-    assert_eq!(answer, Answer::Text("some text".into()));
+    assert_eq!(answer, Answer::Iomem(Vec::new()));
     let refused = client.ask(&Request::List).unwrap_err();
     assert!(matches!(refused, ClientError::Refused(failure) if failure.code == Code::Unsupported));
 }

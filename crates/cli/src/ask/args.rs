@@ -17,16 +17,20 @@ Examples:
       the program maps the file $PGMAP_FILE from $PGMAP_OFFSET on,
       $PGMAP_LENGTH bytes";
 
+const IOMEM_NOTES: &str = "\
+The processes of a run have a memory map each. What is shown is that of one that
+starts now: RAM, as much as there may be, in the blocks of `pgmap memory`, and
+the devices in the order in which they are tried. A pool of compressed pages has
+eight frames for each page of RAM that it may take.";
+
 /// The verbs.
 #[derive(Subcommand, Debug)]
 pub(crate) enum Verb {
     /// List what running managers have: regions, namespaces, devices
     List(ListArgs),
     /// Show who has which physical addresses, as /proc/iomem does
-    Iomem {
-        #[command(flatten)]
-        whom: Whom,
-    },
+    #[command(after_help = IOMEM_NOTES)]
+    Iomem(IomemArgs),
     /// Name those who hold a device: mappings, pins, requests
     Holders(HoldersArgs),
     /// Show what happens now
@@ -95,6 +99,15 @@ pub(crate) struct ListArgs {
     #[arg(short = 'M', long)]
     pub(crate) media_errors: bool,
     /// As JSON, with the fields that `ndctl list` has
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) whom: Whom,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct IomemArgs {
+    /// As JSON: the trees of all managers, sizes in bytes
     #[arg(long)]
     pub(crate) json: bool,
     #[command(flatten)]

@@ -8,6 +8,8 @@ use super::args::Whom;
 
 /// What to do if there is none.
 const NONE: &str = "no manager of yours runs: start one with `pgmap serve` or `pgmap run`";
+/// The same, where a run is of no help.
+const NO_SERVER: &str = "no `pgmap serve` of yours runs: start one";
 
 /// All managers that are meant.
 pub(super) fn all(whom: &Whom) -> anyhow::Result<Vec<Client>> {
@@ -43,9 +45,10 @@ pub(super) fn one(whom: &Whom, kind: Option<Kind>) -> anyhow::Result<Client> {
     if whom.socket.is_none() {
         managers.retain(|client| kind.is_none_or(|kind| client.manager().kind == kind));
     }
-    match managers.len() {
-        0 => bail!(NONE),
-        1 => Ok(managers.remove(0)),
+    match (managers.len(), kind) {
+        (0, Some(Kind::Serve)) => bail!(NO_SERVER),
+        (0, Some(Kind::Run) | None) => bail!(NONE),
+        (1, _) => Ok(managers.remove(0)),
         _ => bail!(
             "there are several managers ({}): choose one with --socket",
             names(&managers)

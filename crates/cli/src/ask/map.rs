@@ -1,15 +1,20 @@
 //! `pgmap map`: a range of a namespace as memory, in this process or in a program's.
 
+use core::ops::Range;
 use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom, Write, copy, stdin, stdout};
+use std::io::{self, Read, Write, stdin, stdout};
 use std::os::fd::AsRawFd;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
+use pgmap_host::shared::SharedFrames;
 use pgmap_server::control::protocol::{Answer, RangeOf, Request};
 
 use super::args::MapArgs;
 use super::find;
+
+/// Bytes that are copied at once.
+const CHUNK_BYTES: usize = 1 << 20;
 
 pub(super) fn map(args: &MapArgs) -> anyhow::Result<ExitCode> {
     let mut client = find::with(&args.whom, &args.namespace)?;
@@ -32,36 +37,57 @@ pub(super) fn map(args: &MapArgs) -> anyhow::Result<ExitCode> {
     if !args.program.is_empty() {
         return run(args, &file, offset, length);
     }
-    let mut own = reopen(&file, args)?;
-    own.seek(SeekFrom::Start(offset))?;
+    let end = offset + length;
+    // The file's own calls move the place of a descriptor that the manager and its other clients have, too; and some files have none.
+    let frames = SharedFrames::of_file(file.into(), end).context("cannot map the range")?;
     if args.write {
-        write(&mut own, length)?;
+        write(&frames, offset..end)?;
     } else {
-        match copy(&mut own.take(length), &mut stdout().lock()) {
-            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
-                Err(error).context("cannot copy to standard output")?;
-            }
-            _ => {}
-        }
+        read(&frames, offset..end)?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// The same file with a place of our own: the manager and its other clients have that of the descriptor, and move it.
-fn reopen(file: &File, args: &MapArgs) -> anyhow::Result<File> {
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let opened = File::options().read(true).write(args.write).open(path);
-    opened.context("cannot open the file that came with the answer")
+/// Copies a range to standard output, as far as somebody reads it.
+fn read(frames: &SharedFrames, range: Range<u64>) -> anyhow::Result<()> {
+    let (mut output, mut bytes) = (stdout().lock(), vec![0; CHUNK_BYTES]);
+    let mut at = range.start;
+    while at < range.end {
+        let part = part(&mut bytes, range.end - at);
+        frames.read(at, part).context("cannot read the range")?;
+        match output.write_all(part) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
+            written => written.context("cannot copy to standard output")?,
+        }
+        at += part.len() as u64;
+    }
+    output.flush().context("cannot copy to standard output")
 }
 
-fn write(file: &mut File, length: u64) -> anyhow::Result<()> {
-    let mut input = stdin().lock();
-    copy(&mut Read::by_ref(&mut input).take(length), file).context("cannot write to the range")?;
+/// Copies standard input to the start of a range, durably.
+fn write(frames: &SharedFrames, range: Range<u64>) -> anyhow::Result<()> {
+    let (mut input, mut bytes) = (stdin().lock(), vec![0; CHUNK_BYTES]);
+    let mut at = range.start;
+    while at < range.end {
+        let part = part(&mut bytes, range.end - at);
+        let count = input.read(part).context("cannot read standard input")?;
+        if count == 0 {
+            break;
+        }
+        let written = frames.write(at, &part[..count]);
+        written.context("cannot write to the range")?;
+        at += count as u64;
+    }
     if input.read(&mut [0])? > 0 {
         bail!("standard input is longer than the range: the rest was not written");
     }
-    file.flush()?;
-    file.sync_data().context("cannot flush what was written")
+    frames.flush().context("cannot flush what was written")
+}
+
+/// As much of a buffer as there is to be moved.
+fn part(bytes: &mut [u8], left: u64) -> &mut [u8] {
+    let len = usize::try_from(left).map_or(bytes.len(), |left| left.min(bytes.len()));
+    &mut bytes[..len]
 }
 
 /// The program has the file; we hold the mapping and the pins for it.

@@ -18,14 +18,15 @@ use serde_json::{Value, json};
 
 use crate::output;
 use args::{
-    CreateArgs, DestroyArgs, HoldersArgs, ListArgs, MemoryAction, MemoryArgs, ScrubArgs, Verb, Whom,
+    CreateArgs, DestroyArgs, HoldersArgs, IomemArgs, ListArgs, MemoryAction, MemoryArgs, ScrubArgs,
+    Verb, Whom,
 };
 
 /// Does what a verb asks for.
 pub(crate) fn ask(verb: Verb) -> anyhow::Result<ExitCode> {
     let done = match verb {
         Verb::List(args) => list(&args),
-        Verb::Iomem { whom } => iomem(&whom),
+        Verb::Iomem(args) => iomem(&args),
         Verb::Holders(args) => holders(&args),
         Verb::Top(args) => return top::top(&args),
         Verb::Map(args) => return map::map(&args),
@@ -164,19 +165,26 @@ fn as_json(args: &ListArgs, listing: &Listing, json: &mut Vec<Value>) -> anyhow:
     Ok(())
 }
 
-fn iomem(whom: &Whom) -> anyhow::Result<()> {
-    for mut client in find::all(whom)? {
-        match client.ask(&Request::Iomem) {
-            Ok(Answer::Text(text)) => {
-                let title = show::manager(client.manager());
-                output::print(format!("{title}\n{text}").as_bytes())?;
-            }
-            // Runs have none; one that was chosen says so.
-            Err(error) if whom.socket.is_some() => return Err(error.into()),
-            _ => {}
-        }
+fn iomem(args: &IomemArgs) -> anyhow::Result<()> {
+    let (mut text, mut json) = (String::new(), Vec::new());
+    for mut client in find::all(&args.whom)? {
+        let resources = match client.ask(&Request::Iomem) {
+            Ok(Answer::Iomem(resources)) => resources,
+            Ok(answer) => return Err(find::unexpected(&answer)),
+            Err(error) if args.whom.socket.is_some() => return Err(error.into()),
+            // It ended between two lines.
+            Err(_) => continue,
+        };
+        let manager = client.manager();
+        text += &show::manager(manager);
+        text += "\n";
+        text += &show::iomem(&resources);
+        json.push(json!({ "kind": manager.kind, "pid": manager.pid, "resources": resources }));
     }
-    Ok(())
+    if args.json {
+        text = format!("{:#}\n", Value::Array(json));
+    }
+    output::print(text.as_bytes())
 }
 
 fn holders(args: &HoldersArgs) -> anyhow::Result<()> {

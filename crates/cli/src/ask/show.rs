@@ -3,7 +3,7 @@
 use core::fmt::Write as _;
 
 use pgmap_server::control::protocol::{
-    Block, Device, Holder, Kind, Listing, ManagerInfo, Memory, Namespace, Region,
+    Block, Device, Holder, Kind, Listing, ManagerInfo, Memory, Namespace, Region, Resource,
 };
 
 /// Bytes in the largest unit that leaves them above one, with one digit after the point.
@@ -75,8 +75,12 @@ pub(super) fn manager(manager: &ManagerInfo) -> String {
 }
 
 fn region(region: &Region) -> String {
+    let map_sync = match region.map_sync {
+        Some(true) => "  map_sync",
+        Some(false) | None => "",
+    };
     format!(
-        "{}  {}  {}  available {}",
+        "{}  {}  {}  available {}{map_sync}",
         region.dev,
         region.image.as_deref().unwrap_or("volatile memory"),
         bytes(region.size),
@@ -160,6 +164,22 @@ fn age(ms: u64) -> String {
         1000..120_000 => format!("{}.{} s", ms / 1000, ms % 1000 / 100),
         _ => format!("{} min", ms / 60_000),
     }
+}
+
+/// As `/proc/iomem` shows it: first and last byte, and the name; what lies inside is indented.
+pub(super) fn iomem(resources: &[Resource]) -> String {
+    fn show(text: &mut String, level: &[Resource], indent: usize) {
+        for resource in level {
+            let first = resource.start;
+            let last = first.saturating_add(resource.size.saturating_sub(1));
+            let name = &resource.name;
+            let _ = writeln!(text, "{:indent$}{first:08x}-{last:08x} : {name}", "");
+            show(text, &resource.children, indent + 2);
+        }
+    }
+    let mut text = String::new();
+    show(&mut text, resources, 0);
+    text
 }
 
 /// The blocks of RAM; neighbours that are alike in one line.

@@ -9,7 +9,7 @@ use pgmap_server::control::protocol::{Answer, Counters, Request};
 
 use super::args::TopArgs;
 use super::{find, show};
-use crate::output;
+use crate::output::{self, Reader};
 
 /// Numbers that only grow, by manager, thing and name.
 type Seen = BTreeMap<(u32, String, String), u64>;
@@ -22,7 +22,9 @@ pub(super) fn top(args: &TopArgs) -> anyhow::Result<ExitCode> {
         let elapsed = looked.elapsed().as_secs_f64();
         looked = Instant::now();
         let (seen, text) = look(args, &before, elapsed)?;
-        output::print(text.as_bytes())?;
+        if output::print_on(text.as_bytes())? == Reader::Gone {
+            return Ok(ExitCode::SUCCESS);
+        }
         before = seen;
         left = left.map(|left| left.saturating_sub(1));
         if left == Some(0) {

@@ -5,18 +5,21 @@ use std::sync::Arc;
 use pgmap_core::altmap::Altmap;
 use pgmap_core::memremap::{DevPagemap, MapError, MemoryMap, MemoryType, Order, Request};
 use pgmap_core::queue::RequestQueue;
+use pgmap_host::hugetlb;
 use pgmap_host::shared::SharedFrames;
 use pgmap_sync::atomic::AtomicBool;
 use pgmap_sync::{Mutex, PercpuRef, WaitQueue};
+use rustix::io::Errno;
 
 use super::altmap::ImagePages;
 use super::dax::Dax;
 use super::device::{Bad, Pmem};
 use super::medium::Medium;
-use super::namespace::{Align, Mode, Namespace};
+use super::namespace::{Align, HugePage, Mode, Namespace};
 use super::place::Place;
-use super::region::{Region, RegionError, State, Storage};
+use super::region::{Region, RegionError, State};
 use super::scrub::Scrub;
+use super::storage::Storage;
 use super::unbind::Stage;
 
 /// Why a namespace cannot be taken into use.
@@ -98,17 +101,44 @@ impl Region {
     ) -> Result<(Arc<dyn Medium>, u64), RegionError> {
         match self.storage() {
             Storage::Medium => Ok((self.medium(), namespace.data.start)),
-            Storage::MemoryFiles => {
+            Storage::MemoryFiles(huge) => {
                 let kept = state.files.get(&namespace.index).cloned();
                 let file = match kept {
                     Some(file) => file,
-                    None => Arc::new(SharedFrames::memory("pgmap-pmem", namespace.size_bytes())?),
+                    None => Arc::new(memory(namespace.size_bytes(), huge)?),
                 };
                 state.files.insert(namespace.index, Arc::clone(&file));
                 Ok((file, 0))
             }
         }
     }
+}
+
+/// Memory for a namespace.
+fn memory(bytes: u64, huge: Option<HugePage>) -> Result<SharedFrames, RegionError> {
+    /// What `/proc/self/maps` shows.
+    const NAME: &str = "pgmap-pmem";
+    let Some(huge) = huge else {
+        return Ok(SharedFrames::memory(NAME, bytes)?);
+    };
+    let size = huge.align();
+    let needed = bytes / size.bytes();
+    SharedFrames::huge(NAME, bytes, size.bytes()).map_err(|errno| {
+        match hugetlb::pool(size.bytes()) {
+            None => RegionError::NoHugePages(size),
+            Some(_) if errno == Errno::NOSYS => RegionError::NoCopies,
+            Some(pool) if errno == Errno::NOMEM && pool.available < needed => {
+                RegionError::FewHugePages {
+                    needed,
+                    size,
+                    available: pool.available,
+                    enough: pool.pages + needed - pool.available,
+                    file: pool.file,
+                }
+            }
+            Some(_) => RegionError::Io(errno),
+        }
+    })
 }
 
 /// Gives frames to a namespace, at its place in its region.

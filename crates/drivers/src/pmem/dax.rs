@@ -17,7 +17,7 @@ use super::badblocks::SECTOR_BYTES;
 use super::device::Pmem;
 use super::hold;
 use super::namespace::Align;
-use super::region::Storage;
+use super::storage::Storage;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -174,22 +174,32 @@ impl Pmem {
             Sharing::Private => return Err(AccessError::NotShared),
         }
         let frames = self.frames_of(&bytes, self.namespace.align)?;
-        let stake = match self.region.storage() {
-            Storage::MemoryFiles => Stake::Revocable(dax.register(frames, client)?),
+        let range = self.start + bytes.start..self.start + bytes.end;
+        let (stake, needs_room) = match self.region.storage() {
+            Storage::MemoryFiles(huge) => (
+                Stake::Revocable(dax.register(frames, client)?),
+                huge.is_some(),
+            ),
             Storage::Medium => {
                 let held = dax.hold(frames, Hold::Reference, client)?;
-                let range = self.start + bytes.start..self.start + bytes.end;
-                match shared.allocate(&range) {
-                    Ok(()) | Err(Errno::OPNOTSUPP) => Stake::Frames { _held: held },
-                    Err(errno) => return Err(AccessError::NoRoom(errno)),
-                }
+                (Stake::Frames { _held: held }, true)
             }
         };
-        Ok(MapGuard {
+        let guard = MapGuard {
             stake,
             pmem: Arc::clone(self),
             bytes,
-        })
+        };
+        // While it is held, so that nobody makes a hole again.
+        let room = if needs_room {
+            shared.allocate(&range)
+        } else {
+            Ok(())
+        };
+        match room {
+            Ok(()) | Err(Errno::OPNOTSUPP) => Ok(guard),
+            Err(errno) => Err(AccessError::NoRoom(errno)),
+        }
     }
 
     /// Who maps or pins what, oldest first. Nobody does once the device is out of use: its frames are others' then.

@@ -65,6 +65,33 @@ impl Bad {
         self.any.store(any, Ordering::Release);
     }
 
+    /// What is where, with nothing lost in a hole: who skips holes would take zeros for it, and see no error.
+    fn shown_as_data(&self, extents: Vec<(Range<u64>, Contents)>) -> Vec<(Range<u64>, Contents)> {
+        // Acquire: pairs with the release in `load`.
+        if !self.any.load(Ordering::Acquire) {
+            return extents;
+        }
+        let list = self.list.lock();
+        let mut shown = Vec::with_capacity(extents.len());
+        for (extent, contents) in extents {
+            let mut at = extent.start;
+            let sectors = match contents {
+                Contents::Data => 0..0,
+                Contents::Hole => sectors_around(&extent),
+            };
+            for lost in list.within(&sectors) {
+                let start = extent.start.max(lost.start * SECTOR_BYTES);
+                let end = extent.end.min(lost.end * SECTOR_BYTES);
+                shown.push((at..start, Contents::Hole));
+                shown.push((start..end, Contents::Data));
+                at = end;
+            }
+            shown.push((at..extent.end, contents));
+        }
+        shown.retain(|(extent, _)| !extent.is_empty());
+        shown
+    }
+
     /// The first lost sector that bytes touch. Where none is lost, this is one load.
     pub(super) fn first_in(&self, bytes: &Range<u64>) -> Option<u64> {
         // Acquire: pairs with the release in `load`.
@@ -312,7 +339,7 @@ impl BlockDevice for Pmem {
             Extent::Data(part) => (here(part), Contents::Data),
             Extent::Hole(part) => (here(part), Contents::Hole),
         });
-        Ok(extents.collect())
+        Ok(self.bad.shown_as_data(extents.collect()))
     }
 
     /// The bytes themselves. [`BlockError::Bad`] for a write says no more than that the bytes have to be written by

@@ -1,10 +1,11 @@
-//! Image files: how they are found, made, locked and refused.
+//! Image files, and devices of device-dax: how they are found, made, locked and refused.
 //!
 //! Regions are opened through this. An image that is refused is left exactly as it was.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
+use pgmap_host::device_dax::DeviceDax;
 use pgmap_host::shared::SharedFrames;
 use rustix::fs::{self, FileType, FlockOperation, Mode as Bits, OFlags};
 use rustix::io::Errno;
@@ -20,8 +21,8 @@ pub enum ImageError {
     /// There is none, and nobody said how large one should be.
     #[error("there is no image {}: write {},size=1G to make one", .0.display(), .0.display())]
     Missing(PathBuf),
-    /// It is no regular file.
-    #[error("{} is {what}: name a regular file", .path.display())]
+    /// It is no regular file, nor a device-dax.
+    #[error("{} is {what}: name a regular file, or a device like /dev/dax0.0", .path.display())]
     NotAFile {
         /// What was named.
         path: PathBuf,
@@ -49,6 +50,12 @@ pub enum ImageError {
         /// How long it is.
         has: u64,
     },
+    /// Nobody knows here how to make a device's bytes durable.
+    #[error("{} cannot be served: a device-dax is made durable by the CPU, and this pgmap knows that of x86-64 only", .0.display())]
+    NoWriteBack(PathBuf),
+    /// Such a device has no calls to read and write, and what stands in for them is forbidden.
+    #[error("{} cannot be served: process_vm_readv and process_vm_writev are forbidden here: allow them (seccomp)", .0.display())]
+    NoCopies(PathBuf),
     /// The machine refused.
     #[error("{} cannot be {what}: {errno}", .path.display())]
     Io {
@@ -83,17 +90,20 @@ pub(crate) fn open(
         size_bytes.map_or(Create::Never, |_| Create::IfMissing),
     )?;
     let stat = fs::fstat(&fd).map_err(failed("looked at"))?;
-    regular(path, FileType::from_raw_mode(stat.st_mode))?;
+    let device = DeviceDax::of(stat.st_rdev);
+    match (FileType::from_raw_mode(stat.st_mode), device) {
+        (FileType::CharacterDevice, Some(_)) => {}
+        (kind, _) => regular(path, kind)?,
+    }
     match fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(Errno::AGAIN) => return Err(ImageError::Locked(path.to_owned())),
         Err(errno) => return Err(failed("locked")(errno)),
     }
     // Looked at again: somebody may have made it longer until it was locked.
-    let mut has = fs::fstat(&fd)
-        .map_err(failed("looked at"))?
-        .st_size
-        .cast_unsigned();
+    let stat = fs::fstat(&fd).map_err(failed("looked at"))?;
+    let length = stat.st_size.cast_unsigned();
+    let mut has = device.map_or(length, |device| device.bytes);
     match size_bytes {
         Some(asked) if has == 0 => {
             fs::ftruncate(&fd, asked).map_err(failed("made so large"))?;
@@ -109,7 +119,11 @@ pub(crate) fn open(
         let path = path.to_owned();
         return Err(ImageError::TooSmall { path, has });
     }
-    SharedFrames::of_file(fd, has).map_err(failed("mapped"))
+    SharedFrames::of_file(fd, has).map_err(|errno| match errno {
+        Errno::OPNOTSUPP if device.is_some() => ImageError::NoWriteBack(path.to_owned()),
+        Errno::NOSYS if device.is_some() => ImageError::NoCopies(path.to_owned()),
+        errno => failed("mapped")(errno),
+    })
 }
 
 /// Whether a file is made where there is none.

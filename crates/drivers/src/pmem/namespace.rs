@@ -8,6 +8,7 @@ use core::ops::Range;
 use core::str::FromStr;
 
 use super::uuid::Uuid;
+use crate::size::ExactSize;
 
 /// Bytes at the start of a labelled medium that belong to its label: two slots, and the rest of a sub-section.
 pub const LABEL_AREA_BYTES: u64 = 2 << 20;
@@ -36,6 +37,15 @@ pub enum Mode {
 pub enum Align {
     /// 4 KiB.
     Page,
+    /// 2 MiB.
+    Pmd,
+    /// 1 GiB.
+    Pud,
+}
+
+/// The size of the pages that volatile memory is made of, if it is to be of huge ones.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HugePage {
     /// 2 MiB.
     Pmd,
     /// 1 GiB.
@@ -100,6 +110,7 @@ words!(
     Raw = "raw"
 );
 words!(Align, "4K, 2M or 1G", Page = "4K", Pmd = "2M", Pud = "1G");
+words!(HugePage, "2M or 1G", Pmd = "2M", Pud = "1G");
 words!(MapLocation, "mem or dev", Mem = "mem", Dev = "dev");
 words!(
     Activation,
@@ -124,6 +135,17 @@ impl Align {
             Self::Page => 4 << 10,
             Self::Pmd => 2 << 20,
             Self::Pud => 1 << 30,
+        }
+    }
+}
+
+impl HugePage {
+    /// The unit in which such pages can be mapped.
+    #[must_use]
+    pub const fn align(self) -> Align {
+        match self {
+            Self::Pmd => Align::Pmd,
+            Self::Pud => Align::Pud,
         }
     }
 }
@@ -178,6 +200,14 @@ impl Default for Wanted {
     }
 }
 
+fn no_room(most_bytes: u64) -> String {
+    if most_bytes == 0 {
+        return "the region has no room in one piece for this: destroy a namespace, or use another region".into();
+    }
+    let most = ExactSize(most_bytes);
+    format!("the region has at most {most} in one piece for this: ask for that or less")
+}
+
 /// Why there can be no such namespace.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum NoNamespace {
@@ -188,9 +218,7 @@ pub enum NoNamespace {
         align: Align,
     },
     /// The region has no such room in one piece.
-    #[error(
-        "the region has at most {most_bytes} bytes in one piece for this: ask for that or less"
-    )]
+    #[error("{}", no_room(*most_bytes))]
     NoRoom {
         /// The most that it has.
         most_bytes: u64,
@@ -418,6 +446,9 @@ mod tests {
             place(&wanted(8 * MIB), 8 * MIB, &[]),
             Err(NoNamespace::NoRoom { most_bytes })
         );
+        let refused = |most_bytes| NoNamespace::NoRoom { most_bytes }.to_string();
+        assert!(refused(6 * MIB).contains("at most 6M in one piece"));
+        assert!(refused(0).contains("no room in one piece"));
         let align = Align::Pmd;
         assert_eq!(
             place(&wanted(MIB), 8 * MIB, &[]),

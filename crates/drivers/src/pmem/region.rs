@@ -19,10 +19,11 @@ use super::image::{self, ImageError, LEAST_BYTES};
 use super::label::{Label, SLOT_BYTES};
 use super::medium::{Medium, Unforgetting, is_zero};
 use super::namespace::{
-    Activation, LABEL_AREA_BYTES, MapLocation, Mode, Namespace, NoNamespace, Wanted,
+    Activation, Align, LABEL_AREA_BYTES, MapLocation, Mode, Namespace, NoNamespace, Wanted,
 };
 use super::place::Place;
 use super::spec::{Foreign, PmemSpec, Source};
+use super::storage::{Storage, unit_of};
 use super::uuid::Uuid;
 
 /// Bytes of both labels.
@@ -36,15 +37,6 @@ pub struct Region {
     medium: Arc<dyn Medium>,
     storage: Storage,
     state: Mutex<State>,
-}
-
-/// Where the bytes of namespaces are.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Storage {
-    /// On the region's medium, at their offset.
-    Medium,
-    /// Each in a memory file of its own, so that one can be revoked without the others.
-    MemoryFiles,
 }
 
 #[derive(Debug)]
@@ -139,6 +131,28 @@ pub enum RegionError {
     /// The label cannot be written.
     #[error(transparent)]
     Commit(#[from] CommitError),
+    /// There are too few huge pages.
+    #[error("too few huge pages of {size}: {needed} needed, {available} free: write {enough} to {}", .file.display())]
+    FewHugePages {
+        /// How many are needed.
+        needed: u64,
+        /// Of what size.
+        size: Align,
+        /// How many there are.
+        available: u64,
+        /// How many the machine would have to have, those in use included.
+        enough: u64,
+        /// Where that is said.
+        file: PathBuf,
+    },
+    /// There are none of this size.
+    #[error("this machine has no huge pages of {0}: use another size, or leave huge out")]
+    NoHugePages(Align),
+    /// Such pages have no calls to write, and what stands in for them is forbidden.
+    #[error(
+        "huge pages cannot be served: process_vm_readv and process_vm_writev are forbidden here: allow them (seccomp)"
+    )]
+    NoCopies,
     /// The machine refused.
     #[error("the machine refused: {0}")]
     Io(#[from] Errno),
@@ -154,7 +168,9 @@ impl Region {
         match (&spec.source, spec.mode) {
             (Source::Memory, _) => {
                 let bytes = spec.size_bytes.unwrap_or(0);
-                let bytes = bytes.saturating_add(LABEL_AREA_BYTES);
+                // Namespaces begin at whole units.
+                let before = LABEL_AREA_BYTES.max(spec.wanted().align.bytes());
+                let bytes = bytes.saturating_add(before);
                 let label = SharedFrames::memory("pgmap-label", LABEL_AREA_BYTES);
                 let medium = Arc::new(label.map_err(OpenError::Memory)?);
                 let labels = fresh(&*medium, bytes, spec)?;
@@ -163,7 +179,7 @@ impl Region {
                     number,
                     name,
                     medium,
-                    Storage::MemoryFiles,
+                    Storage::MemoryFiles(spec.huge),
                     labels,
                 ))
             }
@@ -290,40 +306,6 @@ impl Region {
         self.state.lock().label().region
     }
 
-    /// How many bytes it has, its label area included.
-    #[must_use]
-    pub fn size_bytes(&self) -> u64 {
-        self.state.lock().label().medium_bytes
-    }
-
-    /// Bytes that it has besides those of its namespaces, if these fill it: label area and metadata on the device.
-    #[must_use]
-    pub fn overhead_bytes(&self) -> u64 {
-        let state = self.state.lock();
-        let label = state.label();
-        let outside = label.namespaces.iter().map(|namespace| &namespace.metadata);
-        let outside = outside.filter(|range| range.start >= LABEL_AREA_BYTES);
-        let first = label
-            .namespaces
-            .iter()
-            .map(|namespace| namespace.data.start)
-            .min();
-        first.unwrap_or(LABEL_AREA_BYTES).min(LABEL_AREA_BYTES)
-            + outside.map(|range| range.end - range.start).sum::<u64>()
-    }
-
-    /// Whether writing may still fail because the file system is full: the image has holes.
-    ///
-    /// # Errors
-    ///
-    /// What the machine answers.
-    pub fn is_sparse(&self) -> Result<bool, Errno> {
-        match self.medium.frames() {
-            Some(frames) => Ok(frames.room_bytes()? < frames.size_bytes()),
-            None => Ok(false),
-        }
-    }
-
     /// Its namespaces.
     #[must_use]
     pub fn namespaces(&self) -> Vec<Namespace> {
@@ -350,10 +332,11 @@ impl Region {
     pub fn create_namespace(&self, wanted: &Wanted) -> Result<Namespace, RegionError> {
         let uuid = Uuid::random()?;
         let wanted = Wanted {
+            align: wanted.align.max(self.unit()),
             map: match self.storage {
                 Storage::Medium => wanted.map,
                 // The device is RAM.
-                Storage::MemoryFiles => MapLocation::Mem,
+                Storage::MemoryFiles(_) => MapLocation::Mem,
             },
             ..wanted.clone()
         };
@@ -509,7 +492,9 @@ impl Labels {
 /// A medium that becomes a region with one namespace that fills it.
 fn fresh(medium: &dyn Medium, bytes: u64, spec: &PmemSpec) -> Result<Labels, OpenError> {
     let uuid = || Uuid::random().map_err(OpenError::Memory);
-    let namespace = Namespace::place(&spec.wanted(), uuid()?, bytes, &[])?;
+    let mut wanted = spec.wanted();
+    wanted.align = wanted.align.max(unit_of(medium));
+    let namespace = Namespace::place(&wanted, uuid()?, bytes, &[])?;
     let label = Label {
         region: uuid()?,
         medium_bytes: bytes,

@@ -1,4 +1,4 @@
-//! Persistent memory as people write it: `disk.img,size=1G`, `memory,size=512M,mode=devdax`.
+//! Persistent memory as people write it: `disk.img,size=1G`, `memory,size=512M,mode=devdax`, `/dev/dax0.0`.
 //!
 //! The server's command line and its configuration file parse this.
 
@@ -6,15 +6,16 @@ use core::fmt;
 use core::str::FromStr;
 use std::path::PathBuf;
 
-use super::namespace::{Align, MapLocation, Mode, Wanted};
+use super::namespace::{Align, HugePage, MapLocation, Mode, Wanted};
 use crate::size::{ExactSize, SizeError, parse_size};
 
-const OPTIONS: &str = "size=SIZE, mode=fsdax|devdax|raw, align=4K|2M|1G, map=mem|dev, overwrite";
+const OPTIONS: &str =
+    "size=SIZE, mode=fsdax|devdax|raw, align=4K|2M|1G, map=mem|dev, huge=2M|1G, overwrite";
 
 /// Where a region's bytes are.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Source {
-    /// In a file.
+    /// In a file, or in a device-dax.
     Image(PathBuf),
     /// In memory that is gone with the server.
     Memory,
@@ -42,6 +43,8 @@ pub struct PmemSpec {
     pub align: Align,
     /// Where the metadata of a fresh image's first namespace lives.
     pub map: MapLocation,
+    /// The pages that memory is made of; the usual ones if that is not said.
+    pub huge: Option<HugePage>,
     /// What becomes of a file of another program.
     pub foreign: Foreign,
 }
@@ -80,15 +83,19 @@ pub enum SpecError {
     /// Only a file has bytes of somebody else.
     #[error("overwrite is for images: leave it out")]
     OverwriteMemory,
+    /// Only memory is made of pages of a size that we choose.
+    #[error("huge pages are for memory: write memory,size=1G,huge=2M, or leave huge out")]
+    HugeImage,
 }
 
 impl PmemSpec {
-    /// The first namespace of a fresh image.
+    /// The first namespace of a fresh image. What is made of huge pages is mapped in no smaller unit.
     #[must_use]
     pub fn wanted(&self) -> Wanted {
+        let huge = self.huge.map_or(Align::Page, HugePage::align);
         Wanted {
             mode: self.mode,
-            align: self.align,
+            align: self.align.max(huge),
             map: match self.source {
                 Source::Image(_) => self.map,
                 // The device is RAM.
@@ -104,6 +111,7 @@ impl PmemSpec {
             ("mode", Some(value)) => self.mode = word("mode", value)?,
             ("align", Some(value)) => self.align = word("align", value)?,
             ("map", Some(value)) => self.map = word("map", value)?,
+            ("huge", Some(value)) => self.huge = Some(word("huge", value)?),
             ("overwrite", None) => self.foreign = Foreign::Overwrite,
             (option, _) => return Err(SpecError::UnknownOption(option.to_owned())),
         }
@@ -117,6 +125,9 @@ impl PmemSpec {
         }
         if self.source == Source::Memory && self.foreign == Foreign::Overwrite {
             return Err(SpecError::OverwriteMemory);
+        }
+        if self.source != Source::Memory && self.huge.is_some() {
+            return Err(SpecError::HugeImage);
         }
         let odd = ["align", "map", "overwrite"]
             .into_iter()
@@ -159,6 +170,7 @@ impl FromStr for PmemSpec {
             mode: wanted.mode,
             align: wanted.align,
             map: wanted.map,
+            huge: None,
             foreign: Foreign::Refuse,
         };
         let mut given = Vec::new();
@@ -202,6 +214,9 @@ impl fmt::Display for PmemSpec {
         if self.map != usual.map {
             write!(f, ",map={}", self.map)?;
         }
+        if let Some(huge) = self.huge {
+            write!(f, ",huge={huge}")?;
+        }
         f.write_str(match self.foreign {
             Foreign::Refuse => "",
             Foreign::Overwrite => ",overwrite",
@@ -236,6 +251,8 @@ mod tests {
             "disk.img,size=3G,mode=devdax,align=1G,map=dev,overwrite",
             "memory,size=512M,align=4K",
             "other.img,mode=raw",
+            "memory,size=1G,huge=2M",
+            "memory,size=2G,align=1G,huge=1G",
         ] {
             let spec: PmemSpec = text.parse().unwrap();
             assert_eq!(spec.to_string(), text);
@@ -258,11 +275,28 @@ mod tests {
                 "`mode=dax` is not possible: use fsdax, devdax or raw",
             ),
             ("a,align=4M", "use 4K, 2M or 1G"),
+            (
+                "memory,size=1G,huge=4K",
+                "`huge=4K` is not possible: use 2M or 1G",
+            ),
+            ("a,size=1G,huge=2M", "huge pages are for memory"),
             ("a,map", "no option `map`: use size=SIZE"),
             ("a,keep", "no option `keep`"),
             ("a,mode=raw,align=4K", "align has no meaning with mode=raw"),
         ] {
             assert!(error(text).contains(part), "{text}: {}", error(text));
+        }
+    }
+
+    /// DAX-1: what is made of huge pages is mapped in units of them, or larger ones.
+    #[test]
+    fn huge_pages_are_mapped_whole() {
+        for (text, align) in [
+            ("memory,size=1G,huge=1G", Align::Pud),
+            ("memory,size=1G,huge=2M,align=4K", Align::Pmd),
+            ("memory,size=1G,huge=2M,align=1G", Align::Pud),
+        ] {
+            assert_eq!(text.parse::<PmemSpec>().unwrap().wanted().align, align);
         }
     }
 

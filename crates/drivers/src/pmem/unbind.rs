@@ -6,7 +6,7 @@
 
 use core::fmt;
 use core::time::Duration;
-use pgmap_core::memremap::{Drained, Killed, StillHeld};
+use pgmap_core::memremap::Killed;
 use pgmap_host::shared::SharedFrames;
 use pgmap_sync::atomic::Ordering;
 use rustix::io::Errno;
@@ -15,7 +15,7 @@ use super::dax::Dax;
 use super::device::Pmem;
 use super::hold::Hold;
 use super::patience::Patience;
-use super::region::Storage;
+use super::storage::Storage;
 
 /// How far a namespace has been taken out of use.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -35,6 +35,15 @@ pub enum Afterwards {
     Keep,
     /// They are not needed.
     Forget,
+}
+
+/// A namespace that nobody uses any more, on the way out of use. Dropping it brings the namespace back, for everybody.
+#[derive(Debug)]
+#[must_use]
+pub struct Unbinding<'a> {
+    pmem: &'a Pmem,
+    afterwards: Afterwards,
+    killed: Option<Killed>,
 }
 
 /// Who kept a namespace from being taken out of use.
@@ -99,39 +108,47 @@ impl Pmem {
         afterwards: Afterwards,
         ask: impl FnOnce(&[Hold]),
     ) -> Result<(), UnbindError> {
+        self.begin_unbind(patience, afterwards, ask)?.finish()
+    }
+
+    /// The first part of [`unbind`](Self::unbind): when it returns, nobody uses the namespace, and nobody can begin to. Dropping what it
+    /// returns takes that back.
+    ///
+    /// # Errors
+    ///
+    /// [`UnbindError`]; the device works as before, for everybody.
+    pub fn begin_unbind(
+        &self,
+        patience: &Patience<'_>,
+        afterwards: Afterwards,
+        ask: impl FnOnce(&[Hold]),
+    ) -> Result<Unbinding<'_>, UnbindError> {
         self.begin()?;
+        // However this ends, from here on it is taken back when this is dropped.
+        let mut unbinding = Unbinding {
+            pmem: self,
+            afterwards,
+            killed: None,
+        };
         if !patience.wait_for(|left| self.queue.freeze(left)) {
-            let holders = self.holders(self.queue.in_flight(), 0);
-            return Err(self.back_to_life(UnbindError::Held(holders)));
+            return Err(UnbindError::Held(self.holders(self.queue.in_flight(), 0)));
         }
         // Who asks again knows what is lost.
         if let Err(errno) = self.medium.flush()
             // Relaxed: only who takes the device away looks at it, and `stage` lets in one at a time.
             && !self.loss_told.swap(true, Ordering::Relaxed)
         {
-            return Err(self.back_to_life(UnbindError::Flush(errno)));
+            return Err(UnbindError::Flush(errno));
         }
-        let Some(dax) = &self.dax else {
-            self.leave(afterwards);
-            return Ok(());
-        };
-        let killed = dax.pagemap.clone().kill();
-        ask(&self.holds());
-        let drained = match dax.drain(killed, patience, afterwards) {
-            Ok(drained) => drained,
-            Err(still) => {
-                let holders = self.holders(0, still.users);
-                let _alive = still.killed.resurrect();
-                dax.mappings.resurrect();
-                return Err(self.back_to_life(UnbindError::Held(holders)));
+        if let Some(dax) = &self.dax {
+            let killed = unbinding.killed.insert(dax.pagemap.clone().kill());
+            ask(&self.holds());
+            if !dax.wait_until_unused(killed, patience, afterwards) {
+                let users = dax.pagemap.users_now();
+                return Err(UnbindError::Held(self.holders(0, users)));
             }
-        };
-        let revoked = self.revoke(afterwards);
-        // Who is left has no frames, only a mapping that was revoked.
-        dax.map.holders().revoke_frames(dax.frames);
-        drained.remove();
-        self.leave(afterwards);
-        revoked.map_err(UnbindError::Revoke)
+        }
+        Ok(unbinding)
     }
 
     fn begin(&self) -> Result<(), UnbindError> {
@@ -143,12 +160,6 @@ impl Pmem {
             }
             Stage::Leaving | Stage::Gone => Err(UnbindError::Already),
         }
-    }
-
-    fn back_to_life(&self, why: UnbindError) -> UnbindError {
-        self.queue.thaw();
-        *self.stage.lock() = Stage::Live;
-        why
     }
 
     fn holders(&self, in_flight: u64, references: u64) -> Holders {
@@ -163,10 +174,10 @@ impl Pmem {
     /// Takes volatile memory that is not needed away from whoever maps it still.
     fn revoke(&self, afterwards: Afterwards) -> Result<(), Errno> {
         match (self.region.storage(), afterwards) {
-            (Storage::MemoryFiles, Afterwards::Forget) => {
+            (Storage::MemoryFiles(_), Afterwards::Forget) => {
                 self.medium.frames().map_or(Ok(()), SharedFrames::revoke)
             }
-            (Storage::MemoryFiles, Afterwards::Keep)
+            (Storage::MemoryFiles(_), Afterwards::Keep)
             | (Storage::Medium, Afterwards::Keep | Afterwards::Forget) => Ok(()),
         }
     }
@@ -183,14 +194,59 @@ impl Pmem {
     }
 }
 
+impl Unbinding<'_> {
+    /// Takes the namespace out of use, for good.
+    ///
+    /// # Errors
+    ///
+    /// [`UnbindError::Revoke`]: it is out of use all the same.
+    pub fn finish(mut self) -> Result<(), UnbindError> {
+        let (pmem, afterwards) = (self.pmem, self.afterwards);
+        let (Some(killed), Some(dax)) = (self.killed.take(), &pmem.dax) else {
+            pmem.leave(afterwards);
+            return Ok(());
+        };
+        let drained = match killed.drain(Some(Duration::ZERO)) {
+            Ok(drained) => drained,
+            Err(still) => {
+                self.killed = Some(still.killed);
+                return Err(UnbindError::Held(pmem.holders(0, still.users)));
+            }
+        };
+        let revoked = pmem.revoke(afterwards);
+        // Who is left has no frames, only a mapping that was revoked.
+        dax.map.holders().revoke_frames(dax.frames);
+        drained.remove();
+        pmem.leave(afterwards);
+        revoked.map_err(UnbindError::Revoke)
+    }
+}
+
+impl Drop for Unbinding<'_> {
+    fn drop(&mut self) {
+        let pmem = self.pmem;
+        if *pmem.stage.lock() == Stage::Gone {
+            return;
+        }
+        if let Some(killed) = self.killed.take() {
+            let _alive = killed.resurrect();
+        }
+        if let Some(dax) = &pmem.dax {
+            dax.mappings.resurrect();
+        }
+        pmem.queue.thaw();
+        *pmem.stage.lock() = Stage::Live;
+    }
+}
+
 impl Dax {
-    /// Waits for who maps bytes that are to be kept, and then for all who have frames.
-    fn drain(
+    /// Waits for who maps bytes that are to be kept, and then for all who have frames. Says whether nobody is left.
+    fn wait_until_unused(
         &self,
-        killed: Killed,
+        killed: &Killed,
         patience: &Patience<'_>,
         afterwards: Afterwards,
-    ) -> Result<Drained, StillHeld> {
+    ) -> bool {
         let unmapped = match afterwards {
             Afterwards::Keep => {
                 self.mappings.kill();
@@ -198,15 +254,7 @@ impl Dax {
             }
             Afterwards::Forget => true,
         };
-        if unmapped {
-            patience.wait_for(|left| killed.wait_until_unused(left));
-            return killed.drain(Some(Duration::ZERO));
-        }
-        Err(StillHeld {
-            users: self.pagemap.users_now(),
-            holders: self.pagemap.holders(),
-            killed,
-        })
+        unmapped && patience.wait_for(|left| killed.wait_until_unused(left))
     }
 }
 

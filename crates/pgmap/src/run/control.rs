@@ -22,6 +22,7 @@ use seat::Seat;
 pub use view::{DeviceState, DeviceView, ProcessView, RamView};
 
 mod error;
+mod iomem;
 mod progress;
 mod seat;
 mod view;
@@ -96,6 +97,15 @@ impl Control {
             control.seat(&mut control.state(), spec)?;
         }
         Ok(control)
+    }
+
+    /// Keeps the program's own mappings of files that have at least so many bytes within the budget, too. To be called before the
+    /// program starts.
+    pub fn map_files(&self, least_bytes: u64) {
+        // Relaxed: the start of the program comes after it.
+        self.region
+            .map_files()
+            .store(least_bytes, Ordering::Relaxed);
     }
 
     /// What the processes share.

@@ -1,6 +1,7 @@
 //! What the tests of files as memory share: memories, files that go away again, and bytes that tell where they belong.
 #![allow(dead_code, reason = "each test uses its part")]
 
+use core::time::Duration;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -81,6 +82,12 @@ pub(crate) fn check(bytes: &[u8], page: usize, version: u64) {
             "page {page} is not of version {version} from byte {at:?} on; its first word says {word:#x}"
         );
     }
+}
+
+/// How long a test is to run that can take any time, if `cargo xtask soak` has said so.
+pub(crate) fn soak() -> Option<Duration> {
+    let minutes = std::env::var("PGMAP_SOAK_MINUTES").ok()?;
+    Some(Duration::from_mins(minutes.parse().unwrap()))
 }
 
 /// What the parent's test said, if this is a child that runs the same test.

@@ -47,7 +47,7 @@ pub enum Kind {
 pub enum Request {
     /// What there is: answered by [`Answer::Listing`].
     List,
-    /// The resource tree, as text: [`Answer::Text`].
+    /// The resource tree: [`Answer::Iomem`].
     Iomem,
     /// Who holds a device: [`Answer::Holders`].
     Holders {
@@ -205,8 +205,8 @@ pub enum Answer {
     Done,
     /// What there is.
     Listing(Listing),
-    /// Text for people.
-    Text(String),
+    /// The resources that lie in no other.
+    Iomem(Vec<Resource>),
     /// A new name.
     Name(String),
     /// A new namespace.
@@ -304,6 +304,10 @@ pub struct Region {
     pub uuid: String,
     /// Bytes at the start that hold the labels.
     pub metadata_size: u64,
+    /// Whether who maps it makes his stores durable by writing back the CPU's caches, without a system call; nothing about
+    /// volatile memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map_sync: Option<bool>,
     /// What is in it.
     pub namespaces: Vec<Namespace>,
 }
@@ -401,6 +405,20 @@ pub struct Holder {
     pub offset: Option<u64>,
     /// How many bytes; 0 if it holds none.
     pub length: u64,
+}
+
+/// Who has a range of the physical address space, as `/proc/iomem` tells it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Resource {
+    /// What people know it by.
+    pub name: String,
+    /// The first byte.
+    pub start: u64,
+    /// How many bytes.
+    pub size: u64,
+    /// What lies in it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub children: Vec<Resource>,
 }
 
 /// What happened to one thing.

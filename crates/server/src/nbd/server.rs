@@ -1,13 +1,14 @@
 //! Who listens, who is connected, and how all of it ends.
 
 use core::fmt;
+use core::net::SocketAddr;
 use core::time::Duration;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Instant, SystemTime};
 
@@ -16,7 +17,7 @@ use pgmap_sync::{Mutex, WaitQueue};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
-use rustix::net::{Shutdown, SocketFlags, accept_with, shutdown};
+use rustix::net::{Shutdown, SocketFlags, accept_with, getpeername, shutdown};
 
 use super::credentials::Security;
 use super::export::Exports;
@@ -71,6 +72,8 @@ pub struct Client {
     pub pid: Option<u32>,
     /// The name of that process.
     pub process: Option<String>,
+    /// Where it is, if it came by TCP.
+    pub address: Option<SocketAddr>,
     /// What it uses; `None` during the handshake.
     pub export: Option<String>,
     /// When it connected.
@@ -93,7 +96,6 @@ pub struct Server {
     shared: Arc<Shared>,
 }
 
-#[derive(Debug)]
 struct Shared {
     exports: Arc<dyn Exports>,
     limits: Limits,
@@ -105,7 +107,11 @@ struct Shared {
     /// Woken when a connection has ended.
     ended: WaitQueue,
     acceptors: Mutex<Vec<JoinHandle<()>>>,
+    /// Is told of sessions that ended.
+    report: OnceLock<Box<Report>>,
 }
+
+type Report = dyn Fn(&Client, &End) + Send + Sync;
 
 #[derive(Debug, Default)]
 struct Connections {
@@ -135,10 +141,18 @@ impl Server {
             connections: Mutex::new(Connections::default()),
             ended: WaitQueue::new(),
             acceptors: Mutex::new(Vec::new()),
+            report: OnceLock::new(),
         };
         Ok(Self {
             shared: Arc::new(shared),
         })
+    }
+
+    /// Has `report` told of every session that ends, and why, by the session's thread: what it waits for, [`stop`](Self::stop)
+    /// waits for, too.
+    pub fn report_ends(&self, report: impl Fn(&Client, &End) + Send + Sync + 'static) {
+        // There is one, and whoever comes second changes nothing.
+        let _ = self.shared.report.set(Box::new(report));
     }
 
     /// Accepts clients on a socket, from a thread of its own, until the server stops. May be called for several sockets.
@@ -223,7 +237,11 @@ impl Shared {
             match accept_with(listener.fd(), flags) {
                 Ok(socket) => match listener {
                     Listener::Unix(_) => self.admit_unix(socket),
-                    Listener::Tcp(_) => self.admit(Socket::tcp(socket), None),
+                    Listener::Tcp(_) => {
+                        let address = getpeername(&socket).ok().flatten();
+                        let address = address.and_then(|address| address.try_into().ok());
+                        self.admit(Socket::tcp(socket), None, address);
+                    }
                 },
                 Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
                     thread::sleep(SHORTAGE);
@@ -237,15 +255,16 @@ impl Shared {
     fn admit_unix(self: &Arc<Self>, socket: OwnedFd) {
         let peer = socket_peercred(&socket).ok();
         let pid = peer.map(|peer| peer.pid.as_raw_nonzero().get().cast_unsigned());
-        self.admit(Socket::unix(socket), pid);
+        self.admit(Socket::unix(socket), pid, None);
     }
 
     /// Gives a connection a thread. If it cannot have one, it is dropped.
-    fn admit(self: &Arc<Self>, socket: Socket, pid: Option<u32>) {
+    fn admit(self: &Arc<Self>, socket: Socket, pid: Option<u32>, address: Option<SocketAddr>) {
         let process = pid.and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/comm")).ok());
         let client = Client {
             pid,
             process: process.map(|name| name.trim_end().to_owned()),
+            address,
             export: None,
             since: SystemTime::now(),
         };
@@ -263,7 +282,10 @@ impl Shared {
         };
         let thread = thread::Builder::new().name("nbd".to_owned());
         // If it cannot be had, `open` is dropped, and the connection with it.
-        let _ = thread.spawn(move || open.serve(&socket, pid));
+        let _ = thread.spawn(move || {
+            let end = open.serve(&socket, pid);
+            open.report(&end);
+        });
     }
 
     fn hang_up_all(&self, how: Shutdown) {
@@ -321,12 +343,35 @@ impl Open {
         }
         Session::new(stream, &agreed, pid, &shared.stopping).serve()
     }
+
+    fn report(&self, end: &End) {
+        let Some(report) = self.shared.report.get() else {
+            return;
+        };
+        let client = {
+            let connections = self.shared.connections.lock();
+            let connection = connections.open.get(&self.number);
+            connection.map(|connection| connection.client.clone())
+        };
+        if let Some(client) = client {
+            report(&client, end);
+        }
+    }
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
         self.shared.connections.lock().open.remove(&self.number);
         self.shared.ended.wake_all();
+    }
+}
+
+impl fmt::Debug for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Shared")
+            .field("limits", &self.limits)
+            .field("connections", &self.connections)
+            .finish_non_exhaustive()
     }
 }
 

@@ -8,6 +8,8 @@ use pgmap_drivers::pmem::{
     Activation, Align, Mode, Namespace, Pmem, PmemSpec, Region, RegionError, Wanted,
 };
 
+use pgmap_host::shared::MapSync;
+
 use super::holds::holder;
 use super::{Device, Keep, Service};
 use crate::control::protocol::{
@@ -15,6 +17,7 @@ use crate::control::protocol::{
     Namespace as NamespaceView, Region as RegionView, Request, Scrub,
 };
 use crate::control::{Manager, Session};
+use crate::iomem;
 use crate::nbd::Count;
 
 /// Bytes of a block that can be bad.
@@ -35,7 +38,7 @@ impl Manager for Service {
     fn answer(&self, request: Request, session: &mut Session) -> Result<Answer, Failure> {
         match request {
             Request::List => Ok(Answer::Listing(self.listing())),
-            Request::Iomem => Ok(Answer::Text(self.iomem())),
+            Request::Iomem => Ok(Answer::Iomem(iomem::view(self.map.iomem().roots()))),
             Request::Holders { device } => self.holders_of(&device),
             Request::Counters => Ok(Answer::Counters(self.counters())),
             Request::CreateNamespace(wanted) => self.create(&wanted),
@@ -96,6 +99,7 @@ impl Service {
             image: (region.name() != "memory").then(|| region.name().to_owned()),
             uuid: region.uuid().to_string(),
             metadata_size: region.overhead_bytes(),
+            map_sync: region.map_sync().map(|sync| sync == MapSync::Yes),
             namespaces: namespaces
                 .iter()
                 .map(|namespace| self.namespace_view(region, namespace))
@@ -139,10 +143,6 @@ impl Service {
             badblocks: badblocks.collect(),
             nbd: bound.and_then(|_| self.uri(&name)),
         }
-    }
-
-    fn iomem(&self) -> String {
-        self.map.iomem().to_string()
     }
 
     fn holders_of(&self, name: &str) -> Result<Answer, Failure> {
@@ -281,14 +281,7 @@ impl Service {
             self.take_away(key, patience, Keep::Nothing, session)?;
             return Ok(Answer::Done);
         };
-        let keys: Vec<_> = {
-            let regions = self.regions.lock();
-            let keys = regions.devices.keys().copied();
-            keys.filter(|key| key.0 == number).collect()
-        };
-        for key in keys {
-            self.take_away(key, patience, Keep::Nothing, session)?;
-        }
+        self.take_all_away(number, patience, session)?;
         let _turn = self.turn.lock();
         let mut regions = self.regions.lock();
         if regions.devices.keys().any(|key| key.0 == number) {
@@ -410,7 +403,11 @@ fn region_failure(error: &RegionError) -> Failure {
         RegionError::Unknown { .. } => Code::NotFound,
         RegionError::InUse { .. } => Code::Busy,
         RegionError::Unlabelled(_) => Code::Unsupported,
-        RegionError::Commit(_) | RegionError::Io(_) => Code::Failed,
+        RegionError::Commit(_)
+        | RegionError::FewHugePages { .. }
+        | RegionError::NoHugePages(_)
+        | RegionError::NoCopies
+        | RegionError::Io(_) => Code::Failed,
     };
     Failure::new(code, error)
 }

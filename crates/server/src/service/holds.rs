@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use pgmap_drivers::block::BlockDevice;
 use pgmap_drivers::pmem::{
-    AccessError, Client, Hold, HoldKind, Holders, Patience, Pmem, Sharing, UnbindError,
+    AccessError, Afterwards, Client, Hold, HoldKind, Holders, Patience, Pmem, Sharing, UnbindError,
 };
 
 use super::{Keep, Service, afterwards};
@@ -72,6 +72,38 @@ impl Service {
             .unbind(&patience, afterwards(keep), |_| {})
             .map_err(|error| unbind_failure(&error, &device.pmem))?;
         self.forget(key, keep, &device)
+    }
+
+    /// Takes all devices of a region out of use, and forgets volatile bytes; or none, if one is held: nothing is given up before
+    /// nobody uses any of them.
+    pub(super) fn take_all_away(
+        &self,
+        region: u32,
+        patience: Option<Duration>,
+        session: &Session,
+    ) -> Result<(), Failure> {
+        let devices: Vec<_> = {
+            let regions = self.regions.lock();
+            let devices = regions.devices.iter().filter(|(key, _)| key.0 == region);
+            devices
+                .map(|(key, device)| (*key, device.clone()))
+                .collect()
+        };
+        let hung_up = || session.is_hung_up();
+        let patience = Patience::new(patience).or_until(&hung_up);
+        let mut unused = Vec::new();
+        for (key, device) in &devices {
+            let pmem = &device.pmem;
+            let begun = pmem.begin_unbind(&patience, Afterwards::Forget, |_| {});
+            let unbinding = begun.map_err(|error| unbind_failure(&error, pmem))?;
+            unused.push((*key, device, unbinding));
+        }
+        for (key, device, unbinding) in unused {
+            let finished = unbinding.finish();
+            finished.map_err(|error| unbind_failure(&error, &device.pmem))?;
+            self.forget(key, Keep::Nothing, device)?;
+        }
+        Ok(())
     }
 }
 

@@ -123,7 +123,7 @@ fn room_for(state: &State, words: usize) -> Option<Range<usize>> {
 }
 
 /// What a device takes of the frames' numbers, in bytes of pages.
-fn numbered_bytes(spec: &DeviceSpec) -> u64 {
+pub(super) fn numbered_bytes(spec: &DeviceSpec) -> u64 {
     match spec {
         DeviceSpec::Compressed { capacity_bytes, .. } => {
             capacity_bytes.saturating_mul(PAGES_OF_A_POOL)

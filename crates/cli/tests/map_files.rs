@@ -1,0 +1,153 @@
+//! `pgmap run --map-files`: what a program maps of files stays within the budget, and is what it would be without us.
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod common;
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use common::{machine_can_run, pgmap, succeeded};
+
+const MIB: u64 = 1 << 20;
+
+/// Runs a python script in 32 MiB, with mappings of 16 MiB and more in the budget. Answers the report, too.
+fn managed(directory: &Path, script: &str) -> (Output, serde_json::Value) {
+    let report = directory.join("report.json");
+    let output = pgmap()
+        .args([
+            "run",
+            "--quiet",
+            "--ram",
+            "32M",
+            "--map-files",
+            "16M",
+            "--report",
+        ])
+        .arg(&report)
+        .args(["--", "python3", "-c", script])
+        .current_dir(directory)
+        .output()
+        .unwrap();
+    let report = std::fs::read_to_string(report).unwrap();
+    (output, serde_json::from_str(&report).unwrap())
+}
+
+fn plain(directory: &Path, script: &str) -> Output {
+    let mut python = Command::new("python3");
+    let python = python.args(["-c", script]).current_dir(directory);
+    python.output().unwrap()
+}
+
+/// What the scripts begin with: a file of 160 MiB, on a disk, and how much of the process's mapped files is in RAM.
+const FILE: &str = r"
+import mmap, os, hashlib, time, random
+N = 160 << 20
+random.seed(7)
+block = random.randbytes(1 << 20)
+with open('data', 'wb') as f:
+    for nth in range(N >> 20): f.write(nth.to_bytes(4, 'little') + block[4:])
+    f.flush(); os.fsync(f.fileno())
+def resident():
+    # Of `data` alone: the program's own files are not what this is about.
+    mine, total = False, 0
+    for line in open('/proc/self/smaps'):
+        word = line.split()[0]
+        if '-' in word and not word.endswith(':'): mine = line.rstrip().endswith('/data')
+        elif mine and word == 'Rss:': total += int(line.split()[1])
+    return total >> 10
+def settle():
+    for _ in range(100):
+        if resident() <= 32: break
+        time.sleep(0.05)
+    return 'fits' if resident() <= 32 else f'{resident()} MiB are in RAM'
+";
+
+/// A file five times as large as the budget is read through a mapping, and fits the budget then.
+#[test]
+fn a_mapped_file_is_read_within_the_budget() {
+    if !machine_can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let script = format!(
+        "{FILE}
+m = mmap.mmap(os.open('data', os.O_RDWR), N, prot=mmap.PROT_READ)
+digest = hashlib.sha256(m)
+for _ in range(3000): digest.update(bytes([m[random.randrange(N)]]))
+print(digest.hexdigest())
+import sys
+print(settle(), file=sys.stderr)
+"
+    );
+    let expected = plain(directory.path(), &script);
+    let (output, report) = managed(directory.path(), &script);
+    assert_eq!(succeeded(&output), succeeded(&expected));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "fits\n");
+    let peak = report["peak_resident_bytes"].as_u64().unwrap();
+    assert!(peak > 16 * MIB, "mapped files count: {peak}");
+}
+
+/// Stores through a shared mapping and writes to the file see each other, and reach the file; private changes do not.
+#[test]
+fn a_mapped_file_is_the_file_that_everybody_sees() {
+    if !machine_can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let script = format!(
+        "{FILE}
+fd = os.open('data', os.O_RDWR)
+shared, private = mmap.mmap(fd, N), mmap.mmap(fd, N, flags=mmap.MAP_PRIVATE)
+for at in range(0, N, 1 << 16): shared[at + 8] = at >> 16 & 255
+for at in range(0, N, 1 << 20): private[at + 9] = 77
+for at in range(0, N, 1 << 16): assert os.pread(fd, 1, at + 8)[0] == at >> 16 & 255
+for at in range(0, N, 1 << 16): os.pwrite(fd, b'w', at + 10)
+pid = os.fork()
+if pid == 0:
+    for at in range(0, N, 1 << 16): assert shared[at + 10] == ord('w')
+    shared[0] = 99
+    os._exit(0)
+assert os.waitpid(pid, 0)[1] == 0
+assert shared[0] == 99
+for at in range(0, N, 1 << 20): assert private[at + 9] == 77 and shared[at + 9] == block[9]
+for at in range(0, N, 1 << 16): assert shared[at + 8] == at >> 16 & 255 and shared[at + 10] == ord('w')
+shared.flush()
+print(hashlib.sha256(open('data', 'rb').read()).hexdigest())
+"
+    );
+    let expected = plain(directory.path(), &script);
+    let (output, _) = managed(directory.path(), &script);
+    assert_eq!(succeeded(&output), succeeded(&expected));
+}
+
+/// A database that reads through a mapping and writes by system calls keeps its promises.
+#[test]
+fn sqlite_works_on_a_mapped_database() {
+    if !machine_can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let script = r"
+import sqlite3, hashlib
+db = sqlite3.connect('base.db', isolation_level=None)
+db.execute('pragma mmap_size = 1073741824')
+db.execute('create table t(id integer primary key, word text, blob blob)')
+for part in range(20):
+    db.execute('begin')
+    rows = ((part * 2000 + n, hashlib.md5(str(part * 2000 + n).encode()).hexdigest(), bytes([n % 256]) * 2000) for n in range(2000))
+    db.executemany('insert into t values (?, ?, ?)', rows)
+    db.execute('update t set word = word || ? where id % 17 = ?', (str(part), part % 17))
+    db.execute('commit')
+db.execute('create index i on t(word)')
+db.execute('delete from t where id % 5 = 0')
+assert db.execute('pragma mmap_size').fetchone()[0] > 0
+assert db.execute('pragma integrity_check').fetchone() == ('ok',)
+digest = hashlib.sha256()
+for row in db.execute('select * from t order by word, id'): digest.update(repr(row).encode())
+print(digest.hexdigest())
+";
+    let expected = plain(directory.path(), script);
+    std::fs::remove_file(directory.path().join("base.db")).unwrap();
+    let (output, _) = managed(directory.path(), script);
+    assert_eq!(succeeded(&output), succeeded(&expected));
+}

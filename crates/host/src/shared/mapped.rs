@@ -1,0 +1,113 @@
+//! Moving bytes between a mapping and a buffer or a socket without touching the mapping ourselves.
+//!
+//! Files that have no `read` and `write`, as those of hugetlbfs and of device-dax, are used through this. The kernel copies: where
+//! a load of ours would be a SIGBUS, its copy ends early or with [`Errno::FAULT`]. The mapping is always the caller's side
+//! of the copy, the buffer the other process's, which is us, too: the pages of a mapping need not be such as can be pinned then,
+//! and a memory error under a copy from it is one that the kernel survives.
+
+use core::ptr::NonNull;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use rustix::io::Errno;
+
+use super::last_errno;
+
+/// Whether the copies can be had: a machine may forbid their system calls.
+///
+/// # Errors
+///
+/// [`Errno::NOSYS`] if not.
+pub(super) fn check() -> Result<(), Errno> {
+    let none = core::ptr::null();
+    // SAFETY: no part of memory is named.
+    let load = unsafe { libc::process_vm_writev(own_pid(), none, 0, none, 0, 0) };
+    // SAFETY: as above.
+    let store = unsafe { libc::process_vm_readv(own_pid(), none, 0, none, 0, 0) };
+    counted(load)
+        .and(counted(store))
+        .map_or(Err(Errno::NOSYS), |_| Ok(()))
+}
+
+/// Copies bytes from a mapping. Says how many, which are fewer where the mapping has none any more.
+///
+/// # Safety
+///
+/// `from` is the start of `to.len()` bytes of a shared mapping of which nobody has a reference.
+pub(super) unsafe fn load(from: NonNull<u8>, to: &mut [u8]) -> Result<usize, Errno> {
+    let (here, there) = (
+        part(from.as_ptr(), to.len()),
+        part(to.as_mut_ptr(), to.len()),
+    );
+    // SAFETY: both parts are as long as they say, ours to be read and written for the time of the call, and bad ones
+    // are an error; nobody has a reference to the mapping, and `to` is borrowed by us alone.
+    let copied =
+        unsafe { libc::process_vm_writev(own_pid(), &raw const here, 1, &raw const there, 1, 0) };
+    counted(copied)
+}
+
+/// Copies bytes into a mapping. Says how many, which are fewer where the mapping has none any more.
+///
+/// # Safety
+///
+/// `to` is the start of `from.len()` bytes of a shared mapping of which nobody has a reference.
+pub(super) unsafe fn store(to: NonNull<u8>, from: &[u8]) -> Result<usize, Errno> {
+    let (here, there) = (
+        part(to.as_ptr(), from.len()),
+        part(from.as_ptr().cast_mut(), from.len()),
+    );
+    // SAFETY: as above; `there` is read only.
+    let copied =
+        unsafe { libc::process_vm_readv(own_pid(), &raw const here, 1, &raw const there, 1, 0) };
+    counted(copied)
+}
+
+/// Sends bytes from memory to a socket: as many as it takes without waiting.
+///
+/// # Safety
+///
+/// `from` is the start of `len` bytes of memory that stay mapped during the call.
+pub(super) unsafe fn send(
+    from: NonNull<u8>,
+    len: usize,
+    socket: BorrowedFd<'_>,
+) -> Result<usize, Errno> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+    // SAFETY: the caller keeps these bytes mapped; the kernel only reads them, and a bad one is an error.
+    counted(unsafe { libc::send(socket.as_raw_fd(), from.as_ptr().cast(), len, flags) })
+}
+
+/// Receives bytes from a socket to a mapping: as many as there are without waiting.
+///
+/// # Safety
+///
+/// `to` is the start of `len` bytes of a mapping of which nobody has a reference.
+pub(super) unsafe fn receive(
+    to: NonNull<u8>,
+    len: usize,
+    socket: BorrowedFd<'_>,
+) -> Result<usize, Errno> {
+    // SAFETY: the caller keeps these bytes mapped and free of references; a bad one is an error.
+    counted(unsafe {
+        libc::recv(
+            socket.as_raw_fd(),
+            to.as_ptr().cast(),
+            len,
+            libc::MSG_DONTWAIT,
+        )
+    })
+}
+
+const fn part(start: *mut u8, len: usize) -> libc::iovec {
+    libc::iovec {
+        iov_base: start.cast(),
+        iov_len: len,
+    }
+}
+
+fn own_pid() -> libc::pid_t {
+    std::process::id().cast_signed()
+}
+
+fn counted(answer: libc::ssize_t) -> Result<usize, Errno> {
+    usize::try_from(answer).map_err(|_| last_errno())
+}
