@@ -88,6 +88,7 @@ fn fio_verifies_with_registered_buffers() {
 fn fio_verifies_while_a_device_is_unplugged() {
     let arguments = [direct(), "--iodepth=64", "--bs=256k", "--loops=6"];
     fio(&arguments, |place| {
+        place.wait_for(&["list"], "run, process");
         place.wait_for(&["holders", "compressed0"], "pages, process");
         place.ok(&["unplug", "compressed0", "--timeout", "60s"]);
     });
