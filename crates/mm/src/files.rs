@@ -52,8 +52,9 @@ impl Files {
         self.open.lock().push(cache);
     }
 
-    /// Forgets a file, whose pages have been dropped.
+    /// Forgets a file that nobody has open or mapped any more, and writes back what is dirty.
     pub fn close(&self, cache: &Arc<PageCache>) {
+        cache.release();
         let mut open = self.open.lock();
         let nth = open.iter().position(|other| Arc::ptr_eq(other, cache));
         let closed = nth.map(|nth| open.swap_remove(nth));

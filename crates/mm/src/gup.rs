@@ -148,6 +148,8 @@ pub struct PinnedPages {
     frames: Vec<Pfn>,
     access: PinAccess,
     whose: Whose,
+    /// The files of which they are: what is written through the pins reaches them, even if nobody else has them open any more.
+    files: Vec<Arc<PageCache>>,
     ticket: Ticket,
 }
 
@@ -182,6 +184,9 @@ impl Drop for PinnedPages {
     fn drop(&mut self) {
         for frame in &self.frames {
             self.space.ram.unpin(*frame);
+        }
+        for file in &self.files {
+            file.after_unpin();
         }
         self.space.map.holders().remove(&self.ticket);
     }
@@ -220,6 +225,7 @@ pub fn pin_user_pages(
         frames: Vec::with_capacity(pages as usize),
         access: pin.access,
         whose,
+        files: Vec::new(),
         ticket,
     };
     // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
@@ -230,7 +236,7 @@ pub fn pin_user_pages(
                 pinned.frames.push(frame);
             }
         }
-        Whose::File => space.pin_file_pages(worker, at, pages, pin, &mut pinned.frames)?,
+        Whose::File => space.pin_file_pages(worker, at, pages, pin, &mut pinned)?,
     }
     Ok(pinned)
 }
@@ -255,7 +261,7 @@ impl AddressSpace {
         at: VirtAddr,
         pages: u32,
         pin: &Pin,
-        frames: &mut Vec<Pfn>,
+        pinned: &mut PinnedPages,
     ) -> Result<(), PinError> {
         let mut done = 0;
         while done < pages {
@@ -277,8 +283,9 @@ impl AddressSpace {
             for page in first..end {
                 let frame = self.pin_file_page(worker, &cache, page, pin.access);
                 let at = nth_page(start, page - first)?;
-                frames.push(frame.map_err(|error| error.at(at))?);
+                pinned.frames.push(frame.map_err(|error| error.at(at))?);
             }
+            pinned.files.push(cache);
             done += end - first;
         }
         Ok(())

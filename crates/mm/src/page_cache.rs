@@ -15,7 +15,7 @@ use pgmap_core::memcg::Memcg;
 use pgmap_core::memremap::MemoryMap;
 use pgmap_core::platform::{OutOfAddressSpace, Platform};
 use pgmap_core::ram::Ram;
-use pgmap_sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use pgmap_sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use pgmap_sync::{Mutex, WaitQueue};
 
 use crate::backing::Backing;
@@ -108,6 +108,8 @@ pub struct PageCache {
     /// Who waits for pages that are under writeback.
     written: WaitQueue,
     errors: ErrSeq,
+    /// Nobody has the file open or mapped any more, but perhaps pinned.
+    released: AtomicBool,
     stats: &'static Stats,
 }
 
@@ -140,6 +142,7 @@ impl PageCache {
             under_writeback: AtomicU64::new(0),
             written: WaitQueue::new(),
             errors: ErrSeq::default(),
+            released: AtomicBool::new(false),
             stats: parts.stats,
         })
     }
@@ -214,6 +217,22 @@ impl PageCache {
     #[must_use]
     pub fn backing(&self) -> &dyn Backing {
         &*self.backing
+    }
+
+    /// Writes back what is dirty, as nobody has the file open or mapped any more. Nobody can be told of a failure. Pins may
+    /// still be there: the last of them writes back again.
+    pub(crate) fn release(&self) {
+        // Release: pairs with the acquire in `after_unpin`.
+        self.released.store(true, Ordering::Release);
+        self.write_back(0..u32::MAX, OnPinned::Bounce);
+    }
+
+    /// Pages have been unpinned: if nobody else has the file any more, what was written through the pins goes to it now.
+    pub(crate) fn after_unpin(&self) {
+        // Acquire: pairs with the release in `release`. Who releases it a little later writes back himself.
+        if self.released.load(Ordering::Acquire) {
+            self.write_back(0..u32::MAX, OnPinned::Bounce);
+        }
     }
 
     /// What is known of a page at this moment.

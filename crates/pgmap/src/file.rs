@@ -125,15 +125,14 @@ pub(crate) struct Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // Nobody can be told of a failure any more: `File::sync_all` before is how to hear of it.
-        self.cache.write_back(0..u32::MAX, OnPinned::Bounce);
         self.space.inner().files().close(&self.cache);
     }
 }
 
 /// An open file whose pages are memory.
 ///
-/// Dropping the last handle and the last mapping writes back what is dirty, without saying whether that worked.
+/// Dropping the last handle, the last mapping and the last pin writes back what is dirty, without saying whether that worked:
+/// [`sync_all`](Self::sync_all) says so.
 #[derive(Debug)]
 pub struct File<'m> {
     inner: Arc<Inner>,
@@ -521,43 +520,37 @@ impl FileMapping<'_> {
 
 impl Drop for FileMapping<'_> {
     fn drop(&mut self) {
+        let space = &self.inner.space;
         let mapped = Mapped {
-            inner: Arc::clone(&self.inner),
+            memory: Arc::clone(&self.inner.memory),
             vma: self.vma,
         };
-        if let Err(mapped) = mapped.end() {
-            self.inner.space.linger(mapped);
+        if let Err(mapped) = mapped.end(space.inner()) {
+            space.linger(mapped);
         }
     }
 }
 
-/// A mapping that nobody has any more. While pages of it are pinned, it and its file stay: a device may be writing to them, and
-/// what it writes is to reach the file.
+/// A mapping that nobody has any more. While pages of it are pinned its addresses stay: a device may be using them.
 ///
 /// # Invariants
 ///
-/// As those of [`FileMapping`].
+/// As those of [`FileMapping`]; `memory` is the file's.
 #[derive(Debug)]
 pub(crate) struct Mapped {
-    inner: Arc<Inner>,
+    memory: Arc<FileMemory>,
     vma: FileVma,
 }
 
 impl Mapped {
     /// Ends the mapping, unless it is pinned.
-    pub(crate) fn end(self) -> Result<(), Self> {
-        let space = self.inner.space.inner();
+    pub(crate) fn end(self, space: &pgmap_mm::space::AddressSpace) -> Result<(), Self> {
         if space.unmap_file(&self.vma).is_err() {
             return Err(self);
         }
         // SAFETY: by the type invariant it is a mapping of the file, which the pager has just forgotten; nobody has a reference
         // to its bytes, or a page of it pinned.
-        unsafe { self.inner.memory.unmap(self.vma.at, self.vma.pages) };
+        unsafe { self.memory.unmap(self.vma.at, self.vma.pages) };
         Ok(())
-    }
-
-    /// Writes what is dirty, pinned or not.
-    pub(crate) fn write_back(&self) {
-        self.inner.cache.write_back(0..u32::MAX, OnPinned::Bounce);
     }
 }

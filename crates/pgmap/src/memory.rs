@@ -271,7 +271,8 @@ impl Drop for Memory {
             // A pager thread that panicked has ended the process already.
             let _ = thread.join();
         }
-        self.space.abandon_lingering();
+        // What is pinned even now keeps its addresses for the life of the process.
+        self.space.end_lingering();
     }
 }
 

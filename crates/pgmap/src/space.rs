@@ -424,19 +424,11 @@ impl AddressSpace {
 
     /// Ends the mappings of files that nobody has pinned any more.
     pub(crate) fn end_lingering(&self) {
-        // Not under the lock: the file may be written, and closed.
+        // Not under the lock: a file may be closed.
         let mapped = mem::take(&mut *self.lingering.lock());
-        let pinned = mapped.into_iter().filter_map(|mapped| mapped.end().err());
-        let pinned: Vec<_> = pinned.collect();
+        let ended = mapped.into_iter().map(|mapped| mapped.end(&self.inner));
+        let pinned: Vec<_> = ended.filter_map(Result::err).collect();
         self.lingering.lock().extend(pinned);
-    }
-
-    /// The memory ends. What is pinned still keeps its addresses for the life of the process; what was written to it so far goes
-    /// to its file.
-    pub(crate) fn abandon_lingering(&self) {
-        self.end_lingering();
-        let lingering = mem::take(&mut *self.lingering.lock());
-        lingering.iter().for_each(Mapped::write_back);
     }
 
     /// Who has pages pinned, of files or of anonymous memory, oldest first (REF-7).

@@ -8,7 +8,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use pgmap::{
-    Device, File, Memcg, Memory, OpenOptions, Pin, PinError, Prot, TruncateError, Writeback,
+    Device, File, Memcg, Memory, OpenError, OpenOptions, Pin, PinError, Prot, TruncateError,
+    Writeback,
 };
 
 const MIB: usize = 1 << 20;
@@ -257,4 +258,24 @@ fn a_read_only_file_is_only_read() {
         Err(PinError::NotWritable { .. })
     ));
     assert_eq!(word(&map, 63), 63);
+}
+
+/// GUP-4: what is written through a pin reaches the file, even if the pin is the last that anybody has of it.
+#[test]
+fn the_last_pin_writes_back() {
+    let Some(memory) = memory() else { return };
+    let scratch = numbered("last", 64);
+    let file = memory.open(&scratch.0).unwrap();
+    let map = map(&memory, &file);
+    let start = map.range().start;
+    let pins = memory
+        .space()
+        .pin_user_pages(start..start + PAGE, &Pin::WRITE)
+        .unwrap();
+    map.write(0, &77u64.to_le_bytes());
+    drop((map, file));
+    assert_eq!(scratch.word(1), 1);
+    assert!(matches!(memory.open(&scratch.0), Err(OpenError::Locked(_))));
+    drop(pins);
+    assert_eq!(scratch.word(0), 77);
 }
