@@ -127,6 +127,29 @@ fn a_ring_refuses_what_would_be_unseen() {
     assert_eq!(refused.err(), Some(RegisterError::Anonymous));
 }
 
+/// GUP-4: pages that are pinned to be written are dirty from that moment on, whether they were in RAM or not, and however often
+/// they are written back before the pin ends.
+#[test]
+fn a_pin_to_write_makes_its_pages_dirty() {
+    let Some(memory) = memory(8 * MIB) else {
+        return;
+    };
+    let scratch = Scratch::new("dirty", 16);
+    let file = memory.open(&scratch.0).unwrap();
+    let space = memory.space();
+    let map = space.map_file(&file, 0..16 * PAGE as u64, Prot::ReadWrite);
+    let map = map.unwrap();
+    for _ in 0..2 {
+        let pins = space.pin_user_pages(map.range(), &Pin::WRITE).unwrap();
+        assert_eq!(file.pages(), (16, 16));
+        file.sync_all().unwrap();
+        assert_eq!(file.pages(), (16, 16));
+        drop(pins);
+        file.sync_all().unwrap();
+        assert_eq!(file.pages(), (16, 0));
+    }
+}
+
 /// GUP-1: pages that are in no page table are brought in when the kernel registers them, many more than one ring has room for.
 #[test]
 fn registration_faults_pages_in() {
