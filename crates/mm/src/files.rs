@@ -7,11 +7,12 @@ use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use pgmap_core::addr::VirtAddr;
+use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_core::memcg::Memcg;
 use pgmap_sync::Mutex;
 use pgmap_sync::atomic::{AtomicU32, Ordering};
 
+use crate::discard::Pinned;
 use crate::fault::{Access, Outcome};
 use crate::page_cache::{FileNumber, FileVma, PageCache};
 use crate::reclaim::Caller;
@@ -88,6 +89,20 @@ impl Files {
         }
     }
 
+    /// Takes a mapping out as [`unmap`](Self::unmap) does, unless `is_pinned`: who pins registers first and then looks here.
+    fn unmap_unless(&self, vma: &FileVma, is_pinned: impl FnOnce() -> bool) -> Result<(), Pinned> {
+        let mut mapped = self.mapped.lock();
+        if is_pinned() {
+            return Err(Pinned { at: vma.at });
+        }
+        let gone = mapped.remove(&vma.at);
+        drop(mapped);
+        if let Some((vma, cache)) = gone {
+            cache.remove_vma(&vma);
+        }
+        Ok(())
+    }
+
     /// The mapping at an address, and its file.
     #[must_use]
     pub fn at(&self, at: VirtAddr) -> Option<(FileVma, Arc<PageCache>)> {
@@ -150,6 +165,18 @@ impl AddressSpace {
     #[must_use]
     pub const fn files(&self) -> &Files {
         &self.files
+    }
+
+    /// Takes a mapping of a file out: when this returns, nobody changes anything there, and nobody pins pages there.
+    ///
+    /// # Errors
+    ///
+    /// [`Pinned`] if somebody has, or is about to: then the mapping is as it was.
+    pub fn unmap_file(&self, vma: &FileVma) -> Result<(), Pinned> {
+        let start = vma.at.get();
+        let range = start..start + vma.pages as usize * PAGE_SIZE;
+        self.files
+            .unmap_unless(vma, || self.map.holders().has_any_of(&range))
     }
 
     /// Serves a fault outside anonymous memory.

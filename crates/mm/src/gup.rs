@@ -127,6 +127,15 @@ pub enum PinError {
     },
 }
 
+/// Whose pages are pinned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Whose {
+    /// Pages of anonymous memory: whoever mapped them may have references to their bytes.
+    Anonymous,
+    /// Pages of files: nobody has references to their bytes.
+    File,
+}
+
 /// Pages that stay where they are until this is dropped.
 ///
 /// # Invariants
@@ -137,13 +146,28 @@ pub struct PinnedPages {
     space: Arc<AddressSpace>,
     at: VirtAddr,
     frames: Vec<Pfn>,
+    access: PinAccess,
+    whose: Whose,
     /// The files of which they are: what is written through the pins reaches them, even if nobody else has them open any more.
     files: Vec<Arc<PageCache>>,
     ticket: Ticket,
 }
 
 impl PinnedPages {
-    /// The first pinned address.
+    /// What the pages were pinned for.
+    #[must_use]
+    pub const fn access(&self) -> PinAccess {
+        self.access
+    }
+
+    /// Whose pages they are.
+    #[must_use]
+    pub const fn whose(&self) -> Whose {
+        self.whose
+    }
+
+    /// The first pinned address. With [`len_bytes`](Self::len_bytes) it is the one `iovec` that a ring of one's own, `preadv` or
+    /// `pwritev` needs: the addresses are mapped for as long as this lives.
     #[must_use]
     pub const fn start(&self) -> VirtAddr {
         self.at
@@ -191,21 +215,28 @@ pub fn pin_user_pages(
         since_ns: space.map.now_ns(),
         range: at.get()..end,
     });
+    let whose = match space.page_at(at) {
+        Some(_) => Whose::Anonymous,
+        None => Whose::File,
+    };
     let mut pinned = PinnedPages {
         space: Arc::clone(space),
         at,
         frames: Vec::with_capacity(pages as usize),
+        access: pin.access,
+        whose,
         files: Vec::new(),
         ticket,
     };
     // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
-    if space.page_at(at).is_some() {
-        for nth in 0..pages {
-            let frame = space.pin_page(worker, nth_page(at, nth)?, pin.access)?;
-            pinned.frames.push(frame);
+    match whose {
+        Whose::Anonymous => {
+            for nth in 0..pages {
+                let frame = space.pin_page(worker, nth_page(at, nth)?, pin.access)?;
+                pinned.frames.push(frame);
+            }
         }
-    } else {
-        space.pin_file_pages(worker, at, pages, pin, &mut pinned)?;
+        Whose::File => space.pin_file_pages(worker, at, pages, pin, &mut pinned)?,
     }
     Ok(pinned)
 }

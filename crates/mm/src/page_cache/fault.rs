@@ -216,7 +216,11 @@ impl PageCache {
                 | Stop::NoMemory
                 | Stop::Gone
                 | Stop::Other(_),
-            ) => self.mmu.wake(at, 1),
+            ) => {
+                // The file may have left the page as it was: then nothing is there that could be mapped.
+                self.mmu.pages(page.0, 1).touch(0);
+                self.mmu.wake(at, 1);
+            }
         }
     }
 

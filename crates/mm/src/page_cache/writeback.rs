@@ -7,6 +7,7 @@
 
 use core::fmt;
 use core::ops::{ControlFlow, Range};
+use core::slice;
 
 use pgmap_core::addr::Pfn;
 use pgmap_sync::atomic::Ordering;
@@ -17,7 +18,7 @@ use crate::backing::{BackingError, Transfer};
 use crate::page_table::{BlockIndex, Cursor, PageIndex};
 #[cfg(shuttle)]
 use crate::seeded_bug::{self, SeededBug};
-use crate::shared_mmu::Bounce;
+use crate::shared_mmu::{Bounce, SharedPages};
 use crate::stats::Stats;
 
 /// Runs of pages that are written at once.
@@ -92,6 +93,15 @@ impl Run {
     fn is_continued_by(self, page: u32) -> bool {
         let block = PageIndex(self.first).block();
         page == self.pages().end && PageIndex(page).block() == block
+    }
+
+    /// Each of the pages, as a run.
+    fn singles(self) -> impl Iterator<Item = Self> {
+        (0..self.count).map(move |nth| Self {
+            first: self.first + nth,
+            count: 1,
+            copy: self.copy.map(|place| place + nth as usize),
+        })
     }
 
     /// How many of the pages are written from copies.
@@ -362,30 +372,40 @@ impl PageCache {
     fn submit(&self, batch: &mut Batch) {
         let runs = &batch.runs[..batch.len];
         let size_bytes = self.size_bytes();
-        let mut transfers = batch.runs.map(|run| {
-            let count = run.count as usize;
-            let pages = match (run.copy, &batch.bounce) {
-                (Some(place), Some(bounce)) => bounce.pages(place..place + count),
-                (Some(_) | None, _) => self.mmu.pages(run.first, count),
-            };
-            Transfer::new(run.first, pages, size_bytes)
-        });
+        let bounce = batch.bounce.as_ref();
+        let mut transfers = batch
+            .runs
+            .map(|run| Transfer::new(run.first, self.bytes_of(run, bounce), size_bytes));
         let transfers = &mut transfers[..runs.len()];
         if !runs.is_empty() {
             self.backing.write(transfers);
         }
         for (run, transfer) in runs.iter().zip(transfers) {
-            let count = u64::from(run.count);
             match transfer.outcome {
-                Ok(()) => {
-                    batch.written.pages += count;
-                    batch.written.bounced += run.bounced();
+                Err(_) if run.count > 1 => {
+                    let singles = run.singles().map(|run| (run, self.write_one(run, bounce)));
+                    singles.for_each(|(run, outcome)| self.end(run, outcome, &mut batch.written));
                 }
-                Err(_) => batch.written.failed += count,
+                Ok(()) | Err(_) => self.end(*run, transfer.outcome, &mut batch.written),
             }
-            self.end(*run, transfer.outcome);
         }
         (batch.len, batch.copies) = (0, 0);
+    }
+
+    /// Writes a page of a run that could not be written as a whole: the file may refuse only some.
+    fn write_one(&self, run: Run, bounce: Option<&Bounce>) -> Result<(), BackingError> {
+        let mut transfer = Transfer::new(run.first, self.bytes_of(run, bounce), self.size_bytes());
+        self.backing.write(slice::from_mut(&mut transfer));
+        transfer.outcome
+    }
+
+    /// Where the bytes of a run are that are to be written.
+    fn bytes_of<'a>(&'a self, run: Run, bounce: Option<&'a Bounce>) -> SharedPages<'a> {
+        let count = run.count as usize;
+        match (run.copy, bounce) {
+            (Some(place), Some(bounce)) => bounce.pages(place..place + count),
+            (Some(_) | None, _) => self.mmu.pages(run.first, count),
+        }
     }
 }
 
@@ -397,14 +417,19 @@ impl PageCache {
     }
 
     /// Ends the writeback of a run, whose pages are dirty again if they were not written.
-    fn end(&self, run: Run, outcome: Result<(), BackingError>) {
+    fn end(&self, run: Run, outcome: Result<(), BackingError>, written: &mut Written) {
         let count = u64::from(run.count);
         match outcome {
-            Ok(()) => Stats::add(&self.stats.file_pages_written, count),
+            Ok(()) => {
+                written.pages += count;
+                written.bounced += run.bounced();
+                Stats::add(&self.stats.file_pages_written, count);
+            }
             #[cfg(shuttle)]
             Err(_) if seeded_bug::has(SeededBug::ErrorsComeLate) => {}
             Err(error) => {
                 // Before anybody can find that the pages are not being written any more: who waited for that asks for errors next.
+                written.failed += count;
                 Stats::add(&self.stats.file_write_errors, 1);
                 self.errors.set(error);
             }
