@@ -269,12 +269,13 @@ impl Ram {
     }
 
     /// Replaces a frame with one reference, whose block is going off line, by one of a block that is on line, which has the
-    /// owner's words from then on. The caller has the owner's lock, and names the new frame from now on.
+    /// owner's words from then on. The caller has the owner's lock; `rename` names the new frame in the owner's entry. Until
+    /// that is done the old one is claimed, so that whoever reads the entry without the lock cannot pin it (RMAP-1).
     ///
     /// # Errors
     ///
     /// [`NotReplaced`]; nothing has changed then.
-    pub fn replace(&self, old: Pfn) -> Result<Pfn, NotReplaced> {
+    pub fn replace(&self, old: Pfn, rename: impl FnOnce(Pfn)) -> Result<(), NotReplaced> {
         let from = self.map.frame(old);
         let mut blocks = self.blocks.lock();
         if !from.freeze(1) {
@@ -289,10 +290,11 @@ impl Ram {
         to.set_mapping(from.mapping());
         to.set_link(from.link());
         from.set_mapping(0);
+        rename(new);
         from.unfreeze(0);
         // As many frames are in use as before.
         blocks.give(&self.map, old);
-        Ok(new)
+        Ok(())
     }
 }
 
@@ -363,7 +365,8 @@ mod tests {
         assert_eq!((frames, ram.capacity(), ram.limit()), (1024, 1024, 1024));
         let mut out = [Pfn::from_u32(0); 2000];
         assert_eq!(ram.alloc(&mut out), 1024);
-        assert_eq!(ram.replace(out[0]), Err(NotReplaced::Full));
+        let replaced = ram.replace(out[0], |_| panic!("there is no other"));
+        assert_eq!(replaced, Err(NotReplaced::Full));
         ram.suspend_limit();
         assert_eq!(ram.alloc(&mut out[1024..]), 500);
         assert_eq!(ram.touched(1024), Some(1024..1524));

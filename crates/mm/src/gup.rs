@@ -1,8 +1,10 @@
 //! Pins: pages that stay where they are, for as long as somebody's DMA may use them.
 //!
-//! A pin is counted on the frame. Pages of anonymous memory are pinned under the cursor of the page, and reclaim and discard
-//! look at the count under the same cursor, so a pin cannot slip in between their check and their act (RMAP-1); those of files
-//! are pinned without it, and whoever wants such a page to himself claims its frame.
+//! A pin is counted on the frame. A page that is there is pinned without a lock: its entry is read, its frame pinned, and the
+//! entry read again. Whoever takes a page out, drops it or gives it another frame *claims* the frame first
+//! ([`Frame::freeze`](pgmap_core::page::Frame::freeze)), which fails while anybody has it pinned, and ends the claim after the
+//! entry says what became of the page: so a pin comes before the claim, or finds another entry (RMAP-1). What is not there is
+//! brought in by the fault path, and pinned under the cursor.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -17,8 +19,10 @@ use pgmap_core::holders::{Holder, Ticket};
 use crate::fault::{Access, Outcome};
 use crate::page_cache::{NotPinned, PageCache};
 use crate::page_table::PageIndex;
-use crate::pte::Pte;
+use crate::pte::{Copy, Pte};
 use crate::reclaim::Caller;
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 use crate::space::{AddressSpace, BATCH, Worker};
 
 /// What the holder of a pin does with the page.
@@ -262,6 +266,9 @@ impl AddressSpace {
     ) -> Result<Pfn, PinError> {
         let page = self.page_at(at).ok_or(PinError::BadAddress { at })?;
         loop {
+            if let Some(frame) = self.pin_fast(page, access) {
+                return Ok(frame);
+            }
             if let Some(frame) = self.try_pin_page(page, at, access)? {
                 return Ok(frame);
             }
@@ -277,7 +284,27 @@ impl AddressSpace {
         }
     }
 
-    /// Pins a page that is there; `None` if it has to be brought in first.
+    /// Pins a page that is there, without a lock; `None` if that takes more.
+    fn pin_fast(&self, page: PageIndex, access: PinAccess) -> Option<Pfn> {
+        let frame = may_pin(self.table.peek(page), access)?;
+        self.map.frame(frame).try_pin().ok()?;
+        // From here on nobody can claim the frame, and what was done under a claim before we see.
+        if self.is_same(page, access, frame) {
+            return Some(frame);
+        }
+        self.ram.unpin(frame);
+        None
+    }
+
+    fn is_same(&self, page: PageIndex, access: PinAccess, frame: Pfn) -> bool {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::PinLooksOnce) {
+            return true;
+        }
+        may_pin(self.table.peek(page), access) == Some(frame)
+    }
+
+    /// Pins a page that is there, under its cursor; `None` if it has to be brought in first.
     fn try_pin_page(
         &self,
         page: PageIndex,
@@ -298,6 +325,28 @@ impl AddressSpace {
             Pte::Poisoned => Err(PinError::Poisoned { at }),
             Pte::None | Pte::Staged { .. } | Pte::Device { .. } => Ok(None),
         }
+    }
+}
+
+/// The frame of an entry that can be pinned as it is: somebody who writes must leave no clean copy behind (GUP-4).
+const fn may_pin(pte: Pte, access: PinAccess) -> Option<Pfn> {
+    match (pte, access) {
+        (Pte::Present { frame, .. }, PinAccess::Read)
+        | (
+            Pte::Present {
+                frame,
+                copy: Copy::None,
+                ..
+            },
+            PinAccess::Write,
+        ) => Some(frame),
+        (
+            Pte::Present {
+                copy: Copy::Kept, ..
+            },
+            PinAccess::Write,
+        )
+        | (Pte::None | Pte::Staged { .. } | Pte::Device { .. } | Pte::Poisoned, _) => None,
     }
 }
 

@@ -99,26 +99,22 @@ impl AddressSpace {
         let page = PageIndex(page);
         // The frame may be another page's by now, or nobody's: the entry tells.
         let mut cursor = self.table.lock(page.block());
-        let renamed = match cursor.get(page) {
-            Pte::Present { frame, heat, copy } if frame == pfn => {
-                let frame = self.replace(pfn)?;
-                Pte::Present { frame, heat, copy }
-            }
-            Pte::Staged { frame, copy } if frame == pfn => {
-                let frame = self.replace(pfn)?;
-                Pte::Staged { frame, copy }
-            }
+        match cursor.get(page) {
+            Pte::Present { frame, heat, copy } if frame == pfn => self.replace(pfn, |frame| {
+                cursor.set(page, Pte::Present { frame, heat, copy });
+            }),
+            Pte::Staged { frame, copy } if frame == pfn => self.replace(pfn, |frame| {
+                cursor.set(page, Pte::Staged { frame, copy });
+            }),
             Pte::None
             | Pte::Present { .. }
             | Pte::Staged { .. }
             | Pte::Device { .. }
-            | Pte::Poisoned => return Ok(()),
-        };
-        cursor.set(page, renamed);
-        Ok(())
+            | Pte::Poisoned => Ok(()),
+        }
     }
 
-    fn replace(&self, old: Pfn) -> Result<Pfn, NotReplaced> {
+    fn replace(&self, old: Pfn, rename: impl FnOnce(Pfn)) -> Result<(), NotReplaced> {
         #[cfg(shuttle)]
         if seeded_bug::has(SeededBug::ReplaceIgnoresPins) && self.map.frame(old).is_pinned() {
             let mut new = [old];
@@ -126,15 +122,17 @@ impl AddressSpace {
             self.map
                 .frame(new[0])
                 .set_mapping(self.map.frame(old).mapping());
+            rename(new[0]);
             self.ram.free(&[old]);
-            return Ok(new[0]);
+            return Ok(());
         }
-        let new = self.ram.replace(old)?;
-        #[cfg(shuttle)]
-        if seeded_bug::has(SeededBug::ReplaceForgetsTheSlot) {
-            self.map.frame(new).set_link(0);
-        }
-        Ok(new)
+        self.ram.replace(old, |new| {
+            #[cfg(shuttle)]
+            if seeded_bug::has(SeededBug::ReplaceForgetsTheSlot) {
+                self.map.frame(new).set_link(0);
+            }
+            rename(new);
+        })
     }
 
     /// An address of the page in a frame.

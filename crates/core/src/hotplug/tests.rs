@@ -46,8 +46,9 @@ impl Migrate for Owner<'_> {
             .iter_mut()
             .filter(|pfn| size.block_of(**pfn) == block)
         {
-            *pfn = match ram.replace(*pfn) {
-                Ok(new) => new,
+            let mut new = *pfn;
+            *pfn = match ram.replace(*pfn, |named| new = named) {
+                Ok(()) => new,
                 Err(NotReplaced::Held) => {
                     return Err(Obstacle::Held {
                         pfn: *pfn,

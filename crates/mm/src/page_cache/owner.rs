@@ -51,11 +51,9 @@ impl PageCache {
         let page = PageIndex(page);
         let mut cursor = self.table.lock(page.block());
         match cursor.get(page) {
-            CachePage::Cached(cached) if cached.frame == old => {
-                let frame = self.ram.replace(old)?;
+            CachePage::Cached(cached) if cached.frame == old => self.ram.replace(old, |frame| {
                 cursor.set(page, CachePage::Cached(Cached { frame, ..cached }));
-                Ok(())
-            }
+            }),
             CachePage::Cached(_) | CachePage::Absent | CachePage::Poisoned => Ok(()),
         }
     }
