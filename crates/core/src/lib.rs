@@ -14,6 +14,7 @@ pub mod driver;
 pub mod holders;
 pub mod hotplug;
 pub mod iomem;
+pub mod memcg;
 pub mod memory_block;
 pub mod memremap;
 pub mod memtype;

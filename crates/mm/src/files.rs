@@ -8,6 +8,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use pgmap_core::addr::VirtAddr;
+use pgmap_core::memcg::Memcg;
 use pgmap_sync::Mutex;
 use pgmap_sync::atomic::{AtomicU32, Ordering};
 
@@ -50,8 +51,9 @@ impl Files {
         self.open.lock().push(cache);
     }
 
-    /// Forgets a file, whose pages have been dropped.
+    /// Forgets a file that nobody has open or mapped any more, and writes back what is dirty.
     pub fn close(&self, cache: &Arc<PageCache>) {
+        cache.release();
         let mut open = self.open.lock();
         let nth = open.iter().position(|other| Arc::ptr_eq(other, cache));
         let closed = nth.map(|nth| open.swap_remove(nth));
@@ -111,6 +113,23 @@ impl Files {
         self.open.lock().iter().map(|cache| of(cache)).sum()
     }
 
+    /// Frees at least `want` frames that a group's pages have, if that is possible; says how many.
+    pub fn shrink_group(&self, memcg: &Arc<Memcg>, want: usize) -> usize {
+        let (mut freed, mut nth) = (0, 0);
+        while freed < want
+            && let Some(cache) = self.get(nth)
+        {
+            let is_member = cache.memcg().is_some_and(|other| Arc::ptr_eq(other, memcg));
+            freed += if is_member {
+                cache.shrink(want - freed)
+            } else {
+                0
+            };
+            nth += 1;
+        }
+        freed
+    }
+
     /// Frees at least `want` frames that pages of files have, if that is possible; says how many. Each file gives in
     /// proportion to what it has.
     pub fn shrink(&self, want: usize) -> usize {
@@ -145,7 +164,7 @@ impl AddressSpace {
                 Access::Write | Access::WriteProtected => self.balance_dirty(&cache),
             }
             let wants_more = outcome == Outcome::NoMemory;
-            if !wants_more || self.make_room(Caller::FaultHandler, BATCH) == 0 {
+            if !wants_more || self.make_room_for(&cache, Caller::FaultHandler) == 0 {
                 return outcome;
             }
         }
@@ -155,6 +174,14 @@ impl AddressSpace {
     fn balance_dirty(&self, cache: &PageCache) {
         if self.files.dirty_pages() > self.ram.limit() / DIRTY {
             cache.write_some(DIRTY_BLOCKS);
+        }
+    }
+
+    /// Makes room for more pages of a file: in its group, if that is at its limit. Says how many frames it freed.
+    pub(crate) fn make_room_for(&self, cache: &PageCache, caller: Caller) -> usize {
+        match cache.memcg().filter(|_| cache.is_at_limit()) {
+            Some(memcg) => self.files.shrink_group(memcg, BATCH),
+            None => self.make_room(caller, BATCH),
         }
     }
 

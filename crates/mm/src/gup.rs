@@ -17,13 +17,13 @@ use pgmap_core::addr::{PAGE_SIZE, Pfn, VirtAddr};
 use pgmap_core::holders::{Holder, Ticket};
 
 use crate::fault::{Access, Outcome};
-use crate::page_cache::{NotPinned, PageCache};
+use crate::page_cache::{NotPinned, PageCache, VmaAccess};
 use crate::page_table::PageIndex;
 use crate::pte::{Copy, Pte};
 use crate::reclaim::Caller;
 #[cfg(shuttle)]
 use crate::seeded_bug::{self, SeededBug};
-use crate::space::{AddressSpace, BATCH, Worker};
+use crate::space::{AddressSpace, Worker};
 
 /// What the holder of a pin does with the page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -113,6 +113,14 @@ pub enum PinError {
         /// The first such address.
         at: VirtAddr,
     },
+    /// Somebody wants to write to pages that are mapped to be read only.
+    #[error(
+        "the page at {at:?} is mapped to be read only: map it to be written, or pin it to be read"
+    )]
+    NotWritable {
+        /// The first such address.
+        at: VirtAddr,
+    },
     /// Somebody wants to write to pages of a file for long, and writeback would never know whether they are clean (GUP-2).
     #[error(
         "the page at {at:?} is a file's: it cannot be pinned for long to be written; pin it for each transfer"
@@ -133,6 +141,8 @@ pub struct PinnedPages {
     space: Arc<AddressSpace>,
     at: VirtAddr,
     frames: Vec<Pfn>,
+    /// The files of which they are: what is written through the pins reaches them, even if nobody else has them open any more.
+    files: Vec<Arc<PageCache>>,
     ticket: Ticket,
 }
 
@@ -154,6 +164,9 @@ impl Drop for PinnedPages {
     fn drop(&mut self) {
         for frame in &self.frames {
             self.space.ram.unpin(*frame);
+        }
+        for file in &self.files {
+            file.after_unpin();
         }
         self.space.map.holders().remove(&self.ticket);
     }
@@ -186,6 +199,7 @@ pub fn pin_user_pages(
         space: Arc::clone(space),
         at,
         frames: Vec::with_capacity(pages as usize),
+        files: Vec::new(),
         ticket,
     };
     // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
@@ -195,7 +209,7 @@ pub fn pin_user_pages(
             pinned.frames.push(frame);
         }
     } else {
-        space.pin_file_pages(worker, at, pages, pin, &mut pinned.frames)?;
+        space.pin_file_pages(worker, at, pages, pin, &mut pinned)?;
     }
     Ok(pinned)
 }
@@ -220,7 +234,7 @@ impl AddressSpace {
         at: VirtAddr,
         pages: u32,
         pin: &Pin,
-        frames: &mut Vec<Pfn>,
+        pinned: &mut PinnedPages,
     ) -> Result<(), PinError> {
         let mut done = 0;
         while done < pages {
@@ -228,15 +242,23 @@ impl AddressSpace {
             let found = self.files.at(start);
             let found = found.and_then(|(vma, cache)| Some((vma.page_at(start)?, vma, cache)));
             let (first, vma, cache) = found.ok_or(PinError::BadAddress { at: start })?;
-            if pin.term == PinTerm::Long && pin.access == PinAccess::Write {
-                return Err(PinError::LongTerm { at: start });
+            match (pin.access, pin.term, vma.access) {
+                (PinAccess::Write, _, VmaAccess::Read) => {
+                    return Err(PinError::NotWritable { at: start });
+                }
+                (PinAccess::Write, PinTerm::Long, VmaAccess::ReadWrite) => {
+                    return Err(PinError::LongTerm { at: start });
+                }
+                (PinAccess::Write, PinTerm::Short, VmaAccess::ReadWrite)
+                | (PinAccess::Read, ..) => {}
             }
             let end = vma.file_pages().end.min(first.saturating_add(pages - done));
             for page in first..end {
                 let frame = self.pin_file_page(worker, &cache, page, pin.access);
                 let at = nth_page(start, page - first)?;
-                frames.push(frame.map_err(|error| error.at(at))?);
+                pinned.frames.push(frame.map_err(|error| error.at(at))?);
             }
+            pinned.files.push(cache);
             done += end - first;
         }
         Ok(())
@@ -252,7 +274,7 @@ impl AddressSpace {
         loop {
             let pinned = cache.pin(worker, page, access);
             let wants_more = pinned == Err(NotPinned::NoMemory);
-            if !wants_more || self.make_room(Caller::Reclaimer, BATCH) == 0 {
+            if !wants_more || self.make_room_for(cache, Caller::Reclaimer) == 0 {
                 return pinned;
             }
         }

@@ -11,10 +11,11 @@ use alloc::sync::Arc;
 use core::ops::Range;
 
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
+use pgmap_core::memcg::Memcg;
 use pgmap_core::memremap::MemoryMap;
 use pgmap_core::platform::{OutOfAddressSpace, Platform};
 use pgmap_core::ram::Ram;
-use pgmap_sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use pgmap_sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use pgmap_sync::{Mutex, WaitQueue};
 
 use crate::backing::Backing;
@@ -41,7 +42,7 @@ pub use failure::Lost;
 pub use owner::FileNumber;
 pub(crate) use owner::FilePage;
 pub(crate) use pin::NotPinned;
-pub use rmap::FileVma;
+pub use rmap::{FileVma, VmaAccess};
 pub use truncate::TruncateError;
 pub use writeback::{OnPinned, Written};
 
@@ -65,6 +66,8 @@ pub struct CacheParts {
     pub mmu: Arc<dyn SharedMmu>,
     /// The file.
     pub backing: Arc<dyn Backing>,
+    /// What its pages in RAM are charged to, if they are not to have all of the budget.
+    pub memcg: Option<Arc<Memcg>>,
     /// How long the file is, in bytes.
     pub size_bytes: u64,
     /// How many pages it may ever have.
@@ -87,6 +90,7 @@ pub struct PageCache {
     number: FileNumber,
     map: Arc<MemoryMap>,
     ram: Arc<Ram>,
+    memcg: Option<Arc<Memcg>>,
     vmas: FileVmas,
     size_bytes: AtomicU64, // changed under `resizing`
     resizing: Mutex<()>,
@@ -104,6 +108,8 @@ pub struct PageCache {
     /// Who waits for pages that are under writeback.
     written: WaitQueue,
     errors: ErrSeq,
+    /// Nobody has the file open or mapped any more, but perhaps pinned.
+    released: AtomicBool,
     stats: &'static Stats,
 }
 
@@ -122,6 +128,7 @@ impl PageCache {
             number: parts.number,
             map: parts.map,
             ram: parts.ram,
+            memcg: parts.memcg,
             vmas: FileVmas::default(),
             size_bytes: AtomicU64::new(parts.size_bytes),
             resizing: Mutex::new(()),
@@ -135,6 +142,7 @@ impl PageCache {
             under_writeback: AtomicU64::new(0),
             written: WaitQueue::new(),
             errors: ErrSeq::default(),
+            released: AtomicBool::new(false),
             stats: parts.stats,
         })
     }
@@ -171,6 +179,34 @@ impl PageCache {
         self.dirty.load(Ordering::Relaxed)
     }
 
+    /// What its pages are charged to.
+    #[must_use]
+    pub const fn memcg(&self) -> Option<&Arc<Memcg>> {
+        self.memcg.as_ref()
+    }
+
+    /// Whether its group may have no more pages in RAM: some of the group's have to leave first.
+    #[must_use]
+    pub fn is_at_limit(&self) -> bool {
+        let memcg = self.memcg.as_ref();
+        memcg.is_some_and(|memcg| memcg.charged_pages() >= memcg.limit_pages())
+    }
+
+    /// Charges up to `want` pages that are about to come into RAM. Says how many.
+    fn charge(&self, want: usize) -> usize {
+        let Some(memcg) = &self.memcg else {
+            return want;
+        };
+        usize::try_from(memcg.charge(want as u64)).unwrap_or(want)
+    }
+
+    /// Gives back the charge of pages that have left RAM, or did not come.
+    fn uncharge(&self, pages: usize) {
+        if let Some(memcg) = &self.memcg {
+            memcg.uncharge(pages as u64);
+        }
+    }
+
     /// The errors of writeback.
     #[must_use]
     pub const fn errors(&self) -> &ErrSeq {
@@ -181,6 +217,22 @@ impl PageCache {
     #[must_use]
     pub fn backing(&self) -> &dyn Backing {
         &*self.backing
+    }
+
+    /// Writes back what is dirty, as nobody has the file open or mapped any more. Nobody can be told of a failure. Pins may
+    /// still be there: the last of them writes back again.
+    pub(crate) fn release(&self) {
+        // Release: pairs with the acquire in `after_unpin`.
+        self.released.store(true, Ordering::Release);
+        self.write_back(0..u32::MAX, OnPinned::Bounce);
+    }
+
+    /// Pages have been unpinned: if nobody else has the file any more, what was written through the pins goes to it now.
+    pub(crate) fn after_unpin(&self) {
+        // Acquire: pairs with the release in `release`. Who releases it a little later writes back himself.
+        if self.released.load(Ordering::Acquire) {
+            self.write_back(0..u32::MAX, OnPinned::Bounce);
+        }
     }
 
     /// What is known of a page at this moment.
@@ -217,6 +269,7 @@ impl Drop for PageCache {
             let frames = block.pages().filter_map(|page| self.peek(page).cached());
             for page in frames {
                 self.ram.free(&[page.frame]);
+                self.uncharge(1);
             }
             from = BlockIndex(block.0 + 1);
         }

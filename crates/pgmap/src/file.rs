@@ -21,18 +21,21 @@ use core::marker::PhantomData;
 use core::ops::{ControlFlow, Range};
 use core::ptr;
 use core::time::Duration;
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
+use pgmap_core::memcg::Memcg;
 use pgmap_core::platform::OutOfAddressSpace;
 use pgmap_host::file_backing::FileBacking;
 use pgmap_host::file_memory::{FileMemory, Prot};
 use pgmap_mm::backing::BackingError;
 use pgmap_mm::errseq::Seen;
-use pgmap_mm::page_cache::{CacheParts, FileVma, OnPinned, PageCache, TruncateError, Written};
+use pgmap_mm::page_cache::{
+    CacheParts, FileVma, OnPinned, PageCache, TruncateError, VmaAccess, Written,
+};
 use pgmap_sync::Mutex;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
@@ -114,27 +117,61 @@ pub(crate) struct Inner {
     pub(crate) space: Arc<AddressSpace>,
     pub(crate) cache: Arc<PageCache>,
     memory: Arc<FileMemory>,
+    /// What its mappings may allow.
+    prot: Prot,
     /// Why nothing can be made durable any more.
     flush_failed: Mutex<Option<BackingError>>,
 }
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        // Nobody can be told of a failure any more: `File::sync_all` before is how to hear of it.
-        self.cache.write_back(0..u32::MAX, OnPinned::Bounce);
         self.space.inner().files().close(&self.cache);
     }
 }
 
 /// An open file whose pages are memory.
 ///
-/// Dropping the last handle and the last mapping writes back what is dirty, without saying whether that worked.
+/// Dropping the last handle, the last mapping and the last pin writes back what is dirty, without saying whether that worked:
+/// [`sync_all`](Self::sync_all) says so.
 #[derive(Debug)]
 pub struct File<'m> {
     inner: Arc<Inner>,
     seen: Mutex<Seen>,
     /// Whose pager serves the pages.
     memory: PhantomData<&'m Memory>,
+}
+
+/// How a file is opened.
+#[derive(Clone, Debug, Default)]
+pub struct OpenOptions {
+    prot: Option<Prot>,
+    memcg: Option<Arc<Memcg>>,
+}
+
+impl OpenOptions {
+    /// For reading and writing, within the whole budget.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self {
+            prot: None,
+            memcg: None,
+        }
+    }
+
+    /// For reading only: several may have it open so.
+    #[must_use]
+    pub const fn read_only(mut self) -> Self {
+        self.prot = Some(Prot::Read);
+        self
+    }
+
+    /// Its pages in RAM are charged to a group, and give way to each other when the group is at its limit (HMM-8). The group is
+    /// the same for all files that are to share it.
+    #[must_use]
+    pub fn memcg(mut self, memcg: &Arc<Memcg>) -> Self {
+        self.memcg = Some(Arc::clone(memcg));
+        self
+    }
 }
 
 impl Memory {
@@ -144,7 +181,22 @@ impl Memory {
     ///
     /// [`OpenError`].
     pub fn open(&self, path: impl AsRef<Path>) -> Result<File<'_>, OpenError> {
+        self.open_with(path, &OpenOptions::new())
+    }
+
+    /// Opens a file to be mapped.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError`].
+    pub fn open_with(
+        &self,
+        path: impl AsRef<Path>,
+        options: &OpenOptions,
+    ) -> Result<File<'_>, OpenError> {
         let path = path.as_ref();
+        let prot = options.prot.unwrap_or(Prot::ReadWrite);
+        let writes = prot == Prot::ReadWrite;
         let failed = |error| OpenError::Open {
             path: path.to_owned(),
             error,
@@ -153,17 +205,17 @@ impl Memory {
             path: path.to_owned(),
             errno,
         };
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(path)
-            .map_err(failed)?;
+        let file = fs::OpenOptions::new().read(true).write(writes).open(path);
+        let file = file.map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         if !fs::FileType::is_file(&metadata.file_type()) {
             return Err(OpenError::NotRegular(path.to_owned()));
         }
-        flock(&file, FlockOperation::NonBlockingLockExclusive)
-            .map_err(|_| OpenError::Locked(path.to_owned()))?;
+        let lock = match prot {
+            Prot::Read => FlockOperation::NonBlockingLockShared,
+            Prot::ReadWrite => FlockOperation::NonBlockingLockExclusive,
+        };
+        flock(&file, lock).map_err(|_| OpenError::Locked(path.to_owned()))?;
         let size_bytes = metadata.len();
         let most_pages = most_pages(size_bytes).ok_or_else(|| OpenError::TooLong {
             path: path.to_owned(),
@@ -179,6 +231,7 @@ impl Memory {
             ram: Arc::clone(space.inner().ram()),
             mmu: Arc::clone(&memory) as _,
             backing: Arc::new(FileBacking::new(file)),
+            memcg: options.memcg.clone(),
             size_bytes,
             most_pages,
             stats: self.stats(),
@@ -192,6 +245,7 @@ impl Memory {
             space: Arc::clone(space),
             cache,
             memory,
+            prot,
             flush_failed: Mutex::new(None),
         });
         Ok(File {
@@ -348,7 +402,8 @@ impl AddressSpace {
     /// # Errors
     ///
     /// [`MapError::BadRange`] if the range is empty, does not begin at a page, or is longer than the file may ever be;
-    /// [`MapError::Refused`] with what the machine answers.
+    /// [`MapError::Refused`] with what the machine answers, or with `EACCES` if a file that was opened for reading is to be mapped for
+    /// writing.
     pub fn map_file<'m>(
         &self,
         file: &File<'m>,
@@ -363,11 +418,18 @@ impl AddressSpace {
         }
         let pages = page(bytes.start).zip(page(bytes.end.next_multiple_of(PAGE_SIZE as u64)));
         let (first, end) = pages.ok_or(MapError::BadRange)?;
+        if prot == Prot::ReadWrite && inner.prot == Prot::Read {
+            return Err(MapError::Refused(Errno::ACCESS));
+        }
         let at = inner.memory.map(&(first..end), prot)?;
         let vma = FileVma {
             at,
             first,
             pages: end - first,
+            access: match prot {
+                Prot::Read => VmaAccess::Read,
+                Prot::ReadWrite => VmaAccess::ReadWrite,
+            },
         };
         self.inner().files().map(&inner.cache, vma);
         // INVARIANT: just mapped and entered.

@@ -27,9 +27,10 @@ pub mod shared;
 mod space;
 
 pub use device::{Device, open_backing};
-pub use file::{File, FileMapping, OpenError, SyncError, Writeback};
+pub use file::{File, FileMapping, OpenError, OpenOptions, SyncError, Writeback};
 pub use memory::{BuildError, Mapping, Memory, MemoryBuilder};
 pub use pgmap_core::hotplug::{BlockView, HotplugError};
+pub use pgmap_core::memcg::Memcg;
 pub use pgmap_core::memory_block::BlockState;
 pub use pgmap_core::sparse::BlockId;
 pub use pgmap_core::zone::{RamZone, ZoneChoice};

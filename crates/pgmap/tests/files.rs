@@ -5,8 +5,12 @@ use core::time::Duration;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
-use pgmap::{Device, File, Memory, Pin, Prot, TruncateError, Writeback};
+use pgmap::{
+    Device, File, Memcg, Memory, OpenError, OpenOptions, Pin, PinError, Prot, TruncateError,
+    Writeback,
+};
 
 const MIB: usize = 1 << 20;
 const PAGE: usize = 4096;
@@ -202,4 +206,76 @@ fn pages_of_files_leave_a_block_that_goes_off_line() {
         let more = if page.is_multiple_of(3) { 7 } else { 0 };
         assert_eq!(word(&map, page), page as u64 + more);
     }
+}
+
+/// HMM-8: the pages of a group stay within its limit, however much RAM there is, and are charged once.
+#[test]
+fn a_group_of_files_keeps_its_limit() {
+    let Some(memory) = memory() else { return };
+    let pages = 4 * MIB / PAGE;
+    let scratches = [numbered("first", pages), numbered("second", pages)];
+    let group = Arc::new(Memcg::new(128));
+    let options = OpenOptions::new().memcg(&group);
+    let files = [0, 1].map(|nth| memory.open_with(&scratches[nth].0, &options).unwrap());
+    let maps = [0, 1].map(|nth| map(&memory, &files[nth]));
+    for page in 0..pages {
+        for map in &maps {
+            assert_eq!(word(map, page), page as u64);
+            map.write(page * PAGE, &(page as u64 + 7).to_le_bytes());
+        }
+    }
+    assert_eq!(group.peak_pages(), 128);
+    assert!(group.charged_pages() > 64, "{}", group.charged_pages());
+    let cached = files[0].pages().0 + files[1].pages().0;
+    assert_eq!(group.charged_pages(), cached);
+    drop((maps, files));
+    assert_eq!(group.charged_pages(), 0);
+    for page in 0..pages {
+        assert_eq!(scratches[1].word(page), page as u64 + 7);
+    }
+}
+
+/// GUP-1: a file that is open for reading is neither mapped nor pinned to be written.
+#[test]
+fn a_read_only_file_is_only_read() {
+    let Some(memory) = memory() else { return };
+    let scratch = numbered("readonly", 64);
+    let file = memory
+        .open_with(&scratch.0, &OpenOptions::new().read_only())
+        .unwrap();
+    let whole = 0..file.len_bytes();
+    assert!(
+        memory
+            .space()
+            .map_file(&file, whole.clone(), Prot::ReadWrite)
+            .is_err()
+    );
+    let map = memory.space().map_file(&file, whole, Prot::Read).unwrap();
+    let pin = |pin: &Pin| memory.space().pin_user_pages(map.range(), pin).map(drop);
+    assert_eq!(pin(&Pin::READ), Ok(()));
+    assert!(matches!(
+        pin(&Pin::WRITE),
+        Err(PinError::NotWritable { .. })
+    ));
+    assert_eq!(word(&map, 63), 63);
+}
+
+/// GUP-4: what is written through a pin reaches the file, even if the pin is the last that anybody has of it.
+#[test]
+fn the_last_pin_writes_back() {
+    let Some(memory) = memory() else { return };
+    let scratch = numbered("last", 64);
+    let file = memory.open(&scratch.0).unwrap();
+    let map = map(&memory, &file);
+    let start = map.range().start;
+    let pins = memory
+        .space()
+        .pin_user_pages(start..start + PAGE, &Pin::WRITE)
+        .unwrap();
+    map.write(0, &77u64.to_le_bytes());
+    drop((map, file));
+    assert_eq!(scratch.word(1), 1);
+    assert!(matches!(memory.open(&scratch.0), Err(OpenError::Locked(_))));
+    drop(pins);
+    assert_eq!(scratch.word(0), 77);
 }

@@ -349,6 +349,7 @@ impl History {
             PinError::NoMemory { at } => (at, Signal::OutOfMemory),
             PinError::TooManyPins { at }
             | PinError::BeyondTheEnd { at }
+            | PinError::NotWritable { at }
             | PinError::LongTerm { at } => panic!("{at:?}: {error}"),
         };
         let page = (at.get() - self.machine.word(0, 0).get()) / PAGE_SIZE;

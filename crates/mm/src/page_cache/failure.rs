@@ -37,6 +37,7 @@ impl PageCache {
         self.mmu.free(page.0, 1);
         // Relaxed: a number that stands alone.
         self.cached.fetch_sub(1, Ordering::Relaxed);
+        self.uncharge(1);
         // What is on its way to the file may be no better.
         let lost = if cached.is_dirty() || cached.is_under_writeback() {
             self.forget_dirty(&mut cursor, page, cached);

@@ -66,7 +66,7 @@ impl PageCache {
                 self.wait_for_resize();
                 continue;
             }
-            if worker.frames.prepare(&self.ram, 1) == 0 {
+            if !self.has_room(worker) {
                 return Outcome::NoMemory;
             }
             let mapped = self.vmas.with(at, FileVma::file_pages);
@@ -75,8 +75,13 @@ impl PageCache {
         }
     }
 
+    /// Whether there is a frame for one more page, and the page's group may have it.
+    pub(super) fn has_room(&self, worker: &mut Worker) -> bool {
+        !self.is_at_limit() && worker.frames.prepare(&self.ram, 1) == 1
+    }
+
     /// Reads a page that is not in RAM into it, with those of its neighbours in `wanted` that are not either. If the file
-    /// cannot give the page, it is poisoned. The worker has a frame.
+    /// cannot give the page, it is poisoned. Nothing if somebody has taken the last room meanwhile.
     pub(super) fn read_in(
         &self,
         cursor: &mut Cursor<'_, CachePage>,
@@ -87,22 +92,27 @@ impl PageCache {
         let wanted = clip(wanted.clone(), &(0..self.size_pages()));
         let absent = |entry| entry == CachePage::Absent;
         let run = cursor.run(page.0, &wanted, absent);
-        let open = |page: &u32| !self.barrier.is_closed(*page);
-        let end = run.clone().find(|page| !open(page)).unwrap_or(run.end);
-        let run = around(
-            page.0,
-            &(run.start..end),
-            worker.frames.prepare(&self.ram, run.len()),
-        );
+        let closed = |page: &u32| self.barrier.is_closed(*page);
+        let start = (run.start..page.0).rev().find(closed);
+        let end = (page.0..run.end).find(closed);
+        let run = start.map_or(run.start, |page| page + 1)..end.unwrap_or(run.end);
+        let charged = self.charge(worker.frames.prepare(&self.ram, run.len()));
+        if charged == 0 || run.is_empty() {
+            self.uncharge(charged);
+            return;
+        }
+        let run = around(page.0, &run, charged);
         let run = if self.load(&run) {
             run
         } else if run.len() > 1 && self.load(&(page.0..page.0 + 1)) {
             page.0..page.0 + 1
         } else {
+            self.uncharge(charged);
             Stats::add(&self.stats.poisoned, 1);
             cursor.set(page, CachePage::Poisoned);
             return;
         };
+        self.uncharge(charged - run.len());
         for page in run.clone().map(PageIndex) {
             let frame = worker.frames.take();
             let owner = FilePage {

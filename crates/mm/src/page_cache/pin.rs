@@ -84,7 +84,7 @@ impl PageCache {
                 }
                 CachePage::Absent => {}
             }
-            if worker.frames.prepare(&self.ram, 1) == 0 {
+            if !self.has_room(worker) {
                 return Err(NotPinned::NoMemory);
             }
             // Who pins a page is likely to pin those behind it.

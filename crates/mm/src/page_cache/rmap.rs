@@ -17,6 +17,17 @@ pub struct FileVma {
     pub first: u32,
     /// How many pages.
     pub pages: u32,
+    /// What it allows.
+    pub access: VmaAccess,
+}
+
+/// What a mapping of a file allows.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum VmaAccess {
+    /// Loads.
+    Read,
+    /// Loads and stores.
+    ReadWrite,
 }
 
 impl FileVma {

@@ -143,5 +143,6 @@ impl PageCache {
         }
         // Relaxed: a number that stands alone.
         self.cached.fetch_sub(run.len() as u64, Ordering::Relaxed);
+        self.uncharge(run.len());
     }
 }

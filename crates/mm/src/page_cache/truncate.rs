@@ -7,13 +7,17 @@
 use core::ops::{ControlFlow, Range};
 
 use pgmap_core::addr::{PAGE_SIZE, Pfn};
+use pgmap_core::page::Frame;
 use pgmap_sync::MutexGuard;
-use pgmap_sync::atomic::Ordering;
+use pgmap_sync::atomic::{Ordering, spin_loop};
 
 use super::entry::State;
 use super::{CachePage, Cached, PageCache, pages_of};
 use crate::backing::BackingError;
 use crate::page_table::{BLOCK_PAGES, BlockIndex, Cursor, PageIndex};
+
+/// How often a page is looked at before it counts as pinned.
+const PASSING_PINS: u32 = if cfg!(any(loom, shuttle)) { 4 } else { 1000 };
 
 /// Why a file could not be cut, punched or extended. It is as it was.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -177,12 +181,8 @@ impl PageCache {
             let Some(cached) = cursor.get(PageIndex(*page)).cached() else {
                 return false;
             };
-            let frame = self.map.frame(cached.frame);
-            let free = frame.freeze(1);
-            if free {
-                frame.unfreeze(1);
-            }
-            !free
+            // Who pins a page of a closed range sees that, and lets go at once.
+            (0..PASSING_PINS).all(|_| is_pinned(self.map.frame(cached.frame)))
         })
     }
 
@@ -290,6 +290,17 @@ impl PageCache {
     pub(super) fn wait_for_resize(&self) {
         drop(self.resizing.lock());
     }
+}
+
+/// Whether somebody has a frame pinned just now, whose page's cursor the caller has.
+fn is_pinned(frame: &Frame) -> bool {
+    let free = frame.freeze(1);
+    if free {
+        frame.unfreeze(1);
+    } else {
+        spin_loop();
+    }
+    !free
 }
 
 /// The pages of which all bytes are in a range.
