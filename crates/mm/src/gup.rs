@@ -15,6 +15,7 @@ use core::panic::Location;
 
 use pgmap_core::addr::{PAGE_SIZE, Pfn, VirtAddr};
 use pgmap_core::holders::{Holder, Ticket};
+use pgmap_core::ram::{NotReplaced, Target};
 
 use crate::fault::{Access, Outcome};
 use crate::page_cache::{NotPinned, PageCache, VmaAccess};
@@ -23,7 +24,10 @@ use crate::pte::{Copy, Pte};
 use crate::reclaim::Caller;
 #[cfg(shuttle)]
 use crate::seeded_bug::{self, SeededBug};
-use crate::space::{AddressSpace, Worker};
+use crate::space::{AddressSpace, BATCH, Worker};
+
+/// How often a page that is to be pinned for long is moved, or tried to, before it is refused.
+const MOVES: u32 = 8;
 
 /// What the holder of a pin does with the page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -121,6 +125,14 @@ pub enum PinError {
         /// The first such address.
         at: VirtAddr,
     },
+    /// A page that is to be pinned for long is in ZONE_MOVABLE, and has no other place (GUP-2).
+    #[error(
+        "the page at {at:?} is in RAM that is to be such as can go off line (ZONE_MOVABLE), and no other has room for it: bring a block on line in Normal, or pin it for each transfer"
+    )]
+    Movable {
+        /// The first such address.
+        at: VirtAddr,
+    },
     /// Somebody wants to write to pages of a file for long, and writeback would never know whether they are clean (GUP-2).
     #[error(
         "the page at {at:?} is a file's: it cannot be pinned for long to be written; pin it for each transfer"
@@ -205,7 +217,8 @@ pub fn pin_user_pages(
     // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
     if space.page_at(at).is_some() {
         for nth in 0..pages {
-            let frame = space.pin_page(worker, nth_page(at, nth)?, pin.access)?;
+            let at = nth_page(at, nth)?;
+            let frame = space.pin_for(pin.term, at, || space.pin_page(worker, at, pin.access))?;
             pinned.frames.push(frame);
         }
     } else {
@@ -254,14 +267,42 @@ impl AddressSpace {
             }
             let end = vma.file_pages().end.min(first.saturating_add(pages - done));
             for page in first..end {
-                let frame = self.pin_file_page(worker, &cache, page, pin.access);
                 let at = nth_page(start, page - first)?;
-                pinned.frames.push(frame.map_err(|error| error.at(at))?);
+                let frame = self.pin_for(pin.term, at, || {
+                    let pinned = self.pin_file_page(worker, &cache, page, pin.access);
+                    pinned.map_err(|error| error.at(at))
+                })?;
+                pinned.frames.push(frame);
             }
             pinned.files.push(cache);
             done += end - first;
         }
         Ok(())
+    }
+
+    /// Pins a page, and first moves it to where it may be pinned for so long (GUP-2; `check_and_migrate_movable_pages`).
+    fn pin_for(
+        &self,
+        term: PinTerm,
+        at: VirtAddr,
+        mut pin: impl FnMut() -> Result<Pfn, PinError>,
+    ) -> Result<Pfn, PinError> {
+        for _ in 0..MOVES {
+            let frame = pin()?;
+            match term {
+                PinTerm::Short => return Ok(frame),
+                PinTerm::Long if !self.ram.is_movable(frame) => return Ok(frame),
+                PinTerm::Long => self.ram.unpin(frame),
+            }
+            match self.replace_frame(frame, Target::Unmovable) {
+                // Somebody else has it pinned: perhaps not for long.
+                Ok(()) | Err(NotReplaced::Held) => {}
+                Err(NotReplaced::Full) => {
+                    self.make_room(Caller::Reclaimer, BATCH);
+                }
+            }
+        }
+        Err(PinError::Movable { at })
     }
 
     fn pin_file_page(

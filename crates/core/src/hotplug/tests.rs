@@ -47,7 +47,7 @@ impl Migrate for Owner<'_> {
             .filter(|pfn| size.block_of(**pfn) == block)
         {
             let mut new = *pfn;
-            *pfn = match ram.replace(*pfn, |named| new = named) {
+            *pfn = match ram.replace(*pfn, Target::AnyZone, |named| new = named) {
                 Ok(()) => new,
                 Err(NotReplaced::Held) => {
                     return Err(Obstacle::Held {
@@ -66,7 +66,7 @@ impl Migrate for Owner<'_> {
     }
 }
 
-use crate::ram::NotReplaced;
+use crate::ram::{NotReplaced, Target};
 
 /// HOT-5: what goes off line cannot be had any more, what goes on line can, and what was in use stays in use.
 #[test]

@@ -350,6 +350,7 @@ impl History {
             PinError::TooManyPins { at }
             | PinError::BeyondTheEnd { at }
             | PinError::NotWritable { at }
+            | PinError::Movable { at }
             | PinError::LongTerm { at } => panic!("{at:?}: {error}"),
         };
         let page = (at.get() - self.machine.word(0, 0).get()) / PAGE_SIZE;
