@@ -81,7 +81,7 @@ pub struct Ram {
     ceiling: AtomicU64, // read and changed under `blocks`' lock
     in_use: AtomicU64, // as `capacity`
     peak: AtomicU64,   // as `capacity`
-    /// Whether any block has ever been in ZONE_MOVABLE.
+    /// Whether any block has ever been in `ZONE_MOVABLE`.
     any_movable: AtomicBool, // set under `blocks`' lock
     pub(crate) notifiers: Mutex<Vec<Arc<dyn MemoryNotifier>>>,
 }
@@ -100,7 +100,7 @@ pub enum NotReplaced {
 pub enum Target {
     /// In any block.
     AnyZone,
-    /// In a block that is not in ZONE_MOVABLE.
+    /// In a block that is not in `ZONE_MOVABLE`.
     Unmovable,
 }
 
@@ -286,7 +286,7 @@ impl Ram {
         }
     }
 
-    /// Whether a frame is in ZONE_MOVABLE, whose blocks are to be such as can go off line: who pins it for long would keep its
+    /// Whether a frame is in `ZONE_MOVABLE`, whose blocks are to be such as can go off line: who pins it for long would keep its
     /// block on line for as long (GUP-2). Where no block has ever joined that zone, this is one load.
     #[must_use]
     #[doc(alias = "is_longterm_pinnable_page")]

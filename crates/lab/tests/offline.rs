@@ -136,7 +136,7 @@ fn a_block_stays_on_line_if_its_pages_have_no_other_place() {
     machine.assert_empty();
 }
 
-/// GUP-2: who pins a page for long makes it leave ZONE_MOVABLE first, and its block can go off line while it is pinned; who pins for
+/// GUP-2: who pins a page for long makes it leave `ZONE_MOVABLE` first, and its block can go off line while it is pinned; who pins for
 /// a transfer leaves it where it is. Without room elsewhere, the pin is refused with that reason.
 #[test]
 fn a_long_pin_makes_a_page_leave_the_movable_zone() {
@@ -189,7 +189,7 @@ fn a_page_on_a_device_comes_back_before_it_is_pinned() {
     machine.assert_empty();
 }
 
-/// GUP-2: a long pin is refused where all RAM but ZONE_MOVABLE is pinned already.
+/// GUP-2: a long pin is refused where all RAM but `ZONE_MOVABLE` is pinned already.
 #[test]
 fn a_long_pin_is_refused_where_only_movable_ram_is_left() {
     let machine = machine(1000);

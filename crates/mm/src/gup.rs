@@ -14,9 +14,10 @@ use core::ops::Range;
 use core::panic::Location;
 
 use pgmap_core::addr::{PAGE_SIZE, Pfn, VirtAddr};
-use pgmap_core::holders::{Holder, Ticket};
+use pgmap_core::holders::{Holder, Ticket, Who};
 use pgmap_core::ram::{NotReplaced, Target};
 
+use crate::dax::DaxPin;
 use crate::fault::{Access, Outcome};
 use crate::page_cache::{NotPinned, PageCache, VmaAccess};
 use crate::page_table::PageIndex;
@@ -50,9 +51,9 @@ pub enum PinTerm {
 /// What is asked for when pages are pinned.
 #[derive(Clone, Debug)]
 pub struct Pin {
-    access: PinAccess,
-    term: PinTerm,
-    label: Cow<'static, str>,
+    pub(crate) access: PinAccess,
+    pub(crate) term: PinTerm,
+    pub(crate) label: Cow<'static, str>,
 }
 
 impl Pin {
@@ -125,11 +126,31 @@ pub enum PinError {
         /// The first such address.
         at: VirtAddr,
     },
-    /// A page that is to be pinned for long is in ZONE_MOVABLE, and has no other place (GUP-2).
+    /// A page that is to be pinned for long is in `ZONE_MOVABLE`, and has no other place (GUP-2).
     #[error(
         "the page at {at:?} is in RAM that is to be such as can go off line (ZONE_MOVABLE), and no other has room for it: bring a block on line in Normal, or pin it for each transfer"
     )]
     Movable {
+        /// The first such address.
+        at: VirtAddr,
+    },
+    /// Memory of a device that a file system may be on: who cuts a file there would have to wait for as long (GUP-2).
+    #[error(
+        "the page at {at:?} is memory of a device in mode fsdax, which cannot be pinned for long: pin it for each transfer, or use mode devdax"
+    )]
+    FsDax {
+        /// The first such address.
+        at: VirtAddr,
+    },
+    /// The device whose memory is mapped there is being taken away, or was.
+    #[error("the device whose memory is at {at:?} is being taken away: unmap it")]
+    DeviceLeaving {
+        /// The first such address.
+        at: VirtAddr,
+    },
+    /// Somebody is letting go of a page of a device just now.
+    #[error("somebody is letting go of the device's page at {at:?}: try again")]
+    DeviceBusy {
         /// The first such address.
         at: VirtAddr,
     },
@@ -147,12 +168,14 @@ pub enum PinError {
 ///
 /// # Invariants
 ///
-/// Each frame has one pin that belongs to this value, and is the one that its page's entry names.
+/// Each frame has one pin that belongs to this value, and is the one that its page's entry names. Those of devices are in `dax`.
 #[derive(Debug)]
 pub struct PinnedPages {
     space: Arc<AddressSpace>,
     at: VirtAddr,
+    pages: u32,
     frames: Vec<Pfn>,
+    dax: Vec<DaxPin>,
     /// The files of which they are: what is written through the pins reaches them, even if nobody else has them open any more.
     files: Vec<Arc<PageCache>>,
     ticket: Ticket,
@@ -168,7 +191,7 @@ impl PinnedPages {
     /// Pinned bytes.
     #[must_use]
     pub const fn len_bytes(&self) -> usize {
-        self.frames.len() * PAGE_SIZE
+        self.pages as usize * PAGE_SIZE
     }
 }
 
@@ -177,6 +200,7 @@ impl Drop for PinnedPages {
         for frame in &self.frames {
             self.space.ram.unpin(*frame);
         }
+        self.dax.clear();
         for file in &self.files {
             file.after_unpin();
         }
@@ -201,27 +225,34 @@ pub fn pin_user_pages(
 ) -> Result<PinnedPages, PinError> {
     let at = at.page_start();
     let end = at.get().saturating_add(pages as usize * PAGE_SIZE);
+    let site = Location::caller();
     let ticket = space.map.holders().add(Holder {
         label: pin.label.clone(),
-        site: Location::caller(),
+        site,
         since_ns: space.map.now_ns(),
         range: at.get()..end,
     });
     let mut pinned = PinnedPages {
         space: Arc::clone(space),
         at,
-        frames: Vec::with_capacity(pages as usize),
+        pages,
+        frames: Vec::new(),
+        dax: Vec::new(),
         files: Vec::new(),
         ticket,
     };
     // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
     if space.page_at(at).is_some() {
+        pinned.frames.reserve_exact(pages as usize);
         for nth in 0..pages {
             let at = nth_page(at, nth)?;
             let frame = space.pin_for(pin.term, at, || space.pin_page(worker, at, pin.access))?;
             pinned.frames.push(frame);
         }
+    } else if space.dax.at(at).is_some() {
+        space.pin_dax_pages(at, pages, pin, Who::Site(site), &mut pinned.dax)?;
     } else {
+        pinned.frames.reserve_exact(pages as usize);
         space.pin_file_pages(worker, at, pages, pin, &mut pinned)?;
     }
     Ok(pinned)
@@ -268,10 +299,8 @@ impl AddressSpace {
             let end = vma.file_pages().end.min(first.saturating_add(pages - done));
             for page in first..end {
                 let at = nth_page(start, page - first)?;
-                let frame = self.pin_for(pin.term, at, || {
-                    let pinned = self.pin_file_page(worker, &cache, page, pin.access);
-                    pinned.map_err(|error| error.at(at))
-                })?;
+                let mut pin_one = || self.pin_file_page(worker, &cache, (page, at), pin.access);
+                let frame = self.pin_for(pin.term, at, &mut pin_one)?;
                 pinned.frames.push(frame);
             }
             pinned.files.push(cache);
@@ -309,14 +338,14 @@ impl AddressSpace {
         &self,
         worker: &mut Worker,
         cache: &PageCache,
-        page: u32,
+        (page, at): (u32, VirtAddr),
         access: PinAccess,
-    ) -> Result<Pfn, NotPinned> {
+    ) -> Result<Pfn, PinError> {
         loop {
             let pinned = cache.pin(worker, page, access);
             let wants_more = pinned == Err(NotPinned::NoMemory);
             if !wants_more || self.make_room_for(cache, Caller::Reclaimer) == 0 {
-                return pinned;
+                return pinned.map_err(|error| error.at(at));
             }
         }
     }

@@ -351,6 +351,9 @@ impl History {
             | PinError::BeyondTheEnd { at }
             | PinError::NotWritable { at }
             | PinError::Movable { at }
+            | PinError::FsDax { at }
+            | PinError::DeviceLeaving { at }
+            | PinError::DeviceBusy { at }
             | PinError::LongTerm { at } => panic!("{at:?}: {error}"),
         };
         let page = (at.get() - self.machine.word(0, 0).get()) / PAGE_SIZE;
