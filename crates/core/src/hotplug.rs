@@ -353,7 +353,7 @@ impl Ram {
             let _hotplug = self.map.mem_hotplug_begin();
             let mut blocks = self.blocks.lock();
             blocks.set_state(id, BlockState::Online(zone));
-            self.grow(&blocks, range.count());
+            self.grow(&blocks, range.count(), zone);
         }
         tell(&told, Event::Online, range);
         Ok(zone)
@@ -384,7 +384,7 @@ impl Ram {
                 let _hotplug = self.map.mem_hotplug_begin();
                 let mut blocks = self.blocks.lock();
                 blocks.set_state(id, BlockState::Online(zone));
-                self.grow(&blocks, range.count());
+                self.grow(&blocks, range.count(), zone);
             }
             tell(&told, Event::CancelOffline, range);
             return Err(error);

@@ -9,6 +9,7 @@ extern crate alloc;
 
 pub mod addr;
 pub mod altmap;
+pub mod dax;
 pub mod devres;
 pub mod driver;
 pub mod holders;

@@ -179,7 +179,8 @@ impl Blocks {
         ORDER.into_iter().find_map(|zone| self.take_in(zone, map))
     }
 
-    fn take_in(&mut self, zone: RamZone, map: &MemoryMap) -> Option<Pfn> {
+    /// Takes a free frame of a block that is on line in a zone.
+    pub(crate) fn take_in(&mut self, zone: RamZone, map: &MemoryMap) -> Option<Pfn> {
         while let Some(first) = self.heads[zone as usize] {
             let block = &mut self.all[first];
             let range = block.range;

@@ -5,13 +5,14 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use pgmap_sync::Mutex;
-use pgmap_sync::atomic::{AtomicU64, Ordering};
+use pgmap_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::addr::{Pfn, PfnRange};
 use crate::hotplug::MemoryNotifier;
 use crate::memory_block::Blocks;
 use crate::memremap::MemoryMap;
 use crate::page::Put;
+use crate::zone::{RamZone, Zone};
 
 /// Frames `0..count` of a pool that are free: those never used, and a list of those given back.
 #[derive(Debug, Default)]
@@ -80,6 +81,8 @@ pub struct Ram {
     ceiling: AtomicU64, // read and changed under `blocks`' lock
     in_use: AtomicU64, // as `capacity`
     peak: AtomicU64,   // as `capacity`
+    /// Whether any block has ever been in `ZONE_MOVABLE`.
+    any_movable: AtomicBool, // set under `blocks`' lock
     pub(crate) notifiers: Mutex<Vec<Arc<dyn MemoryNotifier>>>,
 }
 
@@ -88,8 +91,17 @@ pub struct Ram {
 pub enum NotReplaced {
     /// Others hold it, or its bytes are lost: it stays (GUP-3, REF-6).
     Held,
-    /// Every block that is on line is full.
+    /// Every block that is on line, and would do, is full.
     Full,
+}
+
+/// Where the frame may be that replaces another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Target {
+    /// In any block.
+    AnyZone,
+    /// In a block that is not in `ZONE_MOVABLE`.
+    Unmovable,
 }
 
 impl Ram {
@@ -103,6 +115,7 @@ impl Ram {
             ceiling: AtomicU64::new(0),
             in_use: AtomicU64::new(0),
             peak: AtomicU64::new(0),
+            any_movable: AtomicBool::new(false),
             notifiers: Mutex::default(),
         }
     }
@@ -137,8 +150,13 @@ impl Ram {
     }
 
     /// Frames came on line, or stay there.
-    pub(crate) fn grow(&self, _locked: &Blocks, frames: u64) {
+    pub(crate) fn grow(&self, _locked: &Blocks, frames: u64, zone: RamZone) {
         self.lower_ceiling(0);
+        match zone {
+            // Relaxed: as in `is_movable`.
+            RamZone::Movable => self.any_movable.store(true, Ordering::Relaxed),
+            RamZone::Normal => {}
+        }
         // Relaxed, here and below: changed under the lock only.
         self.capacity.fetch_add(frames, Ordering::Relaxed);
     }
@@ -268,19 +286,39 @@ impl Ram {
         }
     }
 
-    /// Replaces a frame with one reference, whose block is going off line, by one of a block that is on line, which has the
-    /// owner's words from then on. The caller has the owner's lock, and names the new frame from now on.
+    /// Whether a frame is in `ZONE_MOVABLE`, whose blocks are to be such as can go off line: who pins it for long would keep its
+    /// block on line for as long (GUP-2). Where no block has ever joined that zone, this is one load.
+    #[must_use]
+    #[doc(alias = "is_longterm_pinnable_page")]
+    pub fn is_movable(&self, pfn: Pfn) -> bool {
+        // Relaxed: set under the blocks' lock, before the first frame of such a block can be had.
+        self.any_movable.load(Ordering::Relaxed)
+            && self.zone_of(pfn) == Some(Zone::Ram(RamZone::Movable))
+    }
+
+    /// Replaces a frame with one reference, whose block is going off line or is no place for it, by one of a block that is on
+    /// line and where `to` says, which has the owner's words from then on. The caller has the owner's lock; `rename` names the new frame in the owner's entry. Until
+    /// that is done the old one is claimed, so that whoever reads the entry without the lock cannot pin it (RMAP-1).
     ///
     /// # Errors
     ///
     /// [`NotReplaced`]; nothing has changed then.
-    pub fn replace(&self, old: Pfn) -> Result<Pfn, NotReplaced> {
+    pub fn replace(
+        &self,
+        old: Pfn,
+        to: Target,
+        rename: impl FnOnce(Pfn),
+    ) -> Result<(), NotReplaced> {
         let from = self.map.frame(old);
         let mut blocks = self.blocks.lock();
         if !from.freeze(1) {
             return Err(NotReplaced::Held);
         }
-        let Some(new) = blocks.take(&self.map) else {
+        let taken = match to {
+            Target::AnyZone => blocks.take(&self.map),
+            Target::Unmovable => blocks.take_in(RamZone::Normal, &self.map),
+        };
+        let Some(new) = taken else {
             from.unfreeze(1);
             return Err(NotReplaced::Full);
         };
@@ -289,10 +327,11 @@ impl Ram {
         to.set_mapping(from.mapping());
         to.set_link(from.link());
         from.set_mapping(0);
+        rename(new);
         from.unfreeze(0);
         // As many frames are in use as before.
         blocks.give(&self.map, old);
-        Ok(new)
+        Ok(())
     }
 }
 
@@ -363,7 +402,8 @@ mod tests {
         assert_eq!((frames, ram.capacity(), ram.limit()), (1024, 1024, 1024));
         let mut out = [Pfn::from_u32(0); 2000];
         assert_eq!(ram.alloc(&mut out), 1024);
-        assert_eq!(ram.replace(out[0]), Err(NotReplaced::Full));
+        let replaced = ram.replace(out[0], Target::AnyZone, |_| panic!("there is no other"));
+        assert_eq!(replaced, Err(NotReplaced::Full));
         ram.suspend_limit();
         assert_eq!(ram.alloc(&mut out[1024..]), 500);
         assert_eq!(ram.touched(1024), Some(1024..1524));

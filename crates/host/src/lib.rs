@@ -6,6 +6,7 @@
 
 pub mod affinity;
 mod area;
+pub mod dax;
 pub mod device_dax;
 pub mod event;
 pub mod fds;

@@ -12,59 +12,19 @@
 #![cfg(shuttle)]
 
 mod explore;
+mod small;
 
-use std::borrow::Cow;
 use std::sync::Arc;
 
 use explore::explore;
-use pgmap_lab::device::{self, Failure, ModelDevice};
-use pgmap_lab::machine::{Machine, Setup, Signal};
-use pgmap_lab::model::{self, ModelMmu};
-use pgmap_mm::gup::{Pin, pin_user_pages};
+use pgmap_lab::device::{self, Failure};
+use pgmap_lab::machine::{Machine, Signal};
+use pgmap_lab::model;
 use pgmap_mm::reclaim::Caller;
 use pgmap_mm::seeded_bug::{SeededBug, seed};
 use shuttle::sync::atomic::{AtomicBool, Ordering};
 use shuttle::thread;
-
-const SLOTS: u32 = 4;
-
-#[derive(Clone, Copy)]
-struct Flaws {
-    mmu: model::Flaw,
-    device: device::Flaw,
-}
-
-const SOUND: Flaws = Flaws {
-    mmu: model::Flaw::None,
-    device: device::Flaw::None,
-};
-
-/// Two frames of RAM for three pages, and `devices` devices.
-fn machine(devices: usize, flaws: Flaws) -> Arc<Machine> {
-    let machine = Machine::new(Setup {
-        pages: 64,
-        frames: 2,
-        slots: SLOTS,
-        mmu: ModelMmu::new(SLOTS, flaws.mmu),
-        devices: (0..devices)
-            .map(|_| ModelDevice::new(8, flaws.device))
-            .collect(),
-    });
-    let machine = machine.unwrap();
-    machine.space.map(3, 1).unwrap();
-    machine
-}
-
-/// Somebody who frees frames all the time, or nearly.
-fn reclaimer(machine: &Arc<Machine>) -> thread::JoinHandle<()> {
-    let machine = Arc::clone(machine);
-    thread::spawn(move || {
-        let cpu = machine.cpu();
-        for _ in 0..3 {
-            cpu.reclaim(1);
-        }
-    })
-}
+use small::{Flaws, SOUND, machine, reclaimer};
 
 /// A program finds what it stored last, however its pages come and go (FLT-2, FLT-4).
 fn faults_against_reclaim(flaws: Flaws) {
@@ -443,97 +403,6 @@ fn a_device_failure_costs_only_what_it_lost() {
 fn a_failing_device_that_completes_early_is_found() {
     let device = device::Flaw::CompletesEarly;
     explore(move || faults_against_device_failure(Flaws { device, ..SOUND }));
-}
-
-/// What a device writes to a page that `mm` knows to be pinned is what the program reads (GUP-3, RMAP-1).
-fn pins_against_take_out() {
-    let machine = machine(1, SOUND);
-    let reclaimer = reclaimer(&machine);
-    let program = {
-        let machine = Arc::clone(&machine);
-        thread::spawn(move || {
-            let mut cpu = machine.cpu();
-            for round in 1..3 {
-                assert_eq!(cpu.store(machine.word(1, 0), round), Ok(()));
-                assert_eq!(cpu.store(machine.word(2, 0), round), Ok(()));
-            }
-        })
-    };
-    let mut cpu = machine.cpu();
-    let at = machine.word(0, 0);
-    assert_eq!(cpu.store(at, 1), Ok(()));
-    let label = Cow::Borrowed("dma");
-    let pin = loop {
-        let worker = &mut cpu.worker;
-        match pin_user_pages(
-            &machine.space,
-            worker,
-            at,
-            1,
-            &Pin::WRITE.label(label.clone()),
-        ) {
-            Ok(pin) => break pin,
-            Err(_) => thread::yield_now(),
-        }
-    };
-    let dma = machine.mmu.dma(at).expect("a pinned page stays");
-    dma.store(at, 2);
-    thread::yield_now();
-    assert_eq!(machine.mmu.load(at), Ok(2), "a pinned page stays");
-    dma.store(at, 3);
-    drop(pin);
-    assert_eq!(cpu.load(at), Ok(3), "the last word stored");
-    drop(cpu);
-    program.join().unwrap();
-    reclaimer.join().unwrap();
-    machine.assert_empty();
-}
-
-#[test]
-fn pinned_pages_stay() {
-    explore(pins_against_take_out);
-}
-
-#[test]
-#[should_panic = "a pinned page stays"]
-fn a_take_out_that_ignores_pins_is_found() {
-    seed(SeededBug::TakeOutIgnoresPins);
-    explore(pins_against_take_out);
-}
-
-/// What a device writes to a page that only the machine knows to be pinned is what the program reads (GUP-3).
-fn unseen_pins_against_take_out(flaws: Flaws) {
-    let machine = machine(1, flaws);
-    let reclaimer = reclaimer(&machine);
-    let mut cpu = machine.cpu();
-    let at = machine.word(0, 0);
-    let dma = loop {
-        assert_eq!(cpu.store(at, 1), Ok(()));
-        if let Ok(dma) = machine.mmu.pin_unseen(at) {
-            break dma;
-        }
-    };
-    for page in 1..3 {
-        dma.store(at, 10 + u64::from(page));
-        assert_eq!(cpu.store(machine.word(page, 0), 1), Ok(()));
-    }
-    drop(dma);
-    assert_eq!(cpu.load(at), Ok(12), "what the device wrote");
-    drop(cpu);
-    reclaimer.join().unwrap();
-    machine.assert_empty();
-}
-
-#[test]
-fn pages_pinned_behind_our_back_stay() {
-    explore(|| unseen_pins_against_take_out(SOUND));
-}
-
-#[test]
-#[should_panic = "what the device wrote"]
-fn a_machine_that_moves_pinned_pages_is_found() {
-    let mmu = model::Flaw::TakesPinned;
-    explore(move || unseen_pins_against_take_out(Flaws { mmu, ..SOUND }));
 }
 
 /// From its announcement until it is done, a fork finds every page where the child inherits it, while others reclaim.

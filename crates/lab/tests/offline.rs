@@ -16,7 +16,7 @@ use pgmap_core::zone::ZoneChoice;
 use pgmap_lab::device::{self, ModelDevice};
 use pgmap_lab::machine::{Cpu, Machine, Setup};
 use pgmap_lab::model::{self, ModelMmu};
-use pgmap_mm::gup::{Pin, pin_user_pages};
+use pgmap_mm::gup::{Pin, PinError, pin_user_pages};
 use pgmap_mm::reclaim::Caller;
 
 const PAGES: u32 = 1600;
@@ -133,5 +133,79 @@ fn a_block_stays_on_line_if_its_pages_have_no_other_place() {
     for page in 0..900 {
         assert_eq!(cpu.load(machine.word(page, 0)), Ok(u64::from(page)));
     }
+    machine.assert_empty();
+}
+
+/// GUP-2: who pins a page for long makes it leave `ZONE_MOVABLE` first, and its block can go off line while it is pinned; who pins for
+/// a transfer leaves it where it is. Without room elsewhere, the pin is refused with that reason.
+#[test]
+fn a_long_pin_makes_a_page_leave_the_movable_zone() {
+    let machine = machine(1000);
+    let (space, ram) = (&machine.space, machine.space.ram());
+    let mut cpu = machine.cpu();
+    offline(&machine, 1).unwrap();
+    ram.online(BlockId(1), ZoneChoice::Movable).unwrap();
+    for page in 0..100 {
+        assert_eq!(cpu.store(machine.word(page, 0), u64::from(page)), Ok(()));
+    }
+    assert!(ram.used_in(BlockId(1)) >= 100, "MOVABLE is used first");
+    let at = machine.word(40, 0);
+    let short = pin_user_pages(space, &mut cpu.worker, at, 2, &Pin::READ).unwrap();
+    assert_eq!(ram.used_in(BlockId(0)), 0);
+    let long = Pin::WRITE.label("registered").long_term();
+    let refused = pin_user_pages(space, &mut cpu.worker, at, 2, &long).unwrap_err();
+    assert_eq!(
+        refused,
+        PinError::Movable { at },
+        "somebody else has it pinned"
+    );
+    drop(short);
+    let pin = pin_user_pages(space, &mut cpu.worker, at, 2, &long).unwrap();
+    assert_eq!(ram.used_in(BlockId(0)), 2);
+    offline(&machine, 1).unwrap();
+    assert_eq!(cpu.load(at), Ok(40));
+    drop(pin);
+    machine.assert_empty();
+}
+
+/// GUP-2: a page that is on a device comes back before it is pinned, for long or not.
+#[test]
+fn a_page_on_a_device_comes_back_before_it_is_pinned() {
+    let machine = machine(1000);
+    let space = &machine.space;
+    let mut cpu = machine.cpu();
+    let at = machine.word(0, 0);
+    assert_eq!(cpu.store(at, 7), Ok(()));
+    while machine.devices[0].pages() == 0 {
+        cpu.reclaim(1);
+    }
+    let long = Pin::WRITE.long_term();
+    let pin = pin_user_pages(space, &mut cpu.worker, at, 1, &long).unwrap();
+    assert_eq!(
+        (machine.devices[0].pages(), machine.mmu.load(at)),
+        (0, Ok(7))
+    );
+    drop(pin);
+    machine.assert_empty();
+}
+
+/// GUP-2: a long pin is refused where all RAM but `ZONE_MOVABLE` is pinned already.
+#[test]
+fn a_long_pin_is_refused_where_only_movable_ram_is_left() {
+    let machine = machine(1000);
+    let (space, ram) = (&machine.space, machine.space.ram());
+    let mut cpu = machine.cpu();
+    let long = Pin::WRITE.long_term();
+    let full = u32::try_from(SUBSECTION_FRAMES).unwrap();
+    let pin = pin_user_pages(space, &mut cpu.worker, machine.word(0, 0), full, &long).unwrap();
+    assert_eq!(ram.used_in(BlockId(0)), SUBSECTION_FRAMES);
+    offline(&machine, 1).unwrap();
+    ram.online(BlockId(1), ZoneChoice::Movable).unwrap();
+    let at = machine.word(full, 0);
+    let refused = pin_user_pages(space, &mut cpu.worker, at, 1, &long).unwrap_err();
+    assert_eq!(refused, PinError::Movable { at });
+    assert!(pin_user_pages(space, &mut cpu.worker, at, 1, &Pin::WRITE).is_ok());
+    drop(pin);
+    assert!(pin_user_pages(space, &mut cpu.worker, at, 1, &long).is_ok());
     machine.assert_empty();
 }

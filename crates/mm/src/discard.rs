@@ -5,13 +5,19 @@
 
 use core::ops::Range;
 
-use pgmap_core::addr::{Pfn, VirtAddr};
+use pgmap_core::addr::{PAGE_SIZE, Pfn, VirtAddr};
+use pgmap_sync::atomic::spin_loop;
 
 use crate::mmu::Slot;
 use crate::page_table::{BLOCK_PAGES, BlockIndex, Cursor, PageIndex};
 use crate::pte::{Copy, Pte};
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 use crate::space::AddressSpace;
 use crate::stats::Stats;
+
+/// How often a discard looks again at a page whose frame is held, and by nobody who says so: for some milliseconds.
+const TRIES: u32 = 100_000;
 
 /// A page that somebody has pinned: it cannot be discarded now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
@@ -32,7 +38,7 @@ impl AddressSpace {
             return Ok(());
         };
         let end = first.0.saturating_add(pages).min(self.table.pages());
-        let mut next = first;
+        let (mut next, mut tries) = (first, 0);
         while next.0 < end {
             // What was never used has nothing to drop, however large it is.
             let Some(block) = self.table.next_used(next.block()) else {
@@ -43,7 +49,17 @@ impl AddressSpace {
                 break;
             }
             next = PageIndex(block.pages().end.min(end));
-            self.discard_in_block(block, start, next.0)?;
+            let reached = self.discard_in_block(block, start, next.0)?;
+            if reached < next.0 {
+                // Somebody has pinned the frame for another page that had it before, and is about to find that out.
+                next = PageIndex(reached);
+                tries += 1;
+                spin_loop();
+            }
+            if tries > TRIES {
+                let at = self.table.address(next);
+                return Err(Pinned { at });
+            }
         }
         Ok(())
     }
@@ -72,12 +88,11 @@ impl AddressSpace {
         Some(range)
     }
 
-    fn discard_in_block(&self, block: BlockIndex, start: u32, end: u32) -> Result<(), Pinned> {
+    /// Drops pages of a block. Answers where to go on: before the end if a page's frame is held, and not for that page.
+    fn discard_in_block(&self, block: BlockIndex, start: u32, end: u32) -> Result<u32, Pinned> {
         let mut cursor = self.table.lock(block);
-        let pinned = (start..end).find(|page| match cursor.get(PageIndex(*page)) {
-            Pte::Present { frame, .. } => self.map.frame(frame).is_pinned(),
-            Pte::None | Pte::Staged { .. } | Pte::Device { .. } | Pte::Poisoned => false,
-        });
+        // Nobody can pin what is claimed, until the entries say that the pages are gone (RMAP-1).
+        let pinned = (start..end).find(|page| !self.claim_mapped(cursor.get(PageIndex(*page))));
         let end = pinned.unwrap_or(end);
         let mut frames = [Pfn::from_u32(0); BLOCK_PAGES as usize];
         let (mut freed, mut mapped) = (0, false);
@@ -95,12 +110,37 @@ impl AddressSpace {
         // Only now does nobody map the frames any more.
         self.ram.free(&frames[..freed]);
         Stats::add(&self.stats.pages_discarded, freed as u64);
-        match pinned {
-            Some(page) => Err(Pinned {
-                at: self.table.address(PageIndex(page)),
-            }),
-            None => Ok(()),
+        drop(cursor);
+        match pinned.map(|page| self.table.address(PageIndex(page))) {
+            Some(at) if self.is_held(at) => Err(Pinned { at }),
+            Some(_) | None => Ok(end),
         }
+    }
+
+    /// Whether somebody says that he has pinned the page at an address: before he does, and until he has let go.
+    fn is_held(&self, at: VirtAddr) -> bool {
+        !self.holders(&(at.get()..at.get() + PAGE_SIZE)).is_empty()
+    }
+
+    /// Claims the frame of a page that is mapped. False if it is pinned. Nobody pins what is not mapped.
+    fn claim_mapped(&self, pte: Pte) -> bool {
+        let Pte::Present { frame, .. } = pte else {
+            return true;
+        };
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::DiscardClaimsNothing) {
+            return !self.map.frame(frame).is_pinned();
+        }
+        self.map.frame(frame).freeze(1)
+    }
+
+    /// Ends a claim, after the entry has been emptied.
+    fn end_mapped_claim(&self, frame: Pfn) {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::DiscardClaimsNothing) {
+            return;
+        }
+        self.map.frame(frame).unfreeze(1);
     }
 
     /// Empties one entry. Answers the frame that accounted for the page.
@@ -113,6 +153,7 @@ impl AddressSpace {
             Pte::None | Pte::Poisoned => None,
             Pte::Present { frame, copy, .. } => {
                 self.forget_frame(frame, copy);
+                self.end_mapped_claim(frame);
                 Some(frame)
             }
             Pte::Staged { frame, copy } => {

@@ -1,8 +1,10 @@
 //! Pins: pages that stay where they are, for as long as somebody's DMA may use them.
 //!
-//! A pin is counted on the frame. Pages of anonymous memory are pinned under the cursor of the page, and reclaim and discard
-//! look at the count under the same cursor, so a pin cannot slip in between their check and their act (RMAP-1); those of files
-//! are pinned without it, and whoever wants such a page to himself claims its frame.
+//! A pin is counted on the frame. A page that is there is pinned without a lock: its entry is read, its frame pinned, and the
+//! entry read again. Whoever takes a page out, drops it or gives it another frame *claims* the frame first
+//! ([`Frame::freeze`](pgmap_core::page::Frame::freeze)), which fails while anybody has it pinned, and ends the claim after the
+//! entry says what became of the page: so a pin comes before the claim, or finds another entry (RMAP-1). What is not there is
+//! brought in by the fault path, and pinned under the cursor.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -12,14 +14,21 @@ use core::ops::Range;
 use core::panic::Location;
 
 use pgmap_core::addr::{PAGE_SIZE, Pfn, VirtAddr};
-use pgmap_core::holders::{Holder, Ticket};
+use pgmap_core::holders::{Holder, Ticket, Who};
+use pgmap_core::ram::{NotReplaced, Target};
 
+use crate::dax::DaxPin;
 use crate::fault::{Access, Outcome};
 use crate::page_cache::{NotPinned, PageCache, VmaAccess};
 use crate::page_table::PageIndex;
-use crate::pte::Pte;
+use crate::pte::{Copy, Pte};
 use crate::reclaim::Caller;
-use crate::space::{AddressSpace, Worker};
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
+use crate::space::{AddressSpace, BATCH, Worker};
+
+/// How often a page that is to be pinned for long is moved, or tried to, before it is refused.
+const MOVES: u32 = 8;
 
 /// What the holder of a pin does with the page.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -42,9 +51,9 @@ pub enum PinTerm {
 /// What is asked for when pages are pinned.
 #[derive(Clone, Debug)]
 pub struct Pin {
-    access: PinAccess,
-    term: PinTerm,
-    label: Cow<'static, str>,
+    pub(crate) access: PinAccess,
+    pub(crate) term: PinTerm,
+    pub(crate) label: Cow<'static, str>,
 }
 
 impl Pin {
@@ -117,6 +126,34 @@ pub enum PinError {
         /// The first such address.
         at: VirtAddr,
     },
+    /// A page that is to be pinned for long is in `ZONE_MOVABLE`, and has no other place (GUP-2).
+    #[error(
+        "the page at {at:?} is in RAM that is to be such as can go off line (ZONE_MOVABLE), and no other has room for it: bring a block on line in Normal, or pin it for each transfer"
+    )]
+    Movable {
+        /// The first such address.
+        at: VirtAddr,
+    },
+    /// Memory of a device that a file system may be on: who cuts a file there would have to wait for as long (GUP-2).
+    #[error(
+        "the page at {at:?} is memory of a device in mode fsdax, which cannot be pinned for long: pin it for each transfer, or use mode devdax"
+    )]
+    FsDax {
+        /// The first such address.
+        at: VirtAddr,
+    },
+    /// The device whose memory is mapped there is being taken away, or was.
+    #[error("the device whose memory is at {at:?} is being taken away: unmap it")]
+    DeviceLeaving {
+        /// The first such address.
+        at: VirtAddr,
+    },
+    /// Somebody is letting go of a page of a device just now.
+    #[error("somebody is letting go of the device's page at {at:?}: try again")]
+    DeviceBusy {
+        /// The first such address.
+        at: VirtAddr,
+    },
     /// Somebody wants to write to pages of a file for long, and writeback would never know whether they are clean (GUP-2).
     #[error(
         "the page at {at:?} is a file's: it cannot be pinned for long to be written; pin it for each transfer"
@@ -134,20 +171,24 @@ pub enum Whose {
     Anonymous,
     /// Pages of files: nobody has references to their bytes.
     File,
+    /// Pages of a device: nobody has references to their bytes.
+    Device,
 }
 
 /// Pages that stay where they are until this is dropped.
 ///
 /// # Invariants
 ///
-/// Each frame has one pin that belongs to this value, and is the one that its page's entry names.
+/// Each frame has one pin that belongs to this value, and is the one that its page's entry names. Those of devices are in `dax`.
 #[derive(Debug)]
 pub struct PinnedPages {
     space: Arc<AddressSpace>,
     at: VirtAddr,
+    pages: u32,
     frames: Vec<Pfn>,
     access: PinAccess,
     whose: Whose,
+    dax: Vec<DaxPin>,
     /// The files of which they are: what is written through the pins reaches them, even if nobody else has them open any more.
     files: Vec<Arc<PageCache>>,
     ticket: Ticket,
@@ -176,7 +217,7 @@ impl PinnedPages {
     /// Pinned bytes.
     #[must_use]
     pub const fn len_bytes(&self) -> usize {
-        self.frames.len() * PAGE_SIZE
+        self.pages as usize * PAGE_SIZE
     }
 }
 
@@ -185,6 +226,7 @@ impl Drop for PinnedPages {
         for frame in &self.frames {
             self.space.ram.unpin(*frame);
         }
+        self.dax.clear();
         for file in &self.files {
             file.after_unpin();
         }
@@ -209,34 +251,48 @@ pub fn pin_user_pages(
 ) -> Result<PinnedPages, PinError> {
     let at = at.page_start();
     let end = at.get().saturating_add(pages as usize * PAGE_SIZE);
+    let site = Location::caller();
     let ticket = space.map.holders().add(Holder {
         label: pin.label.clone(),
-        site: Location::caller(),
+        site,
         since_ns: space.map.now_ns(),
         range: at.get()..end,
     });
-    let whose = match space.page_at(at) {
-        Some(_) => Whose::Anonymous,
-        None => Whose::File,
+    let whose = if space.page_at(at).is_some() {
+        Whose::Anonymous
+    } else if space.dax.at(at).is_some() {
+        Whose::Device
+    } else {
+        Whose::File
     };
     let mut pinned = PinnedPages {
         space: Arc::clone(space),
         at,
-        frames: Vec::with_capacity(pages as usize),
+        pages,
+        frames: Vec::new(),
         access: pin.access,
         whose,
+        dax: Vec::new(),
         files: Vec::new(),
         ticket,
     };
     // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
     match whose {
         Whose::Anonymous => {
+            pinned.frames.reserve_exact(pages as usize);
             for nth in 0..pages {
-                let frame = space.pin_page(worker, nth_page(at, nth)?, pin.access)?;
-                pinned.frames.push(frame);
+                let at = nth_page(at, nth)?;
+                let pin_page = || space.pin_page(worker, at, pin.access);
+                pinned.frames.push(space.pin_for(pin.term, at, pin_page)?);
             }
         }
-        Whose::File => space.pin_file_pages(worker, at, pages, pin, &mut pinned)?,
+        Whose::Device => {
+            space.pin_dax_pages(at, pages, pin, Who::Site(site), &mut pinned.dax)?;
+        }
+        Whose::File => {
+            pinned.frames.reserve_exact(pages as usize);
+            space.pin_file_pages(worker, at, pages, pin, &mut pinned)?;
+        }
     }
     Ok(pinned)
 }
@@ -281,9 +337,10 @@ impl AddressSpace {
             }
             let end = vma.file_pages().end.min(first.saturating_add(pages - done));
             for page in first..end {
-                let frame = self.pin_file_page(worker, &cache, page, pin.access);
                 let at = nth_page(start, page - first)?;
-                pinned.frames.push(frame.map_err(|error| error.at(at))?);
+                let mut pin_one = || self.pin_file_page(worker, &cache, (page, at), pin.access);
+                let frame = self.pin_for(pin.term, at, &mut pin_one)?;
+                pinned.frames.push(frame);
             }
             pinned.files.push(cache);
             done += end - first;
@@ -291,18 +348,43 @@ impl AddressSpace {
         Ok(())
     }
 
+    /// Pins a page, and first moves it to where it may be pinned for so long (GUP-2; `check_and_migrate_movable_pages`).
+    fn pin_for(
+        &self,
+        term: PinTerm,
+        at: VirtAddr,
+        mut pin: impl FnMut() -> Result<Pfn, PinError>,
+    ) -> Result<Pfn, PinError> {
+        for _ in 0..MOVES {
+            let frame = pin()?;
+            match term {
+                PinTerm::Short => return Ok(frame),
+                PinTerm::Long if !self.ram.is_movable(frame) => return Ok(frame),
+                PinTerm::Long => self.ram.unpin(frame),
+            }
+            match self.replace_frame(frame, Target::Unmovable) {
+                // Somebody else has it pinned: perhaps not for long.
+                Ok(()) | Err(NotReplaced::Held) => {}
+                Err(NotReplaced::Full) => {
+                    self.make_room(Caller::Reclaimer, BATCH);
+                }
+            }
+        }
+        Err(PinError::Movable { at })
+    }
+
     fn pin_file_page(
         &self,
         worker: &mut Worker,
         cache: &PageCache,
-        page: u32,
+        (page, at): (u32, VirtAddr),
         access: PinAccess,
-    ) -> Result<Pfn, NotPinned> {
+    ) -> Result<Pfn, PinError> {
         loop {
             let pinned = cache.pin(worker, page, access);
             let wants_more = pinned == Err(NotPinned::NoMemory);
             if !wants_more || self.make_room_for(cache, Caller::Reclaimer) == 0 {
-                return pinned;
+                return pinned.map_err(|error| error.at(at));
             }
         }
     }
@@ -315,6 +397,9 @@ impl AddressSpace {
     ) -> Result<Pfn, PinError> {
         let page = self.page_at(at).ok_or(PinError::BadAddress { at })?;
         loop {
+            if let Some(frame) = self.pin_fast(page, access) {
+                return Ok(frame);
+            }
             if let Some(frame) = self.try_pin_page(page, at, access)? {
                 return Ok(frame);
             }
@@ -330,7 +415,27 @@ impl AddressSpace {
         }
     }
 
-    /// Pins a page that is there; `None` if it has to be brought in first.
+    /// Pins a page that is there, without a lock; `None` if that takes more.
+    fn pin_fast(&self, page: PageIndex, access: PinAccess) -> Option<Pfn> {
+        let frame = may_pin(self.table.peek(page), access)?;
+        self.map.frame(frame).try_pin().ok()?;
+        // From here on nobody can claim the frame, and what was done under a claim before we see.
+        if self.is_same(page, access, frame) {
+            return Some(frame);
+        }
+        self.ram.unpin(frame);
+        None
+    }
+
+    fn is_same(&self, page: PageIndex, access: PinAccess, frame: Pfn) -> bool {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::PinLooksOnce) {
+            return true;
+        }
+        may_pin(self.table.peek(page), access) == Some(frame)
+    }
+
+    /// Pins a page that is there, under its cursor; `None` if it has to be brought in first.
     fn try_pin_page(
         &self,
         page: PageIndex,
@@ -351,6 +456,28 @@ impl AddressSpace {
             Pte::Poisoned => Err(PinError::Poisoned { at }),
             Pte::None | Pte::Staged { .. } | Pte::Device { .. } => Ok(None),
         }
+    }
+}
+
+/// The frame of an entry that can be pinned as it is: somebody who writes must leave no clean copy behind (GUP-4).
+const fn may_pin(pte: Pte, access: PinAccess) -> Option<Pfn> {
+    match (pte, access) {
+        (Pte::Present { frame, .. }, PinAccess::Read)
+        | (
+            Pte::Present {
+                frame,
+                copy: Copy::None,
+                ..
+            },
+            PinAccess::Write,
+        ) => Some(frame),
+        (
+            Pte::Present {
+                copy: Copy::Kept, ..
+            },
+            PinAccess::Write,
+        )
+        | (Pte::None | Pte::Staged { .. } | Pte::Device { .. } | Pte::Poisoned, _) => None,
     }
 }
 

@@ -9,6 +9,7 @@
 extern crate alloc;
 
 pub mod backing;
+pub mod dax;
 pub mod devices;
 pub mod discard;
 pub mod errseq;

@@ -9,7 +9,7 @@ use core::ops::ControlFlow;
 
 use pgmap_core::addr::{PAGE_SIZE, Pfn, VirtAddr};
 use pgmap_core::hotplug::{HotplugError, Migrate, Obstacle};
-use pgmap_core::ram::{NotReplaced, Ram};
+use pgmap_core::ram::{NotReplaced, Ram, Target};
 use pgmap_core::sparse::BlockId;
 
 use crate::page_cache::FilePage;
@@ -62,7 +62,7 @@ impl AddressSpace {
     fn replace_frames(&self, block: BlockId) -> Option<Obstacle> {
         let mut obstacle = None;
         for pfn in self.ram.touched_in(block).filter_map(Pfn::new) {
-            match self.replace_frame(pfn) {
+            match self.replace_frame(pfn, Target::AnyZone) {
                 Ok(()) => {}
                 Err(NotReplaced::Held) => {
                     obstacle.get_or_insert_with(|| self.held(pfn));
@@ -77,7 +77,7 @@ impl AddressSpace {
     }
 
     /// Replaces a frame if a page's entry names it.
-    fn replace_frame(&self, pfn: Pfn) -> Result<(), NotReplaced> {
+    pub(crate) fn replace_frame(&self, pfn: Pfn, to: Target) -> Result<(), NotReplaced> {
         let frame = self.map.frame(pfn);
         if frame.refs() == 0 {
             // Free, unless its owner has let go and a pin has not.
@@ -89,7 +89,7 @@ impl AddressSpace {
         }
         if let Some(FilePage { file, page }) = FilePage::from_word(frame.mapping()) {
             let cache = self.files.of(file);
-            return cache.map_or(Ok(()), |cache| cache.replace_frame(page, pfn));
+            return cache.map_or(Ok(()), |cache| cache.replace_frame(page, pfn, to));
         }
         let mapping = frame.mapping().checked_sub(1);
         let Some(page) = mapping.and_then(|page| u32::try_from(page).ok()) else {
@@ -99,26 +99,22 @@ impl AddressSpace {
         let page = PageIndex(page);
         // The frame may be another page's by now, or nobody's: the entry tells.
         let mut cursor = self.table.lock(page.block());
-        let renamed = match cursor.get(page) {
-            Pte::Present { frame, heat, copy } if frame == pfn => {
-                let frame = self.replace(pfn)?;
-                Pte::Present { frame, heat, copy }
-            }
-            Pte::Staged { frame, copy } if frame == pfn => {
-                let frame = self.replace(pfn)?;
-                Pte::Staged { frame, copy }
-            }
+        match cursor.get(page) {
+            Pte::Present { frame, heat, copy } if frame == pfn => self.replace(pfn, to, |frame| {
+                cursor.set(page, Pte::Present { frame, heat, copy });
+            }),
+            Pte::Staged { frame, copy } if frame == pfn => self.replace(pfn, to, |frame| {
+                cursor.set(page, Pte::Staged { frame, copy });
+            }),
             Pte::None
             | Pte::Present { .. }
             | Pte::Staged { .. }
             | Pte::Device { .. }
-            | Pte::Poisoned => return Ok(()),
-        };
-        cursor.set(page, renamed);
-        Ok(())
+            | Pte::Poisoned => Ok(()),
+        }
     }
 
-    fn replace(&self, old: Pfn) -> Result<Pfn, NotReplaced> {
+    fn replace(&self, old: Pfn, to: Target, rename: impl FnOnce(Pfn)) -> Result<(), NotReplaced> {
         #[cfg(shuttle)]
         if seeded_bug::has(SeededBug::ReplaceIgnoresPins) && self.map.frame(old).is_pinned() {
             let mut new = [old];
@@ -126,15 +122,17 @@ impl AddressSpace {
             self.map
                 .frame(new[0])
                 .set_mapping(self.map.frame(old).mapping());
+            rename(new[0]);
             self.ram.free(&[old]);
-            return Ok(new[0]);
+            return Ok(());
         }
-        let new = self.ram.replace(old)?;
-        #[cfg(shuttle)]
-        if seeded_bug::has(SeededBug::ReplaceForgetsTheSlot) {
-            self.map.frame(new).set_link(0);
-        }
-        Ok(new)
+        self.ram.replace(old, to, |new| {
+            #[cfg(shuttle)]
+            if seeded_bug::has(SeededBug::ReplaceForgetsTheSlot) {
+                self.map.frame(new).set_link(0);
+            }
+            rename(new);
+        })
     }
 
     /// An address of the page in a frame.

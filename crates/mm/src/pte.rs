@@ -103,6 +103,15 @@ impl Entry for Pte {
 }
 
 impl Pte {
+    /// The frame of RAM that accounts for the page, if it is in RAM.
+    #[must_use]
+    pub const fn frame(self) -> Option<Pfn> {
+        match self {
+            Self::Present { frame, .. } | Self::Staged { frame, .. } => Some(frame),
+            Self::None | Self::Device { .. } | Self::Poisoned => None,
+        }
+    }
+
     /// The entry as the page table stores it.
     #[must_use]
     pub const fn to_word(self) -> u64 {

@@ -143,7 +143,15 @@ impl AddressSpace {
                 next += 1;
                 continue;
             }
-            let (done, stop) = self.take_out_run(&mut cursor, run.start, run.end - run.start);
+            let claimed = self.claim(&cursor, run.clone());
+            if claimed == 0 {
+                // Somebody was quicker, and pins it.
+                stays = true;
+                next += 1;
+                continue;
+            }
+            let (done, stop) = self.take_out_run(&mut cursor, run.start, claimed);
+            self.end_claim(&cursor, run.start..run.start + claimed);
             taken += done as usize;
             next += done;
             stays |= next < run.end;
@@ -177,7 +185,38 @@ impl AddressSpace {
         forking > 0
     }
 
-    /// Moves up to `count` pages into staging. Says how many, and why not all: [`Stop::NoMemory`] if staging is full.
+    /// Claims the frames of pages that are mapped, up to the first that is pinned: whoever wants to pin one from here on waits
+    /// for the cursor, and finds the entry changed (RMAP-1). Says how many.
+    fn claim(&self, cursor: &Cursor<'_>, pages: Range<u32>) -> u32 {
+        #[cfg(shuttle)]
+        if Self::claims_nothing() {
+            return pages.end - pages.start;
+        }
+        let end = pages.clone().find(|page| {
+            let frame = cursor.get(PageIndex(*page)).frame();
+            !frame.is_some_and(|frame| self.map.frame(frame).freeze(1))
+        });
+        end.unwrap_or(pages.end) - pages.start
+    }
+
+    /// Ends the claim on pages that are in RAM, after their entries say what became of them.
+    fn end_claim(&self, cursor: &Cursor<'_>, pages: Range<u32>) {
+        #[cfg(shuttle)]
+        if Self::claims_nothing() {
+            return;
+        }
+        for frame in pages.filter_map(|page| cursor.get(PageIndex(page)).frame()) {
+            self.map.frame(frame).unfreeze(1);
+        }
+    }
+
+    #[cfg(shuttle)]
+    fn claims_nothing() -> bool {
+        seeded_bug::has(SeededBug::TakeOutIgnoresPins)
+            || seeded_bug::has(SeededBug::TakeOutClaimsNothing)
+    }
+
+    /// Moves up to `count` pages, whose frames are claimed, into staging. Says how many, and why not all: [`Stop::NoMemory`] if staging is full.
     fn take_out_run(&self, cursor: &mut Cursor<'_>, start: u32, count: u32) -> (u32, Option<Stop>) {
         let Some((first, slots)) = self.staging.reserve(count) else {
             return (0, Some(Stop::NoMemory));

@@ -14,6 +14,12 @@ pub enum SeededBug {
     CommitIgnoresTheKill,
     /// A page's pins are not looked at before it is taken out (GUP-3).
     TakeOutIgnoresPins,
+    /// A page's pins are looked at before it is taken out, and its frame is not claimed (RMAP-1, `unmap-check-then-act`).
+    TakeOutClaimsNothing,
+    /// A page's pins are looked at before it is discarded, and its frame is not claimed (RMAP-1).
+    DiscardClaimsNothing,
+    /// A pin without the lock does not look at the entry again (RMAP-1).
+    PinLooksOnce,
     /// A pinned page's frame is replaced, and the pin holds the old one (HOT-4).
     ReplaceIgnoresPins,
     /// A staged page whose frame is replaced loses its slot (HOT-4).

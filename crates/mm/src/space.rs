@@ -13,6 +13,7 @@ use pgmap_core::ram::Ram;
 use pgmap_sync::Mutex;
 use pgmap_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::dax::DaxVmas;
 use crate::devices::Devices;
 use crate::files::Files;
 use crate::mmu::Mmu;
@@ -68,6 +69,7 @@ pub struct AddressSpace {
     pub(crate) staging: Staging,
     pub(crate) areas: Mutex<Areas>,
     pub(crate) files: Files,
+    pub(crate) dax: DaxVmas,
     pub(crate) stats: &'static Stats,
     /// The most pages that wait in staging by choice; the rest of the slots is for those being stored.
     pub(crate) inactive_most: u32,
@@ -104,6 +106,7 @@ impl AddressSpace {
                 taken: Vmas::new(parts.pages),
             }),
             files: Files::default(),
+            dax: DaxVmas::default(),
             stats: parts.stats,
             inactive_most: parts.slots / 2,
             forked: AtomicBool::new(false),

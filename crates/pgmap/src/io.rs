@@ -101,7 +101,7 @@ impl Ring {
     /// [`RegisterError::Anonymous`].
     pub fn register(&self, pins: PinnedPages) -> Result<Buffer<'static>, RegisterError> {
         match pins.whose() {
-            Whose::File => Ok(self.buffer(pins, None)),
+            Whose::File | Whose::Device => Ok(self.buffer(pins, None)),
             Whose::Anonymous => Err(RegisterError::Anonymous),
         }
     }

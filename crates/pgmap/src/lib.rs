@@ -17,6 +17,7 @@
 
 mod blocks;
 mod budget;
+mod dax;
 mod device;
 mod file;
 mod flusher;
@@ -28,6 +29,7 @@ pub mod run;
 pub mod shared;
 mod space;
 
+pub use dax::{DaxMapping, MapDaxError};
 pub use device::{Device, open_backing};
 pub use file::{File, FileMapping, OpenError, OpenOptions, SyncError, Writeback};
 pub use memory::{BuildError, Mapping, Memory, MemoryBuilder};
@@ -39,6 +41,7 @@ pub use pgmap_core::sparse::BlockId;
 pub use pgmap_core::zone::{RamZone, ZoneChoice};
 pub use pgmap_drivers::compressed::Algorithm;
 pub use pgmap_drivers::file::FileDevice;
+pub use pgmap_drivers::pmem;
 pub use pgmap_drivers::spec;
 pub use pgmap_host::file_memory::Prot;
 pub use pgmap_host::probe;

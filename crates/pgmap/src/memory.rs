@@ -216,6 +216,13 @@ impl Memory {
         &self.space
     }
 
+    /// All frames: of the RAM, of the devices, and of whatever else is given frames there, such as a namespace that is bound
+    /// ([`pmem::Region::bind`](pgmap_drivers::pmem::Region::bind)).
+    #[must_use]
+    pub fn map_of_frames(&self) -> &Arc<MemoryMap> {
+        self.space.inner().map_of_frames()
+    }
+
     pub(crate) const fn pager(&self) -> &Arc<Pager> {
         &self.pager
     }

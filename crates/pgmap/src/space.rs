@@ -57,8 +57,8 @@ pub struct AddressSpace {
     mmu: Arc<HostMmu>,
     /// Addresses at which the program has mapped something else: they are the kernel's, for ever.
     given_away: Mutex<Vmas>,
-    /// For the next thread that pins.
-    spare_worker: Mutex<Option<Worker>>,
+    /// For the next threads that pin: as many as ever did at once.
+    spare_workers: Mutex<Vec<Worker>>,
     /// Forks that are announced and not done.
     announced: Mutex<u32>,
     /// The most bytes that one mapping may have.
@@ -78,7 +78,7 @@ impl AddressSpace {
             inner,
             mmu,
             given_away: Mutex::new(Vmas::new(pages)),
-            spare_worker: Mutex::new(None),
+            spare_workers: Mutex::default(),
             announced: Mutex::new(0),
             most_bytes: AtomicU64::new(most_bytes),
             lingering: Mutex::new(Vec::new()),
@@ -393,7 +393,10 @@ impl AddressSpace {
         let mut worker = self.take_worker();
         let pinned = loop {
             let pinned = pin_user_pages(&self.inner, &mut worker, start, pages, pin);
-            let short = matches!(pinned, Err(PinError::NoMemory { .. }));
+            let short = matches!(
+                pinned,
+                Err(PinError::NoMemory { .. } | PinError::Movable { .. })
+            );
             if !short || !could_be_had || began.elapsed() >= PIN_PATIENCE {
                 break pinned;
             }
@@ -404,17 +407,15 @@ impl AddressSpace {
         pinned
     }
 
-    /// The last worker that was used, if nobody else has it.
+    /// A worker that nobody uses.
     pub(crate) fn take_worker(&self) -> Worker {
-        let spare = self.spare_worker.lock().take();
+        let spare = self.spare_workers.lock().pop();
         spare.unwrap_or_default()
     }
 
-    /// Keeps a worker for the next thread.
+    /// Keeps a worker for the next thread: making one costs more than most pins.
     pub(crate) fn keep_worker(&self, worker: Worker) {
-        let before = self.spare_worker.lock().replace(worker);
-        // Not under the lock.
-        drop(before);
+        self.spare_workers.lock().push(worker);
     }
 
     /// Keeps a mapping of a file until its pins have ended.

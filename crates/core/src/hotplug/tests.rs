@@ -46,8 +46,9 @@ impl Migrate for Owner<'_> {
             .iter_mut()
             .filter(|pfn| size.block_of(**pfn) == block)
         {
-            *pfn = match ram.replace(*pfn) {
-                Ok(new) => new,
+            let mut new = *pfn;
+            *pfn = match ram.replace(*pfn, Target::AnyZone, |named| new = named) {
+                Ok(()) => new,
                 Err(NotReplaced::Held) => {
                     return Err(Obstacle::Held {
                         pfn: *pfn,
@@ -65,7 +66,7 @@ impl Migrate for Owner<'_> {
     }
 }
 
-use crate::ram::NotReplaced;
+use crate::ram::{NotReplaced, Target};
 
 /// HOT-5: what goes off line cannot be had any more, what goes on line can, and what was in use stays in use.
 #[test]

@@ -8,6 +8,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use pgmap_core::addr::{PAGE_SIZE, Pfn, PfnRange};
+use pgmap_core::dax::{DaxDevice, DaxError};
 use pgmap_core::holders::{FrameHolder, FrameTicket, Who};
 use pgmap_core::memremap::{DevPagemap, HeldPages, Hold, MemoryMap, PageError, PgmapGuard};
 use pgmap_sync::{Mutex, PercpuRef};
@@ -141,15 +142,25 @@ impl Pmem {
         bytes: Range<u64>,
         client: Client,
     ) -> Result<PinGuard, AccessError> {
-        let dax = self.dax.as_ref().ok_or(AccessError::NoFrames)?;
-        let frames = self.frames_of(&bytes, Align::Page)?;
-        let held = dax.hold(frames, Hold::Pin, client)?;
-        // Looked at while it is held: what is not lost now is pinned.
-        self.whole(&bytes)?;
+        let held = self.pin_for(&bytes, client.label, Who::Process(client.pid))?;
         Ok(PinGuard {
             held,
             _pmem: Arc::clone(self),
         })
+    }
+
+    fn pin_for(
+        &self,
+        bytes: &Range<u64>,
+        label: Cow<'static, str>,
+        who: Who,
+    ) -> Result<HeldPages, AccessError> {
+        let dax = self.dax.as_ref().ok_or(AccessError::NoFrames)?;
+        let frames = self.frames_of(bytes, Align::Page)?;
+        let held = dax.hold(frames, Hold::Pin, label, who)?;
+        // Looked at while it is held: what is not lost now is pinned.
+        self.whole(bytes)?;
+        Ok(held)
     }
 
     /// Lets a client map bytes: it gets the guard's descriptor, and says when it has unmapped by dropping the guard.
@@ -178,7 +189,8 @@ impl Pmem {
                 huge.is_some(),
             ),
             Storage::Medium => {
-                let held = dax.hold(frames, Hold::Reference, client)?;
+                let who = Who::Process(client.pid);
+                let held = dax.hold(frames, Hold::Reference, client.label, who)?;
                 (Stake::Frames { _held: held }, true)
             }
         };
@@ -248,12 +260,43 @@ impl Pmem {
     }
 }
 
+impl DaxDevice for Pmem {
+    fn pagemap(&self) -> Option<&DevPagemap> {
+        self.pagemap()
+    }
+
+    fn pin_bytes(
+        &self,
+        bytes: &Range<u64>,
+        label: Cow<'static, str>,
+        who: Who,
+    ) -> Result<HeldPages, DaxError> {
+        self.pin_for(bytes, label, who)
+            .map_err(|error| match error {
+                AccessError::Leaving => DaxError::Leaving,
+                AccessError::Bad { offset } => DaxError::Lost { offset },
+                AccessError::TooMany => DaxError::TooMany,
+                AccessError::Busy => DaxError::Busy,
+                AccessError::NoFrames
+                | AccessError::OutOfRange
+                | AccessError::NotShared
+                | AccessError::NotAligned(_)
+                | AccessError::NoRoom(_) => DaxError::OutOfRange,
+            })
+    }
+}
+
 impl Dax {
     /// Holds the pages that frames are in, unless a hole is being punched there.
-    fn hold(&self, frames: PfnRange, how: Hold, client: Client) -> Result<HeldPages, AccessError> {
+    fn hold(
+        &self,
+        frames: PfnRange,
+        how: Hold,
+        label: Cow<'static, str>,
+        who: Who,
+    ) -> Result<HeldPages, AccessError> {
         let _no_hole = self.holes.lock();
-        let who = Who::Process(client.pid);
-        let held = self.pagemap.hold(frames, how, client.label, who);
+        let held = self.pagemap.hold(frames, how, label, who);
         held.map_err(|error| match error {
             PageError::Dying => AccessError::Leaving,
             PageError::NotOurs(_) => AccessError::OutOfRange,

@@ -350,6 +350,10 @@ impl History {
             PinError::TooManyPins { at }
             | PinError::BeyondTheEnd { at }
             | PinError::NotWritable { at }
+            | PinError::Movable { at }
+            | PinError::FsDax { at }
+            | PinError::DeviceLeaving { at }
+            | PinError::DeviceBusy { at }
             | PinError::LongTerm { at } => panic!("{at:?}: {error}"),
         };
         let page = (at.get() - self.machine.word(0, 0).get()) / PAGE_SIZE;

@@ -1,7 +1,7 @@
 //! Which page of which file a frame accounts for: what the frame's `mapping` word says of it.
 
 use pgmap_core::addr::{Pfn, VirtAddr};
-use pgmap_core::ram::NotReplaced;
+use pgmap_core::ram::{NotReplaced, Target};
 
 use super::{CachePage, Cached, PageCache};
 use crate::page_table::PageIndex;
@@ -45,16 +45,16 @@ impl PageCache {
         self.number
     }
 
-    /// Replaces the frame of a page, whose block of RAM is going off line, by another (HOT-4). Nothing if the page has another
-    /// frame by now.
-    pub(crate) fn replace_frame(&self, page: u32, old: Pfn) -> Result<(), NotReplaced> {
+    /// Replaces the frame of a page, which is no place for it any more, by another (HOT-4, GUP-2). Nothing if the page has
+    /// another frame by now.
+    pub(crate) fn replace_frame(&self, page: u32, old: Pfn, to: Target) -> Result<(), NotReplaced> {
         let page = PageIndex(page);
         let mut cursor = self.table.lock(page.block());
         match cursor.get(page) {
             CachePage::Cached(cached) if cached.frame == old => {
-                let frame = self.ram.replace(old)?;
-                cursor.set(page, CachePage::Cached(Cached { frame, ..cached }));
-                Ok(())
+                self.ram.replace(old, to, |frame| {
+                    cursor.set(page, CachePage::Cached(Cached { frame, ..cached }));
+                })
             }
             CachePage::Cached(_) | CachePage::Absent | CachePage::Poisoned => Ok(()),
         }
