@@ -5,7 +5,7 @@ mod common;
 
 use core::time::Duration;
 use std::fs::OpenOptions;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::thread;
@@ -200,6 +200,9 @@ fn a_pinned_mapping_outlives_its_handles() {
     let pins = space.pin_user_pages(map.range(), &Pin::WRITE).unwrap();
     let mut ring = Ring::new(1);
     let buffer = ring.register(pins).unwrap();
+    // This one is used by its addresses: they are to be what they were.
+    let pins = space.pin_user_pages(map.range(), &Pin::READ).unwrap();
+    let sent = ring.register(pins).unwrap();
     drop((map, file));
     let again = memory.open(&scratch.0);
     assert!(
@@ -209,8 +212,13 @@ fn a_pinned_mapping_outlives_its_handles() {
     let (mut there, here) = UnixStream::pair().unwrap();
     there.write_all(&pattern(3, 9)).unwrap();
     let page = 3 * PAGE..4 * PAGE;
-    assert_eq!(ring.read_fixed(&buffer, page, &here, None), Ok(PAGE));
-    drop(buffer);
+    let read = ring.read_fixed(&buffer, page.clone(), &here, None);
+    assert_eq!(read, Ok(PAGE));
+    assert_eq!(ring.write_fixed(&sent, page, &here, None), Ok(PAGE));
+    let mut back = [0; PAGE];
+    there.read_exact(&mut back).unwrap();
+    check(&back, 3, 9);
+    drop((buffer, sent));
     let again = (0..100).find_map(|_| {
         thread::sleep(Duration::from_millis(20));
         memory.open(&scratch.0).ok()
