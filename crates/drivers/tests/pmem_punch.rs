@@ -1,5 +1,9 @@
 //! Holes in a namespace that others map and pin (WB-5).
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+#![allow(
+    clippy::single_range_in_vec_init,
+    reason = "lists of one range are meant"
+)]
 
 mod common;
 
@@ -38,7 +42,7 @@ fn data(pmem: &Pmem) -> Vec<core::ops::Range<u64>> {
 fn only_pins_of_the_range_are_in_the_way() {
     for align in ["4K", "2M"] {
         let (_region, pmem) = open(&format!("memory,size=8M,align={align}"));
-        pmem.write(0, &[7; 32768]).unwrap();
+        pmem.write(0, &vec![7; 32768]).unwrap();
         let before = pmem.pin(0..8192, client("before")).unwrap();
         let inside = pmem.pin(12288..16384, client("inside")).unwrap();
         let behind = pmem.pin(16384..20480, client("behind")).unwrap();
@@ -79,7 +83,7 @@ fn to_the_end_is_not_an_end_of_zero() {
     drop(first);
     pmem.punch(.., &at_once()).unwrap();
     assert!(data(&pmem).is_empty());
-    let beyond = pmem.punch(0..8 * MIB + 1, &at_once());
+    let beyond = pmem.punch(0..=8 * MIB, &at_once());
     assert!(matches!(
         beyond,
         Err(PunchError::Device(BlockError::OutOfRange))
