@@ -19,6 +19,7 @@ mod medium;
 mod namespace;
 mod patience;
 mod place;
+mod punch;
 mod region;
 mod scrub;
 pub mod spec;
@@ -37,6 +38,7 @@ pub use namespace::{
     NoNamespace, UnknownWord, Wanted,
 };
 pub use patience::Patience;
+pub use punch::PunchError;
 pub use region::{OpenError, Region, RegionError};
 pub use scrub::{Generation, Progress, ScrubError};
 pub use spec::PmemSpec;

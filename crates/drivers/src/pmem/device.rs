@@ -206,7 +206,7 @@ impl Pmem {
     }
 
     /// Does what writes all these bytes, and mends the lost sectors among them (PMEM-3).
-    fn overwrite(
+    pub(super) fn overwrite(
         &self,
         bytes: &Range<u64>,
         write: impl FnOnce() -> Result<(), Errno>,
@@ -226,6 +226,21 @@ impl Pmem {
         // The bytes are on the medium before the label stops calling them lost.
         self.medium.flush()?;
         self.mended(&whole)
+    }
+
+    /// Zeros and no room, unless somebody holds the bytes; where there are no holes, zeros.
+    pub(super) fn try_zero(&self, bytes: &Range<u64>) -> Option<Result<(), Errno>> {
+        let range = self.on_medium(bytes);
+        self.unless_held(bytes, || {
+            let punched = match self.medium.frames() {
+                Some(frames) => frames.punch(&range),
+                None => Err(Errno::OPNOTSUPP),
+            };
+            match punched {
+                Err(Errno::OPNOTSUPP) => write_zeros(&*self.medium, range.clone()),
+                punched => punched,
+            }
+        })
     }
 
     /// Zeros, by the cheapest way that the medium has.
