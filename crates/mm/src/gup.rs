@@ -208,7 +208,7 @@ impl PinnedPages {
     }
 
     /// The first pinned address. With [`len_bytes`](Self::len_bytes) it is the one `iovec` that a ring of one's own, `preadv` or
-    /// `pwritev` needs: the addresses are mapped for as long as this lives.
+    /// `pwritev` needs: the addresses are mapped for as long as this lives, except for those of a device.
     #[must_use]
     pub const fn start(&self) -> VirtAddr {
         self.at

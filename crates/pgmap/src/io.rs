@@ -39,6 +39,9 @@ pub enum RegisterError {
     /// The pages are anonymous memory, to whose bytes somebody may have references while a device writes them.
     #[error("the pages are anonymous memory: give the mapping itself to `register_mapping`")]
     Anonymous,
+    /// The pages are a device's memory, whose addresses may be unmapped while they are pinned.
+    #[error("the pages are a device's memory, which no ring of pgmap's transfers into")]
+    Device,
     /// The pages could not be pinned.
     #[error(transparent)]
     Pin(#[from] PinError),
@@ -98,11 +101,12 @@ impl Ring {
     ///
     /// # Errors
     ///
-    /// [`RegisterError::Anonymous`].
+    /// [`RegisterError::Anonymous`], [`RegisterError::Device`].
     pub fn register(&self, pins: PinnedPages) -> Result<Buffer<'static>, RegisterError> {
         match pins.whose() {
-            Whose::File | Whose::Device => Ok(self.buffer(pins, None)),
+            Whose::File => Ok(self.buffer(pins, None)),
             Whose::Anonymous => Err(RegisterError::Anonymous),
+            Whose::Device => Err(RegisterError::Device),
         }
     }
 

@@ -125,7 +125,10 @@ fn a_huge_page_is_pinned_as_one() {
             (&*hold.label, hold.bytes.clone()),
             ("rx ring", 2 << 20..4 << 20)
         );
-        assert_eq!(space.holders_of(&(start..start + 8 * MIB))[0].label, "rx ring");
+        assert_eq!(
+            space.holders_of(&(start..start + 8 * MIB))[0].label,
+            "rx ring"
+        );
         drop(pinned);
         let pinned = space.pin_user_pages(start + MIB..start + MIB + 1, &pin);
         assert_eq!(references(&pmem), base_pages);
