@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use pgmap_core::addr::PAGE_SIZE;
 use pgmap_sync::Mutex;
 use rustix::fs::{self, FallocateFlags, FileType, MemfdFlags, OFlags, SeekFrom};
-use rustix::io::{Errno, fcntl_dupfd_cloexec, pread, pwrite};
+use rustix::io::{Errno, pread, pwrite};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::device_dax::DeviceDax;
@@ -141,18 +141,23 @@ impl SharedFrames {
             }
             _ => {
                 let sync = MapFlags::SHARED_VALIDATE | MapFlags::SYNC;
-                let theirs = fcntl_dupfd_cloexec(&fd, 0)?;
-                Self::mapped(theirs, bytes, Kind::File(MapSync::Yes), sync)
-                    .or_else(|_| Self::mapped(fd, bytes, Kind::File(MapSync::No), MapFlags::SHARED))
+                Self::mapped(fd, bytes, Kind::File(MapSync::Yes), sync)
             }
         }
     }
 
+    /// Whether a file can be mapped with [`MapSync::Yes`] is found out by trying.
     fn mapped(fd: OwnedFd, bytes: u64, kind: Kind, flags: MapFlags) -> Result<Self, Errno> {
         let bytes = usize::try_from(bytes).map_err(|_| Errno::FBIG)?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
-        let at = unsafe { mmap(ptr::null_mut(), bytes, protection, flags, &fd, 0)? };
+        let map = |flags| {
+            // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
+            unsafe { mmap(ptr::null_mut(), bytes, protection, flags, &fd, 0) }
+        };
+        let (at, kind) = match (map(flags), kind) {
+            (Err(_), Kind::File(MapSync::Yes)) => (map(MapFlags::SHARED)?, Kind::File(MapSync::No)),
+            (mapped, kind) => (mapped?, kind),
+        };
         let start = NonNull::new(at.cast()).ok_or(Errno::NOMEM)?;
         // INVARIANT: just mapped.
         Ok(Self {
