@@ -103,14 +103,15 @@ impl SharedFrames {
     ///
     /// # Errors
     ///
-    /// [`Errno::NOMEM`] if the pool has too few: nobody was kept from one meanwhile. As [`of_file`](Self::of_file); what else the
-    /// machine answers.
+    /// [`Errno::NOMEM`] if the pool has too few: nobody was kept from one meanwhile. [`Errno::NOSYS`] as for
+    /// [`of_file`](Self::of_file); what else the machine answers.
     pub fn huge(name: &str, bytes: u64, page_bytes: u64) -> Result<Self, Errno> {
         let size = MemfdFlags::from_bits_retain(page_bytes.trailing_zeros() << MFD_HUGE_SHIFT);
         let fd = fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | size)?;
         fs::ftruncate(&fd, bytes)?;
+        mapped::check()?;
         // To map is to reserve.
-        let frames = Self::of_file(fd, bytes)?;
+        let frames = Self::mapped(fd, bytes, Kind::Huge(page_bytes), MapFlags::SHARED)?;
         frames.allocate(&(0..bytes))?;
         Ok(frames)
     }
@@ -137,7 +138,8 @@ impl SharedFrames {
             HUGETLBFS_MAGIC => {
                 mapped::check()?;
                 let kind = Kind::Huge(system.f_bsize.cast_unsigned());
-                Self::mapped(fd, bytes, kind, MapFlags::SHARED)
+                // A reservation would outlive us: what others have punched stays everybody's.
+                Self::mapped(fd, bytes, kind, MapFlags::SHARED | MapFlags::NORESERVE)
             }
             _ => {
                 let sync = MapFlags::SHARED_VALIDATE | MapFlags::SYNC;
@@ -349,18 +351,28 @@ impl SharedFrames {
         Ok(())
     }
 
-    /// Whole pages go; of the others, a part becomes zeros.
+    /// Whole pages go; of the others, a part becomes zeros. A hole among these stays one: to give back takes no page.
     fn punch_huge(&self, range: &Range<u64>, page_bytes: u64) -> Result<(), Errno> {
         let whole = range.start.next_multiple_of(page_bytes)..range.end / page_bytes * page_bytes;
         if whole.start >= whole.end {
             return Err(Errno::OPNOTSUPP);
         }
         self.fallocate(FallocateFlags::PUNCH_HOLE, whole.clone())?;
-        for edge in [range.start..whole.start, whole.end..range.end] {
-            self.write(
-                edge.start,
-                &vec![0; usize::try_from(edge.end - edge.start).unwrap_or(0)],
-            )?;
+        self.clear(range.start..whole.start)?;
+        self.clear(whole.end..range.end)
+    }
+
+    /// Writes zeros where there are none.
+    fn clear(&self, range: Range<u64>) -> Result<(), Errno> {
+        let mut bytes = [0; PAGE_SIZE];
+        for start in range.clone().step_by(PAGE_SIZE) {
+            let len = usize::try_from(range.end - start).unwrap_or(PAGE_SIZE);
+            let part = &mut bytes[..len.min(PAGE_SIZE)];
+            self.read(start, part)?;
+            if part.iter().any(|byte| *byte != 0) {
+                part.fill(0);
+                self.write(start, part)?;
+            }
         }
         Ok(())
     }
