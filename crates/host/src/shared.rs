@@ -72,7 +72,7 @@ pub enum MapSync {
     No,
 }
 
-// SAFETY: the mapping is touched by system calls only, which any thread may make.
+// SAFETY: the mapping is touched by system calls and write-backs of cache lines only, which any thread may make.
 unsafe impl Send for SharedFrames {}
 // SAFETY: as above; who writes where at the same time is the callers' business, as it is with a file.
 unsafe impl Sync for SharedFrames {}
