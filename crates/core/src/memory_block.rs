@@ -98,7 +98,7 @@ pub(crate) struct Blocks {
     all: Vec<MemoryBlock>,
     /// For each zone the first block that may have free frames.
     heads: [Option<usize>; 2],
-    /// Frames that go neither on nor off line.
+    /// Frames that go neither on nor off line, and have no number: above those of the first blocks.
     spare: Option<MemoryBlock>,
 }
 
@@ -169,8 +169,10 @@ impl Blocks {
     /// The first run of frames at or after number `from` that have ever been in use.
     pub(crate) fn touched(&self, from: u64) -> Option<Range<u64>> {
         let blocks = self.all.iter().chain(&self.spare);
-        let mut touched = blocks.map(MemoryBlock::touched);
-        let run = touched.find(|run| run.end > from && !run.is_empty())?;
+        let touched = blocks.map(MemoryBlock::touched);
+        let behind = touched.filter(|run| run.end > from && !run.is_empty());
+        // Blocks that were added stand behind the spare frames.
+        let run = behind.min_by_key(|run| run.start)?;
         Some(run.start.max(from)..run.end)
     }
 

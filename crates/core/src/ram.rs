@@ -339,6 +339,7 @@ impl Ram {
 mod tests {
     use super::*;
     use crate::platform::HeapPlatform;
+    use crate::zone::ZoneChoice;
     use proptest::prelude::*;
     use std::collections::BTreeSet;
 
@@ -412,6 +413,22 @@ mod tests {
         assert_eq!(ram.in_use(), 0);
         assert_eq!(ram.alloc(&mut out), 1024);
         assert!(out[..1024].iter().all(|pfn| pfn.get() < 1024));
+    }
+
+    /// Frames that were ever in use are found in the order of their numbers, spare ones before a block that was added.
+    #[test]
+    fn spare_frames_are_not_skipped() {
+        let map = MemoryMap::new(&HeapPlatform, 4096).unwrap();
+        let ram = map.add_ram_with_spare(1024, 500).unwrap();
+        let mut out = [Pfn::from_u32(0); 1525];
+        ram.suspend_limit();
+        assert_eq!(ram.alloc(&mut out[..1524]), 1524);
+        let added = ram.add(1).unwrap();
+        ram.online(added, ZoneChoice::Auto).unwrap();
+        assert_eq!(ram.alloc(&mut out[1524..]), 1);
+        let last = out[1524].get();
+        assert_eq!(ram.touched(1024), Some(1024..1524));
+        assert_eq!(ram.touched(1524), Some(last..last + 1));
     }
 
     /// A program that wants as many frames as are freed does not keep the limit from being kept.

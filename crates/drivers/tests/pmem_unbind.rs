@@ -5,7 +5,7 @@ mod common;
 
 use core::time::Duration;
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Instant;
 
@@ -16,6 +16,7 @@ use pgmap_drivers::block::{Access, BlockDevice, BlockError, Zeros};
 use pgmap_drivers::pmem::{
     AccessError, Afterwards, HoldKind, Patience, Pmem, Region, Sharing, UnbindError,
 };
+use pgmap_sync::atomic::{AtomicBool, Ordering};
 
 const MIB: u64 = 1 << 20;
 const SOON: Option<Duration> = Some(Duration::from_millis(20));
@@ -115,6 +116,35 @@ fn a_mapping_of_a_file_is_asked_back() {
     };
     pmem.unbind(&Patience::new(SOON), Afterwards::Keep, asked)
         .unwrap();
+}
+
+/// MAP-6: who tries to get at the frames while they go, and is refused, keeps nobody from taking them.
+#[test]
+fn who_is_refused_is_not_waited_for() {
+    let region = Region::open(&spec("memory,size=8M"), 0).unwrap();
+    let map = map();
+    let current = Mutex::new(region.bind(&map, 0).unwrap());
+    let ended = AtomicBool::new(false);
+    let keep_trying = || {
+        while !ended.load(Ordering::Relaxed) {
+            let pmem = Arc::clone(&current.lock().unwrap());
+            (0..10_000).for_each(|_| drop(pmem.direct_access(0, 1)));
+        }
+    };
+    let unbind = || {
+        let pmem = Arc::clone(&current.lock().unwrap());
+        pmem.unbind(&Patience::new(None), Afterwards::Forget, |_| ())?;
+        *current.lock().unwrap() = region.bind(&map, 0).unwrap();
+        Ok::<_, UnbindError>(())
+    };
+    let unbound = thread::scope(|scope| {
+        scope.spawn(keep_trying);
+        scope.spawn(keep_trying);
+        let unbound = (0..20_000).try_for_each(|_| unbind());
+        ended.store(true, Ordering::Relaxed);
+        unbound
+    });
+    unbound.unwrap();
 }
 
 /// PMEM-2: what is taken away refuses everything, and its frames are nobody's.

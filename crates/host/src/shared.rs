@@ -17,7 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use pgmap_core::addr::PAGE_SIZE;
 use pgmap_sync::Mutex;
 use rustix::fs::{self, FallocateFlags, FileType, MemfdFlags, OFlags, SeekFrom};
-use rustix::io::{Errno, fcntl_dupfd_cloexec, pread, pwrite};
+use rustix::io::{Errno, pread, pwrite};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::device_dax::DeviceDax;
@@ -72,7 +72,7 @@ pub enum MapSync {
     No,
 }
 
-// SAFETY: the mapping is touched by system calls only, which any thread may make.
+// SAFETY: the mapping is touched by system calls and write-backs of cache lines only, which any thread may make.
 unsafe impl Send for SharedFrames {}
 // SAFETY: as above; who writes where at the same time is the callers' business, as it is with a file.
 unsafe impl Sync for SharedFrames {}
@@ -103,14 +103,15 @@ impl SharedFrames {
     ///
     /// # Errors
     ///
-    /// [`Errno::NOMEM`] if the pool has too few: nobody was kept from one meanwhile. As [`of_file`](Self::of_file); what else the
-    /// machine answers.
+    /// [`Errno::NOMEM`] if the pool has too few: nobody was kept from one meanwhile. [`Errno::NOSYS`] as for
+    /// [`of_file`](Self::of_file); what else the machine answers.
     pub fn huge(name: &str, bytes: u64, page_bytes: u64) -> Result<Self, Errno> {
         let size = MemfdFlags::from_bits_retain(page_bytes.trailing_zeros() << MFD_HUGE_SHIFT);
         let fd = fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::HUGETLB | size)?;
         fs::ftruncate(&fd, bytes)?;
+        mapped::check()?;
         // To map is to reserve.
-        let frames = Self::of_file(fd, bytes)?;
+        let frames = Self::mapped(fd, bytes, Kind::Huge(page_bytes), MapFlags::SHARED)?;
         frames.allocate(&(0..bytes))?;
         Ok(frames)
     }
@@ -137,22 +138,28 @@ impl SharedFrames {
             HUGETLBFS_MAGIC => {
                 mapped::check()?;
                 let kind = Kind::Huge(system.f_bsize.cast_unsigned());
-                Self::mapped(fd, bytes, kind, MapFlags::SHARED)
+                // A reservation would outlive us: what others have punched stays everybody's.
+                Self::mapped(fd, bytes, kind, MapFlags::SHARED | MapFlags::NORESERVE)
             }
             _ => {
                 let sync = MapFlags::SHARED_VALIDATE | MapFlags::SYNC;
-                let theirs = fcntl_dupfd_cloexec(&fd, 0)?;
-                Self::mapped(theirs, bytes, Kind::File(MapSync::Yes), sync)
-                    .or_else(|_| Self::mapped(fd, bytes, Kind::File(MapSync::No), MapFlags::SHARED))
+                Self::mapped(fd, bytes, Kind::File(MapSync::Yes), sync)
             }
         }
     }
 
+    /// Whether a file can be mapped with [`MapSync::Yes`] is found out by trying.
     fn mapped(fd: OwnedFd, bytes: u64, kind: Kind, flags: MapFlags) -> Result<Self, Errno> {
         let bytes = usize::try_from(bytes).map_err(|_| Errno::FBIG)?;
         let protection = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
-        let at = unsafe { mmap(ptr::null_mut(), bytes, protection, flags, &fd, 0)? };
+        let map = |flags| {
+            // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
+            unsafe { mmap(ptr::null_mut(), bytes, protection, flags, &fd, 0) }
+        };
+        let (at, kind) = match (map(flags), kind) {
+            (Err(_), Kind::File(MapSync::Yes)) => (map(MapFlags::SHARED)?, Kind::File(MapSync::No)),
+            (mapped, kind) => (mapped?, kind),
+        };
         let start = NonNull::new(at.cast()).ok_or(Errno::NOMEM)?;
         // INVARIANT: just mapped.
         Ok(Self {
@@ -344,18 +351,28 @@ impl SharedFrames {
         Ok(())
     }
 
-    /// Whole pages go; of the others, a part becomes zeros.
+    /// Whole pages go; of the others, a part becomes zeros. A hole among these stays one: to give back takes no page.
     fn punch_huge(&self, range: &Range<u64>, page_bytes: u64) -> Result<(), Errno> {
         let whole = range.start.next_multiple_of(page_bytes)..range.end / page_bytes * page_bytes;
         if whole.start >= whole.end {
             return Err(Errno::OPNOTSUPP);
         }
         self.fallocate(FallocateFlags::PUNCH_HOLE, whole.clone())?;
-        for edge in [range.start..whole.start, whole.end..range.end] {
-            self.write(
-                edge.start,
-                &vec![0; usize::try_from(edge.end - edge.start).unwrap_or(0)],
-            )?;
+        self.clear(range.start..whole.start)?;
+        self.clear(whole.end..range.end)
+    }
+
+    /// Writes zeros where there are none.
+    fn clear(&self, range: Range<u64>) -> Result<(), Errno> {
+        let mut bytes = [0; PAGE_SIZE];
+        for start in range.clone().step_by(PAGE_SIZE) {
+            let len = usize::try_from(range.end - start).unwrap_or(PAGE_SIZE);
+            let part = &mut bytes[..len.min(PAGE_SIZE)];
+            self.read(start, part)?;
+            if part.iter().any(|byte| *byte != 0) {
+                part.fill(0);
+                self.write(start, part)?;
+            }
         }
         Ok(())
     }

@@ -67,8 +67,30 @@ fn whole_pages_are_given_back() {
     let other = self::frames(1);
     assert_eq!(frames.write(HUGE, b"no room"), Err(Errno::NOSPC));
     assert_eq!(frames.allocate(&(HUGE..2 * HUGE)), Err(Errno::NOSPC));
+    // To give back takes none, also where only a part of a hole is given back.
+    frames.punch(&(0..HUGE + 4096)).unwrap();
+    frames.punch(&(HUGE - 4096..3 * HUGE)).unwrap();
+    assert_eq!(frames.room_bytes(), Ok(0));
     drop(other);
     frames.write(HUGE, b"room").unwrap();
+}
+
+/// Who maps somebody else's huge pages keeps nobody from those that were given back.
+#[test]
+fn a_second_mapping_reserves_nothing() {
+    let Some(_pages) = HugePages::reserve(2) else {
+        return;
+    };
+    let frames = frames(2);
+    frames.punch(&(0..HUGE)).unwrap();
+    let before = hugetlb::pool(HUGE);
+    let fd = frames.fd().try_clone_to_owned().unwrap();
+    let second = SharedFrames::of_file(fd, 2 * HUGE).unwrap();
+    second.write(HUGE, b"some bytes").unwrap();
+    assert_eq!(hugetlb::pool(HUGE), before);
+    drop(second);
+    assert_eq!(hugetlb::pool(HUGE), before);
+    frames.write(0, b"and into the hole").unwrap();
 }
 
 /// After revocation every access is an error here, and no signal.

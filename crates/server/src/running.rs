@@ -130,12 +130,12 @@ impl Running {
         let ram = self.control.ram();
         let turned = self.blocks.turned.lock();
         let block = |number| {
-            let online = self.blocks.state(&turned, number) == State::Online;
+            let state = self.blocks.state(&turned, number);
             Block {
                 block: number,
                 start: number * self.blocks.bytes,
-                state: if online { "online" } else { "offline" }.into(),
-                zone: online.then(|| "Movable".into()),
+                state: state.word().into(),
+                zone: (state == State::Online).then(|| "Movable".into()),
             }
         };
         Memory {
@@ -161,13 +161,11 @@ impl Running {
             let start = Pfn::new(first * frames);
             let range = start.and_then(|start| PfnRange::new(start, count * frames));
             let Some(range) = range else { continue };
-            let name = match (state, count) {
-                (State::Online, 1) => format!("block {first} online"),
-                (State::Offline, 1) => format!("block {first} offline"),
-                (State::Online, _) => format!("blocks {first}-{} online", first + count - 1),
-                (State::Offline, _) => format!("blocks {first}-{} offline", first + count - 1),
+            let which = match count {
+                1 => format!("block {first}"),
+                _ => format!("blocks {first}-{}", first + count - 1),
             };
-            let flags = Flags::SYSTEM_RAM;
+            let (flags, name) = (Flags::SYSTEM_RAM, format!("{which} {}", state.word()));
             let blocks = Resource::new(range, flags, Descriptor::None, &name);
             tree.insert(blocks).map_err(|error| failed(&error))?;
         }
@@ -263,6 +261,16 @@ impl Running {
             ],
         }));
         all
+    }
+}
+
+impl State {
+    /// As people read it.
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Online => "online",
+            Self::Offline => "offline",
+        }
     }
 }
 

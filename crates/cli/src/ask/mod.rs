@@ -12,8 +12,8 @@ mod top;
 use core::time::Duration;
 use std::process::ExitCode;
 
-use pgmap_server::control::Client;
 use pgmap_server::control::protocol::{Answer, CreateNamespace, Failure, Kind, Listing, Request};
+use pgmap_server::control::{Client, ClientError};
 use serde_json::{Value, json};
 
 use crate::output;
@@ -178,9 +178,9 @@ fn iomem(args: &IomemArgs) -> anyhow::Result<()> {
         let resources = match client.ask(&Request::Iomem) {
             Ok(Answer::Iomem(resources)) => resources,
             Ok(answer) => return Err(find::unexpected(&answer)),
-            Err(error) if args.whom.socket.is_some() => return Err(error.into()),
             // It ended between two lines.
-            Err(_) => continue,
+            Err(ClientError::Lost(_)) if args.whom.socket.is_none() => continue,
+            Err(error) => return Err(error.into()),
         };
         let manager = client.manager();
         text += &show::manager(manager);

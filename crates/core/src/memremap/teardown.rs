@@ -120,6 +120,13 @@ impl Drained {
         &self.device
     }
 
+    /// Gives the mapping its life back.
+    #[must_use]
+    pub fn resurrect(self) -> DevPagemap {
+        let Self { device } = self;
+        Killed { device }.resurrect()
+    }
+
     /// Takes the frames away from the device: their metadata first, while the device can still be found by it (MAP-8), then
     /// what finds them, then the reservation.
     ///

@@ -182,6 +182,8 @@ impl Pmem {
             Sharing::Private => return Err(AccessError::NotShared),
         }
         let frames = self.frames_of(&bytes, self.namespace.align)?;
+        // Until there is room: memory that was revoked meanwhile would get some again.
+        let _alive = dax.pagemap.try_get().ok_or(AccessError::Leaving)?;
         let range = self.start + bytes.start..self.start + bytes.end;
         let (stake, needs_room) = match self.region.storage() {
             Storage::MemoryFiles(huge) => (
@@ -310,7 +312,6 @@ impl Dax {
 
     /// Enters a mapping that holds no frames, since it can be revoked.
     fn register(&self, frames: PfnRange, client: Client) -> Result<FrameTicket, AccessError> {
-        let _alive = self.pagemap.try_get().ok_or(AccessError::Leaving)?;
         if !self.mappings.try_get_live() {
             return Err(AccessError::Leaving);
         }

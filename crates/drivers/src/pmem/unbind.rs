@@ -5,8 +5,8 @@
 //! and is at the deadline.
 
 use core::fmt;
-use core::time::Duration;
-use pgmap_core::memremap::Killed;
+
+use pgmap_core::memremap::{Drained, Killed, StillHeld};
 use pgmap_host::shared::SharedFrames;
 use pgmap_sync::atomic::Ordering;
 use rustix::io::Errno;
@@ -43,7 +43,8 @@ pub enum Afterwards {
 pub struct Unbinding<'a> {
     pmem: &'a Pmem,
     afterwards: Afterwards,
-    killed: Option<Killed>,
+    /// Its frames; a raw namespace has none.
+    drained: Option<Drained>,
 }
 
 /// Who kept a namespace from being taken out of use.
@@ -128,7 +129,7 @@ impl Pmem {
         let mut unbinding = Unbinding {
             pmem: self,
             afterwards,
-            killed: None,
+            drained: None,
         };
         if !patience.wait_for(|left| self.queue.freeze(left)) {
             return Err(UnbindError::Held(self.holders(self.queue.in_flight(), 0)));
@@ -141,11 +142,15 @@ impl Pmem {
             return Err(UnbindError::Flush(errno));
         }
         if let Some(dax) = &self.dax {
-            let killed = unbinding.killed.insert(dax.pagemap.clone().kill());
+            let killed = dax.pagemap.clone().kill();
             ask(&self.holds());
-            if !dax.wait_until_unused(killed, patience, afterwards) {
-                let users = dax.pagemap.users_now();
-                return Err(UnbindError::Held(self.holders(0, users)));
+            match dax.drain(killed, patience, afterwards) {
+                Ok(drained) => unbinding.drained = Some(drained),
+                Err(still) => {
+                    let holders = self.holders(0, still.users);
+                    let _alive = still.killed.resurrect();
+                    return Err(UnbindError::Held(holders));
+                }
             }
         }
         Ok(unbinding)
@@ -202,21 +207,13 @@ impl Unbinding<'_> {
     /// [`UnbindError::Revoke`]: it is out of use all the same.
     pub fn finish(mut self) -> Result<(), UnbindError> {
         let (pmem, afterwards) = (self.pmem, self.afterwards);
-        let (Some(killed), Some(dax)) = (self.killed.take(), &pmem.dax) else {
-            pmem.leave(afterwards);
-            return Ok(());
-        };
-        let drained = match killed.drain(Some(Duration::ZERO)) {
-            Ok(drained) => drained,
-            Err(still) => {
-                self.killed = Some(still.killed);
-                return Err(UnbindError::Held(pmem.holders(0, still.users)));
-            }
-        };
-        let revoked = pmem.revoke(afterwards);
-        // Who is left has no frames, only a mapping that was revoked.
-        dax.map.holders().revoke_frames(dax.frames);
-        drained.remove();
+        let mut revoked = Ok(());
+        if let (Some(drained), Some(dax)) = (self.drained.take(), &pmem.dax) {
+            revoked = pmem.revoke(afterwards);
+            // Who is left has no frames, only a mapping that was revoked.
+            dax.map.holders().revoke_frames(dax.frames);
+            drained.remove();
+        }
         pmem.leave(afterwards);
         revoked.map_err(UnbindError::Revoke)
     }
@@ -228,8 +225,8 @@ impl Drop for Unbinding<'_> {
         if *pmem.stage.lock() == Stage::Gone {
             return;
         }
-        if let Some(killed) = self.killed.take() {
-            let _alive = killed.resurrect();
+        if let Some(drained) = self.drained.take() {
+            let _alive = drained.resurrect();
         }
         if let Some(dax) = &pmem.dax {
             dax.mappings.resurrect();
@@ -240,13 +237,13 @@ impl Drop for Unbinding<'_> {
 }
 
 impl Dax {
-    /// Waits for who maps bytes that are to be kept, and then for all who have frames. Says whether nobody is left.
-    fn wait_until_unused(
+    /// Waits for who maps bytes that are to be kept, and then for all who have frames.
+    fn drain(
         &self,
-        killed: &Killed,
+        killed: Killed,
         patience: &Patience<'_>,
         afterwards: Afterwards,
-    ) -> bool {
+    ) -> Result<Drained, StillHeld> {
         let unmapped = match afterwards {
             Afterwards::Keep => {
                 self.mappings.kill();
@@ -254,7 +251,15 @@ impl Dax {
             }
             Afterwards::Forget => true,
         };
-        unmapped && patience.wait_for(|left| killed.wait_until_unused(left))
+        if unmapped && patience.wait_for(|left| killed.wait_until_unused(left)) {
+            // Nobody can begin to use them. Who tries is counted for a moment, which is not to be taken for a user.
+            return killed.drain(None);
+        }
+        Err(StillHeld {
+            users: self.pagemap.users_now(),
+            holders: self.pagemap.holders(),
+            killed,
+        })
     }
 }
 

@@ -7,7 +7,6 @@ use pgmap_drivers::block::{BlockDevice, BlockError};
 use pgmap_drivers::pmem::{
     Activation, Align, Mode, Namespace, Pmem, PmemSpec, Region, RegionError, Wanted,
 };
-
 use pgmap_host::shared::MapSync;
 
 use super::holds::holder;
@@ -284,7 +283,7 @@ impl Service {
             self.take_away(key, patience, Keep::Nothing, session)?;
             return Ok(Answer::Done);
         };
-        self.take_all_away(number, patience, session)?;
+        self.take_region_away(number, patience, session)?;
         let _turn = self.turn.lock();
         let mut regions = self.regions.lock();
         if regions.devices.keys().any(|key| key.0 == number) {

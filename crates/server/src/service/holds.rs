@@ -6,10 +6,10 @@ use std::sync::Arc;
 
 use pgmap_drivers::block::BlockDevice;
 use pgmap_drivers::pmem::{
-    AccessError, Afterwards, Client, Hold, HoldKind, Holders, Patience, Pmem, Sharing, UnbindError,
+    AccessError, Client, Hold, HoldKind, Holders, Patience, Pmem, Sharing, UnbindError,
 };
 
-use super::{Keep, Service, afterwards};
+use super::{Device, Keep, Service, afterwards};
 use crate::control::Session;
 use crate::control::protocol::{Answer, Code, Failure, Holder, RangeOf};
 
@@ -52,8 +52,7 @@ impl Service {
         Ok(Answer::Held { id })
     }
 
-    /// Takes a device out of use, and ends the connections of its clients. At the deadline, or if nobody waits for the answer
-    /// any more, everything is as it was.
+    /// Takes a device out of use: see [`take_all_away`](Self::take_all_away).
     pub(super) fn take_away(
         &self,
         key: (u32, u32),
@@ -62,21 +61,14 @@ impl Service {
         session: &Session,
     ) -> Result<(), Failure> {
         let found = self.regions.lock().devices.get(&key).cloned();
-        let Some(device) = found else {
-            return self.note_absence(&self.turn.lock(), key, keep);
-        };
-        let hung_up = || session.is_hung_up();
-        let patience = Patience::new(patience).or_until(&hung_up);
-        device
-            .pmem
-            .unbind(&patience, afterwards(keep), |_| {})
-            .map_err(|error| unbind_failure(&error, &device.pmem))?;
-        self.forget(key, keep, &device)
+        match found {
+            Some(device) => self.take_all_away(&[(key, device)], patience, keep, session),
+            None => self.note_absence(&self.turn.lock(), key, keep),
+        }
     }
 
-    /// Takes all devices of a region out of use, and forgets volatile bytes; or none, if one is held: nothing is given up before
-    /// nobody uses any of them.
-    pub(super) fn take_all_away(
+    /// Takes all devices of a region out of use, and forgets volatile bytes: see [`take_all_away`](Self::take_all_away).
+    pub(super) fn take_region_away(
         &self,
         region: u32,
         patience: Option<Duration>,
@@ -89,21 +81,35 @@ impl Service {
                 .map(|(key, device)| (*key, device.clone()))
                 .collect()
         };
+        self.take_all_away(&devices, patience, Keep::Nothing, session)
+    }
+
+    /// Takes devices out of use, and ends the connections of their clients. If one is held at the deadline, or nobody waits for the
+    /// answer any more, all are as they were: nothing is given up before nobody uses any of them.
+    fn take_all_away(
+        &self,
+        devices: &[((u32, u32), Device)],
+        patience: Option<Duration>,
+        keep: Keep,
+        session: &Session,
+    ) -> Result<(), Failure> {
         let hung_up = || session.is_hung_up();
         let patience = Patience::new(patience).or_until(&hung_up);
         let mut unused = Vec::new();
-        for (key, device) in &devices {
+        for (key, device) in devices {
             let pmem = &device.pmem;
-            let begun = pmem.begin_unbind(&patience, Afterwards::Forget, |_| {});
+            let begun = pmem.begin_unbind(&patience, afterwards(keep), |_| {});
             let unbinding = begun.map_err(|error| unbind_failure(&error, pmem))?;
             unused.push((*key, device, unbinding));
         }
+        let mut done = Ok(());
         for (key, device, unbinding) in unused {
             let finished = unbinding.finish();
-            finished.map_err(|error| unbind_failure(&error, &device.pmem))?;
-            self.forget(key, Keep::Nothing, device)?;
+            let finished = finished.map_err(|error| unbind_failure(&error, &device.pmem));
+            // It is out of use whatever was said, and so are the others.
+            done = done.and(finished).and(self.forget(key, keep, device));
         }
-        Ok(())
+        done
     }
 }
 
