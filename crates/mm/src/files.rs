@@ -184,12 +184,13 @@ impl AddressSpace {
         let Some((_, cache)) = self.files.at(at) else {
             return Outcome::BadAddress;
         };
+        // Before the page can be written, not after: it would be protected again before the store is made, and again.
+        match access {
+            Access::Read => {}
+            Access::Write | Access::WriteProtected => self.balance_dirty(&cache),
+        }
         loop {
             let outcome = cache.fault(worker, at, access);
-            match access {
-                Access::Read => {}
-                Access::Write | Access::WriteProtected => self.balance_dirty(&cache),
-            }
             let wants_more = outcome == Outcome::NoMemory;
             if !wants_more || self.make_room_for(&cache, Caller::FaultHandler) == 0 {
                 return outcome;

@@ -122,7 +122,7 @@ impl SharedPages<'_> {
 /// [`pages`](Self::pages) and what has it pinned.
 pub unsafe trait SharedMmu: Send + Sync + fmt::Debug {
     /// The bytes of pages, through a mapping that never faults and that nobody else knows. Pages that have no memory yet
-    /// get some when they are touched, and are zeros.
+    /// get some when they are touched, and are zeros. Here `count` may be 0.
     fn pages(&self, first: u32, count: usize) -> SharedPages<'_>;
 
     /// Maps pages that have memory at consecutive missing addresses from `at`, and wakes who waits there.

@@ -319,8 +319,8 @@ impl History {
             at,
             count,
             &match access {
-                PinAccess::Read => Pin::READ,
-                PinAccess::Write => Pin::WRITE,
+                PinAccess::Read => Pin::READ.label("test"),
+                PinAccess::Write => Pin::WRITE.label("test"),
             },
         );
         let pin = match pin {

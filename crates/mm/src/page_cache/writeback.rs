@@ -16,6 +16,8 @@ use super::entry::{State, Writeback};
 use super::{CachePage, Cached, PageCache};
 use crate::backing::{BackingError, Transfer};
 use crate::page_table::{BlockIndex, Cursor, PageIndex};
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 use crate::shared_mmu::{Bounce, SharedPages};
 use crate::stats::Stats;
 
@@ -193,7 +195,10 @@ impl PageCache {
             from = PageIndex(block.pages().end);
         }
         self.submit(&mut batch);
-        if !on_pinned.skips() {
+        let waits = !on_pinned.skips();
+        #[cfg(shuttle)]
+        let waits = waits && !seeded_bug::has(SeededBug::SyncIgnoresWriteback);
+        if waits {
             self.wait_for_writeback(range);
         }
         batch.written
@@ -255,7 +260,7 @@ impl PageCache {
                 pages.start += 1;
                 continue;
             };
-            let busy = page.is_under_writeback() || self.barrier.is_closed(at);
+            let busy = is_being_written(page) || self.barrier.is_closed(at);
             if busy && !on_pinned.skips() {
                 return Some(Pause::Busy);
             }
@@ -273,6 +278,10 @@ impl PageCache {
                 });
                 pages.start = run.end;
                 continue;
+            }
+            #[cfg(shuttle)]
+            if seeded_bug::has(SeededBug::BackgroundWaits) {
+                return Some(Pause::Pinned);
             }
             match on_pinned {
                 OnPinned::Wait(_) if self.map.frame(page.frame).is_pinned() => {
@@ -323,7 +332,7 @@ impl PageCache {
                     }),
                 );
             }
-            self.map.frame(cached.frame).unfreeze(1);
+            self.unclaim(cached.frame);
         }
         if !clean {
             return run.start..run.start;
@@ -336,9 +345,8 @@ impl PageCache {
 
     fn claim_dirty(&self, cursor: &Cursor<'_, CachePage>, page: u32) -> Option<Pfn> {
         let cached = cursor.get(PageIndex(page)).cached()?;
-        let ready =
-            cached.is_dirty() && !cached.is_under_writeback() && !self.barrier.is_closed(page);
-        (ready && self.map.frame(cached.frame).freeze(1)).then_some(cached.frame)
+        let ready = cached.is_dirty() && !is_being_written(cached) && !self.barrier.is_closed(page);
+        (ready && self.claim(cached.frame)).then_some(cached.frame)
     }
 
     /// Takes a copy of a page into the batch; the page stays dirty.
@@ -410,8 +418,28 @@ impl PageCache {
 
     /// Ends the writeback of a run, whose pages are dirty again if they were not written.
     fn end(&self, run: Run, outcome: Result<(), BackingError>, written: &mut Written) {
+        let count = u64::from(run.count);
+        match outcome {
+            Ok(()) => {
+                written.pages += count;
+                written.bounced += run.bounced();
+                Stats::add(&self.stats.file_pages_written, count);
+            }
+            #[cfg(shuttle)]
+            Err(_) if seeded_bug::has(SeededBug::ErrorsComeLate) => {}
+            Err(error) => {
+                // Before anybody can find that the pages are not being written any more: who waited for that asks for errors next.
+                written.failed += count;
+                Stats::add(&self.stats.file_write_errors, 1);
+                self.errors.set(error);
+            }
+        }
         let mut cursor = self.table.lock(PageIndex(run.first).block());
         for page in run.pages().map(PageIndex) {
+            if outcome.is_err() {
+                // First, too: who looks without the cursor finds it under writeback, or dirty.
+                self.set_dirty(&mut cursor, page);
+            }
             if let CachePage::Cached(cached) = cursor.get(page) {
                 let writeback = Writeback::Idle;
                 cursor.set(
@@ -422,23 +450,13 @@ impl PageCache {
                     }),
                 );
             }
-            if outcome.is_err() {
-                self.set_dirty(&mut cursor, page);
-            }
         }
         drop(cursor);
-        let count = u64::from(run.count);
-        match outcome {
-            Ok(()) => {
-                written.pages += count;
-                written.bounced += run.bounced();
-                Stats::add(&self.stats.file_pages_written, count);
-            }
-            Err(error) => {
-                written.failed += count;
-                Stats::add(&self.stats.file_write_errors, 1);
-                self.errors.set(error);
-            }
+        #[cfg(shuttle)]
+        if let Err(error) = outcome
+            && seeded_bug::has(SeededBug::ErrorsComeLate)
+        {
+            self.errors.set(error);
         }
         // Relaxed: see `note_writeback`.
         self.under_writeback.fetch_sub(count, Ordering::Relaxed);
@@ -464,6 +482,15 @@ impl PageCache {
             from = BlockIndex(block.0 + 1);
         }
     }
+}
+
+/// Whether somebody else writes a page: then nobody does meanwhile.
+fn is_being_written(page: Cached) -> bool {
+    #[cfg(shuttle)]
+    if seeded_bug::has(SeededBug::WritebackIgnoresWriteback) {
+        return false;
+    }
+    page.is_under_writeback()
 }
 
 const fn is_dirty(entry: CachePage) -> bool {
