@@ -249,8 +249,9 @@ pub fn pin_user_pages(
             let frame = space.pin_for(pin.term, at, || space.pin_page(worker, at, pin.access))?;
             pinned.frames.push(frame);
         }
-    } else if space.dax.at(at).is_some() {
-        space.pin_dax_pages(at, pages, pin, Who::Site(site), &mut pinned.dax)?;
+    } else if let Some(vma) = space.dax.at(at) {
+        let range = at..VirtAddr::new(end);
+        space.pin_dax_pages(vma, range, pin, Who::Site(site), &mut pinned.dax)?;
     } else {
         pinned.frames.reserve_exact(pages as usize);
         space.pin_file_pages(worker, at, pages, pin, &mut pinned)?;
