@@ -1,6 +1,6 @@
 //! `cargo xtask`: what the repository does to itself.
 //!
-//! `test` builds and runs every test, `tidy` checks what no lint can, `asan` runs the tests of device memory under
+//! `test` builds and runs every test, `soak` runs those that can take longer for longer, `tidy` checks what no lint can, `asan` runs the tests of device memory under
 //! `AddressSanitizer`, `dax` tests on persistent memory in a virtual machine, `bench` measures.
 
 mod asan;
@@ -18,12 +18,13 @@ fn main() -> ExitCode {
     let result = match arguments.next().as_deref() {
         Some("test") => test(arguments.collect()),
         Some("tidy") => tidy::tidy(&root()),
+        Some("soak") => soak(arguments.next().as_deref().unwrap_or("10")),
         Some("asan") => asan::asan(&root()),
         Some("dax") => dax::dax(&root()),
         Some("bench") => bench::bench(&root(), &arguments.collect::<Vec<_>>()),
         _ => {
             eprintln!(
-                "usage: cargo xtask test [ARGUMENTS OF cargo test] | tidy | asan | dax | bench [--quick] [--write] [GROUP]"
+                "usage: cargo xtask test [ARGUMENTS OF cargo test] | tidy | soak [MINUTES] | asan | dax | bench [--quick] [--write] [GROUP]"
             );
             return ExitCode::from(2);
         }
@@ -53,10 +54,23 @@ fn test(arguments: Vec<String>) -> anyhow::Result<()> {
     cargo(&test)
 }
 
+/// The tests of real DMA for so many minutes each, which take seconds in `test`.
+fn soak(minutes: &str) -> anyhow::Result<()> {
+    let number: u64 = minutes.parse().context("soak for how many minutes?")?;
+    let test = "test --release -p pgmap --test dma --test crash -- --nocapture";
+    let arguments: Vec<_> = test.split(' ').map(str::to_owned).collect();
+    cargo_with(&arguments, &[("PGMAP_SOAK_MINUTES", number.to_string())])
+}
+
 fn cargo(arguments: &[String]) -> anyhow::Result<()> {
+    cargo_with(arguments, &[])
+}
+
+fn cargo_with(arguments: &[String], environment: &[(&str, String)]) -> anyhow::Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
         .args(arguments)
+        .envs(environment.iter().map(|(key, value)| (*key, value)))
         .current_dir(root())
         .status();
     let status = status.context("cannot run cargo")?;

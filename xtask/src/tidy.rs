@@ -36,7 +36,7 @@ const ATOMICS: [(&str, &str); 3] = [
     ),
 ];
 /// Where unsafe code may be.
-const UNSAFE: [&str; 22] = [
+const UNSAFE: [&str; 24] = [
     "crates/sync/",
     "crates/core/",
     "crates/host/",
@@ -50,11 +50,13 @@ const UNSAFE: [&str; 22] = [
     "crates/mm/src/reclaim.rs",
     "crates/mm/src/shared_mmu.rs",
     "crates/pgmap/src/file.rs",
+    "crates/pgmap/src/io.rs",
     "crates/pgmap/src/memory.rs",
     "crates/pgmap/src/shared.rs",
     "crates/pgmap/src/space.rs",
-    // It forks.
+    // They fork.
     "crates/pgmap/tests/blocks.rs",
+    "crates/pgmap/tests/common/fork.rs",
     "crates/cli/src/supervisor.rs",
     "crates/cli/src/workload.rs",
     "crates/cli/tests/",

@@ -6,8 +6,9 @@ use std::io::Read;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
-use crate::elf;
+use crate::{elf, output};
 
 /// Scripts that name scripts that name ... end here.
 const MOST_INTERPRETERS: usize = 4;
@@ -17,12 +18,33 @@ const SETGID: u32 = 0o2000;
 /// Why a program cannot be run, with the exit status that shells use for it.
 #[derive(Debug)]
 pub(crate) struct Refusal {
-    pub(crate) status: u8,
-    pub(crate) message: String,
+    status: u8,
+    message: String,
 }
 
 const NOT_FOUND: u8 = 127;
-pub(crate) const NOT_EXECUTABLE: u8 = 126;
+const NOT_EXECUTABLE: u8 = 126;
+
+impl Refusal {
+    /// Why a program that was found could not be started.
+    pub(crate) fn not_started(path: &Path, error: &std::io::Error) -> Self {
+        let shown = path.display();
+        let message = match error.raw_os_error() {
+            Some(libc::ENOENT) => format!("{shown}: the interpreter that it names does not exist"),
+            _ => format!("{shown}: {error}"),
+        };
+        Self {
+            status: NOT_EXECUTABLE,
+            message,
+        }
+    }
+
+    /// Says so, and answers the status to leave with.
+    pub(crate) fn tell(&self) -> ExitCode {
+        output::tell(format_args!("pgmap: {}\n", self.message));
+        ExitCode::from(self.status)
+    }
+}
 
 /// Finds a program as a shell would, and checks that it can be managed.
 pub(crate) fn resolve(name: &OsStr) -> Result<PathBuf, Refusal> {
@@ -31,7 +53,8 @@ pub(crate) fn resolve(name: &OsStr) -> Result<PathBuf, Refusal> {
     Ok(path)
 }
 
-fn find(name: &OsStr) -> Result<PathBuf, Refusal> {
+/// Finds a program as a shell would, whatever it is.
+pub(crate) fn find(name: &OsStr) -> Result<PathBuf, Refusal> {
     let shown = name.to_string_lossy();
     if name.is_empty() {
         return refuse(
@@ -126,15 +149,6 @@ fn gives_privileges(file: &File) -> bool {
     let has_capabilities = rustix::fs::fgetxattr_query(file, "security.capability").is_ok();
     // Root has them all, so nothing is gained.
     setuid || setgid || has_capabilities && !uid.is_root()
-}
-
-/// Why a program that was found could not be started.
-pub(crate) fn explain(path: &Path, error: &std::io::Error) -> String {
-    let shown = path.display();
-    match error.raw_os_error() {
-        Some(libc::ENOENT) => format!("{shown}: the interpreter that it names does not exist"),
-        _ => format!("{shown}: {error}"),
-    }
 }
 
 fn is_script(file: &File) -> bool {

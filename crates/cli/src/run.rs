@@ -40,10 +40,7 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let (program, arguments) = match args.program.split_first() {
         Some((name, arguments)) => match program::resolve(name) {
             Ok(path) => (path, arguments.to_vec()),
-            Err(Refusal { status, message }) => {
-                tell(format_args!("pgmap: {message}\n"));
-                return Ok(ExitCode::from(status));
-            }
+            Err(refusal) => return Ok(refusal.tell()),
         },
         None => (
             std::env::current_exe()?,
@@ -66,12 +63,8 @@ pub(crate) fn run(args: &RunArgs) -> anyhow::Result<ExitCode> {
     let child = match command.spawn() {
         Ok(child) => child,
         Err(error) => {
-            tell(format_args!(
-                "pgmap: {}\n",
-                program::explain(&program, &error)
-            ));
             report.into_iter().for_each(Report::cancel);
-            return Ok(ExitCode::from(program::NOT_EXECUTABLE));
+            return Ok(Refusal::not_started(&program, &error).tell());
         }
     };
     let listener = listen(&control, &program, &arguments);

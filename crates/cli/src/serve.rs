@@ -15,11 +15,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow, bail, ensure};
-use pgmap_server::control::protocol::{Answer, Kind, Request};
+use pgmap_server::control::protocol::{Answer, Kind, Namespace, Region, Request};
 use pgmap_server::control::{Client, Listener, place};
 use pgmap_server::nbd::{self, Credentials, Exports, Limits, Peers, Security, Stopped};
-use pgmap_server::service::{Metrics, Service, Uri};
-use serde::Deserialize;
+use pgmap_server::service::{Metrics, PmemSpec, Service, Uri};
+use serde::{Deserialize, Deserializer};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -35,7 +35,9 @@ const LAST_REPLIES: Duration = Duration::from_secs(10);
 #[derive(Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields, rename_all = "kebab-case")]
 struct Options {
+    #[serde(deserialize_with = "one_or_more")]
     pmem: Vec<String>,
+    #[serde(deserialize_with = "one_or_more")]
     nbd: Vec<String>,
     socket: Option<PathBuf>,
     metrics: Option<String>,
@@ -43,6 +45,20 @@ struct Options {
     tls_certificates: Option<PathBuf>,
     tls_verify_peer: bool,
     quiet: bool,
+}
+
+/// A text, or a list of texts.
+fn one_or_more<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected a text or a list of texts")]
+    enum OneOrMore {
+        One(String),
+        More(Vec<String>),
+    }
+    Ok(match OneOrMore::deserialize(deserializer)? {
+        OneOrMore::One(text) => vec![text],
+        OneOrMore::More(texts) => texts,
+    })
 }
 
 pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
@@ -54,16 +70,8 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let security = options.security()?;
     // Before there are threads: none of them is to die of a signal that we wait for.
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("cannot wait for signals")?;
+    let regions = options.regions()?;
     let service = Service::new()?;
-    for spec in &options.pmem {
-        let parsed = spec
-            .parse()
-            .map_err(|error| anyhow!("--pmem {spec}: {error}"))?;
-        service
-            .plug(&parsed)
-            .map_err(|error| anyhow!("--pmem {spec}: {error}"))?;
-    }
-    let control = control_path(&options)?;
     let nbd = nbd::Server::new(
         Arc::clone(&service) as Arc<dyn Exports>,
         Limits::default(),
@@ -74,15 +82,15 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
         let complaints = Arc::clone(&complaints);
         nbd.report_ends(move |client, end| complaints.hear(client, end));
     }
-    let fronts = Fronts::open(&nbd, &options, &control)?;
+    let control = control_path(&options)?;
+    let (fronts, sockets) = Fronts::bind(&options, &control)?;
     service.set_nbd(nbd.clone(), fronts.uris());
-    let listener = Listener::start(&control, Arc::clone(&service) as _)
-        .with_context(|| format!("cannot listen at {}", control.display()))?;
-    let metrics = options
-        .metrics
-        .as_deref()
-        .map(|address| metrics(address, &service));
-    let metrics = metrics.transpose()?;
+    // Nobody is served before nothing can fail any more: what is made until then can be taken back.
+    let started = start(&service, &options, &regions, &control);
+    let (metrics, listener) = started.inspect_err(|_| service.give_up())?;
+    for socket in sockets {
+        nbd.serve(socket).context("NBD clients cannot be served")?;
+    }
     if !options.quiet {
         announce(&control, metrics.as_ref())?;
     }
@@ -102,6 +110,25 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     let ended = end(&service, &nbd, fronts);
     complaints.finish();
     ended
+}
+
+/// All that may fail at the start, the sockets of those who ask at last.
+fn start(
+    service: &Arc<Service>,
+    options: &Options,
+    regions: &[PmemSpec],
+    control: &Path,
+) -> anyhow::Result<(Option<Metrics>, Listener)> {
+    for spec in regions {
+        let plugged = service.plug(spec);
+        plugged.map_err(|error| anyhow!("--pmem {spec}: {error}"))?;
+    }
+    let metrics = options.metrics.as_deref();
+    let metrics = metrics.map(|address| self::metrics(address, service));
+    let metrics = metrics.transpose()?;
+    let listener = Listener::start(control, Arc::clone(service) as _)
+        .with_context(|| format!("cannot listen at {}", control.display()))?;
+    Ok((metrics, listener))
 }
 
 /// Answers what is under way, makes everything durable, and goes.
@@ -140,6 +167,14 @@ impl Options {
         options.tls_verify_peer |= args.tls_verify_peer;
         options.quiet |= args.quiet;
         Ok(options)
+    }
+
+    fn regions(&self) -> anyhow::Result<Vec<PmemSpec>> {
+        let parsed = self.pmem.iter().map(|spec| {
+            let parsed = spec.parse();
+            parsed.map_err(|error| anyhow!("--pmem {spec}: {error}"))
+        });
+        parsed.collect()
     }
 
     fn peers(&self) -> Peers {
@@ -221,7 +256,8 @@ struct Fronts {
 }
 
 impl Fronts {
-    fn open(nbd: &nbd::Server, options: &Options, control: &Path) -> anyhow::Result<Self> {
+    /// Takes the addresses. Who connects waits until somebody serves there.
+    fn bind(options: &Options, control: &Path) -> anyhow::Result<(Self, Vec<nbd::Listener>)> {
         let scheme = match options.tls {
             Tls::Require => "nbds",
             Tls::On | Tls::Off => "nbd",
@@ -236,6 +272,7 @@ impl Fronts {
             [] => vec![beside],
             given => given.to_vec(),
         };
+        let mut sockets = Vec::new();
         for place in places {
             let cannot = || format!("NBD clients cannot be served at {place}");
             let listener = if let Some(path) = place.strip_prefix("unix:") {
@@ -249,9 +286,9 @@ impl Fronts {
                 fronts.tcp.push(listener.local_addr()?);
                 nbd::Listener::Tcp(listener)
             };
-            nbd.serve(listener).with_context(cannot)?;
+            sockets.push(listener);
         }
-        Ok(fronts)
+        Ok((fronts, sockets))
     }
 
     fn uris(&self) -> Vec<Uri> {
@@ -298,16 +335,26 @@ fn metrics(address: &str, service: &Arc<Service>) -> anyhow::Result<Metrics> {
 }
 
 /// What is served and how it is found, as the control socket tells it.
+fn namespaces(region: &Region) -> impl Iterator<Item = &Namespace> {
+    region.namespaces.iter()
+}
+
 fn announce(control: &Path, metrics: Option<&Metrics>) -> anyhow::Result<()> {
     let mut client = Client::connect(control)?;
     let Answer::Listing(listing) = client.ask(&Request::List)? else {
         bail!("no listing");
     };
     let mut text = String::new();
-    for namespace in listing.regions.iter().flat_map(|region| &region.namespaces) {
-        let _ = writeln!(text, "{}", show::namespace(namespace));
-        if let Some(nbd) = &namespace.nbd {
-            let _ = writeln!(text, "  {nbd}");
+    let in_region = |region| namespaces(region).map(move |namespace| (region, namespace));
+    for (region, namespace) in listing.regions.iter().flat_map(in_region) {
+        // Of a namespace that has its region to itself, all of the region's metadata is its own.
+        let metadata = match namespaces(region).count() {
+            1 => show::region_metadata(region),
+            _ => namespace.metadata_size,
+        };
+        let _ = writeln!(text, "{}", show::namespace(namespace, metadata));
+        for uri in namespace.uris() {
+            let _ = writeln!(text, "  {uri}");
         }
         if namespace.map.is_some() && namespace.state == "enabled" {
             let _ = writeln!(text, "  direct: pgmap map {}", namespace.device());

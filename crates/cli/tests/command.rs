@@ -547,14 +547,17 @@ fn man_prints_a_page_or_writes_all() {
     );
 }
 
-/// The README shows the example that is built.
+/// The README shows the examples that are built.
 #[test]
-fn the_readme_shows_the_example_as_it_is() {
+fn the_readme_shows_the_examples_as_they_are() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let readme = fs::read_to_string(root.join("README.md")).unwrap();
-    let example = fs::read_to_string(root.join("crates/pgmap/examples/readme.rs")).unwrap();
-    let code = &example[example.find("use ").unwrap()..];
-    assert!(readme.contains(&format!("```rust\n{code}```\n")));
+    for name in ["readme.rs", "files.rs"] {
+        let example = root.join("crates/pgmap/examples").join(name);
+        let example = fs::read_to_string(example).unwrap();
+        let code = &example[example.find("use ").unwrap()..];
+        assert!(readme.contains(&format!("```rust\n{code}```\n")), "{name}");
+    }
 }
 
 /// The terminal tells only its session's leader that it hangs up: the program hears of it, too.

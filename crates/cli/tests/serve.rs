@@ -13,6 +13,8 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Stdio};
 use std::time::Instant;
 
+use pgmap_server::control::Client;
+use pgmap_server::control::protocol::Request;
 use serving::{Place, has, pattern};
 
 const MIB: usize = 1 << 20;
@@ -32,16 +34,14 @@ fn kill(mut child: Child) {
     child.wait().unwrap();
 }
 
-/// What is announced is what there is, in the words of the issue: name, mode, size, alignment, metadata.
+/// What is announced is what there is, in the words of the issue: name, mode, size, alignment.
 #[test]
 fn a_fresh_image_is_one_namespace() {
     let place = Place::new();
     let server = place.serve(&["disk.img,size=1G"]);
     let first = server.announced.lines().next().unwrap();
-    assert_eq!(
-        first,
-        "pmem0  fsdax  1022.0 MiB  align 2M  metadata 2.0 MiB on the device"
-    );
+    let shown = "pmem0  fsdax  1022.0 MiB  align 2M  metadata 2.0 MiB on the device";
+    assert_eq!(first, shown);
     assert!(server.announced.contains("direct: pgmap map pmem0"));
     assert!(server.announced.contains(&server.uri("pmem0")));
     let listed: serde_json::Value = serde_json::from_str(&place.ok(&["list", "--json"])).unwrap();
@@ -290,23 +290,21 @@ fn bad_blocks_survive_a_restart() {
     assert_eq!(listed[0]["badblocks"][0]["offset"], 8);
     assert_eq!(listed[0]["badblocks"][0]["length"], 4);
     assert_eq!(place.ok(&["scrub", "--wait"]), "done: 4 bad blocks\n");
+    for direct in [
+        &["map", "pmem0", "--length", "2M"][..],
+        &["map", "pmem0", "--write"],
+    ] {
+        let said = place.refused(direct);
+        assert!(
+            said.contains("block 8 is bad") && said.contains("clear-error"),
+            "{said}"
+        );
+    }
     place.ok(&["clear-error", "pmem0", "-B", "8", "-n", "4"]);
     assert_eq!(
         place.ok(&["scrub", "pmem0", "--wait"]),
         "done: 0 bad blocks\n"
     );
-}
-
-/// PMEM-4: who wants to flush by the CPU learns whether that is enough; it is no question of memory, which nothing makes durable.
-#[test]
-fn list_says_where_the_cpu_makes_stores_durable() {
-    let place = Place::new();
-    let _server = place.serve(&["disk.img,size=16M", "memory,size=8M"]);
-    let listed = place.ok(&["list", "-R", "--json"]);
-    let listed: serde_json::Value = serde_json::from_str(&listed).unwrap();
-    // Where the test's directory is on persistent memory, it may be.
-    assert!(listed[0]["map_sync"].is_boolean(), "{listed}");
-    assert!(listed[1]["map_sync"].is_null(), "{listed}");
 }
 
 /// What goes wrong at the start is one line that says what to do, and changes no file.
@@ -327,7 +325,10 @@ fn mistakes_are_one_line() {
             "no/such/x.img",
         ),
         (&["serve", "--pmem", "x.img,size=1"], "at least one page"),
-        (&["serve", "--config", "bad.toml"], "bad.toml"),
+        (
+            &["serve", "--config", "bad.toml"],
+            "expected a text or a list",
+        ),
         (&["serve", "--config", "odd.toml"], "pnem"),
         (&[&full[..], &["0.0.0.0:10809"]].concat(), "127.0.0.1"),
         (&[&full[..], &["nonsense"]].concat(), "unix:PATH"),
@@ -375,9 +376,10 @@ fn a_look_that_nobody_reads_is_the_last() {
 #[test]
 fn a_configuration_file_and_metrics() {
     let place = Place::new();
-    let config = "pmem = [\"memory,size=16M\"]\nmetrics = \"127.0.0.1:0\"\n";
+    // One may be written without the brackets of a list.
+    let config = "pmem = [\"memory,size=16M\"]\nmetrics = \"127.0.0.1:0\"\nnbd = \"127.0.0.1:0\"\n";
     fs::write(place.path("serve.toml"), config).unwrap();
-    let arguments = ["serve", "--config", "serve.toml", "--nbd", "127.0.0.1:0"];
+    let arguments = ["serve", "--config", "serve.toml"];
     let server = place.serve_with(&arguments);
     assert!(
         server.announced.contains("nbd://127.0.0.1:"),
@@ -407,6 +409,79 @@ fn a_configuration_file_and_metrics() {
         page.contains("pgmap_reads_total{device=\"pmem0\"}"),
         "{page}"
     );
+}
+
+/// What was meant wrongly is told in one line that says what is wrong about it.
+#[test]
+fn mistakes_of_verbs_say_what_is_wrong() {
+    let place = Place::new();
+    let server = place.serve(&["memory,size=8M"]);
+    let cases: [(&[&str], &str); 9] = [
+        (&["map", "pmem0", "--offset", "1"], "a multiple of 2M"),
+        (&["map", "pmem0", "--offset", "x"], "`x` is no size"),
+        (
+            &["inject-error", "pmem0", "-B", "0", "--count", "0"],
+            "write at least 1",
+        ),
+        (
+            &["clear-error", "pmem0", "-B", "0", "--count", "0"],
+            "write at least 1",
+        ),
+        (
+            &["inject-error", "pmem0", "-B", "x"],
+            "write a whole number",
+        ),
+        (&["memory", "offline", "x"], "write a whole number"),
+        (&["top", "-n", "0"], "write at least 1"),
+        (&["plug", "compressed:1G"], "is a device of `pgmap run`"),
+        (&["plug", "file:a,size=1G"], "is a device of `pgmap run`"),
+    ];
+    for (arguments, part) in cases {
+        let said = place.refused(arguments);
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(said.contains(part), "{arguments:?}: {said}");
+    }
+    // Over the socket there is no such check before.
+    let mut client = Client::connect(&server.control()).unwrap();
+    let refused = client.ask(&Request::InjectError {
+        namespace: "pmem0".into(),
+        block: 0,
+        count: 0,
+    });
+    assert!(refused.unwrap_err().to_string().contains("at least 1"));
+}
+
+/// A program that maps a range is looked for as a shell does it, and its status is ours.
+#[test]
+fn a_program_that_cannot_be_started_has_a_status_of_its_own() {
+    let place = Place::new();
+    let _server = place.serve(&["memory,size=8M"]);
+    fs::write(place.path("plain"), "no program").unwrap();
+    for (program, status) in [("nosuch", 127), ("./plain", 126), ("false", 1), ("true", 0)] {
+        let mut command = place.pgmap(&["map", "pmem0", "--", program]);
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(status), "{program}: {output:?}");
+        assert_eq!(output.stderr.is_empty(), status < 2, "{output:?}");
+    }
+}
+
+/// PMEM-4: of an input that is longer than the range, as much is written as fits, durably, and the rest is told of.
+#[test]
+fn too_much_input_is_written_as_far_as_it_fits() {
+    let place = Place::new();
+    let _server = place.serve(&["disk.img,size=8M"]);
+    let bytes = pattern(2 * MIB + 1, 7);
+    fs::write(place.path("input"), &bytes).unwrap();
+    let mut command = place.pgmap(&["map", "pmem0", "--length", "2M", "--write"]);
+    let input = fs::File::open(place.path("input")).unwrap();
+    let output = command.stdin(input).output().unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(
+        said.contains("its first 2097152 bytes are written and durable"),
+        "{said}"
+    );
+    assert!(place.read("pmem0")[..2 * MIB] == bytes[..2 * MIB]);
 }
 
 /// Who reads and who writes a range at the same time have each their own place in the file.

@@ -22,6 +22,11 @@ fn connect(server: &Server, name: &str) -> Nbd {
 /// A server in a mount namespace of its own, whose directory `small` has room for so many bytes; `None` if the machine does
 /// not allow that.
 fn with_little_room(place: &Place, room: &str, regions: [&str; 2]) -> Option<Server> {
+    in_little_room(place, room, regions, "").map(Server::start)
+}
+
+/// The same before it is started; `after` is what the shell does then.
+fn in_little_room(place: &Place, room: &str, regions: [&str; 2], after: &str) -> Option<Command> {
     fs::create_dir(place.path("small")).unwrap();
     let namespace = ["-rm", "sh", "-c"];
     let mount = format!("mount -t tmpfs -o size={room} none small");
@@ -34,15 +39,19 @@ fn with_little_room(place: &Place, room: &str, regions: [&str; 2]) -> Option<Ser
         eprintln!("SKIPPED: this machine mounts no tmpfs in a namespace of our own");
         return None;
     }
+    let serve = match after {
+        "" => "exec \"$0\" \"$@\"".to_owned(),
+        after => format!("\"$0\" \"$@\"; {after}"),
+    };
     let mut command = Command::new("unshare");
     command
         .args(namespace)
-        .arg(format!("{mount} && exec \"$0\" \"$@\""))
+        .arg(format!("{mount} && {serve}"))
         .arg(env!("CARGO_BIN_EXE_pgmap"))
         .args(["serve", "--pmem", regions[0], "--pmem", regions[1]])
         .current_dir(&place.directory)
         .env("XDG_RUNTIME_DIR", place.directory.path());
-    Some(Server::start(command))
+    Some(command)
 }
 
 fn errno(result: &io::Result<()>) -> Option<i32> {
@@ -101,6 +110,32 @@ fn a_full_disk_is_an_error_of_one_write() {
         output.status.success() && output.stderr.is_empty(),
         "{output:?}"
     );
+}
+
+/// A start that fails leaves nothing that was not there before, in whichever region it failed.
+#[test]
+fn a_failed_start_leaves_no_files() {
+    let place = Place::new();
+    let regions = ["first.img,size=8M", "small/n.img,size=64M"];
+    let Some(mut command) = in_little_room(&place, "64k", regions, "ls small") else {
+        return;
+    };
+    let output = command.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        said.contains("n.img") && said.contains("No space left"),
+        "{said}"
+    );
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "");
+    assert!(!place.path("first.img").exists());
+    // What was there stays.
+    drop(place.serve(&["first.img,size=8M"]));
+    fs::write(place.path("foreign"), pattern(8 * MIB, 1)).unwrap();
+    place.refused(&["serve", "--pmem", "first.img", "--pmem", "foreign"]);
+    let metrics = ["--metrics", "nonsense"];
+    place.refused(&[&["serve", "--pmem", "second.img,size=8M"], &metrics[..]].concat());
+    assert!(place.path("first.img").exists());
+    assert!(!place.path("second.img").exists());
 }
 
 /// PMEM-3: of an image that is cut off while it is served, what is gone is an error, and nobody dies of it.

@@ -92,6 +92,18 @@ pub struct Holders {
 #[must_use = "a holder stays registered until `remove`"]
 pub struct Ticket(u64);
 
+/// Of which holders somebody has been told: of those up to this one.
+#[derive(Debug, Default)]
+pub struct Told(u64);
+
+impl Told {
+    /// Of none.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self(0)
+    }
+}
+
 /// The place in the register of somebody who holds a device's pages.
 #[derive(Debug)]
 #[must_use = "a holder stays registered until `remove_frames`"]
@@ -111,9 +123,34 @@ impl Holders {
     /// Who holds any of these addresses, oldest first.
     #[must_use]
     pub fn of(&self, range: &Range<usize>) -> Vec<Holder> {
-        self.registry
-            .lock()
-            .of(|holder| holder.range.start < range.end && range.start < holder.range.end)
+        self.registry.lock().of(|holder| overlaps(holder, range))
+    }
+
+    /// All who hold addresses, oldest first.
+    #[must_use]
+    pub fn all(&self) -> Vec<Holder> {
+        self.registry.lock().of(|_| true)
+    }
+
+    /// Those who have held addresses since before `since_ns`, each of them once: `told` is how far the caller has been told.
+    #[must_use]
+    pub fn older_than(&self, since_ns: u64, told: &mut Told) -> Vec<Holder> {
+        let registry = self.registry.lock();
+        let newer = registry.holders.range(told.0 + 1..);
+        let old = newer.take_while(|(_, holder)| holder.since_ns < since_ns);
+        let old = old.map(|(number, holder)| {
+            told.0 = *number;
+            holder.clone()
+        });
+        old.collect()
+    }
+
+    /// Whether anybody holds any of these addresses.
+    #[must_use]
+    pub fn has_any_of(&self, range: &Range<usize>) -> bool {
+        let registry = self.registry.lock();
+        let mut holders = registry.holders.values();
+        holders.any(|holder| overlaps(holder, range))
     }
 
     /// Registers a holder of a device's pages until [`remove_frames`](Self::remove_frames).
@@ -139,4 +176,8 @@ impl Holders {
         let overlaps = |holder: &FrameHolder| holder.frames.intersects(range);
         self.frames.lock().of(overlaps)
     }
+}
+
+const fn overlaps(holder: &Holder, range: &Range<usize>) -> bool {
+    holder.range.start < range.end && range.start < holder.range.end
 }

@@ -14,6 +14,7 @@ mod device;
 mod hold;
 mod image;
 pub mod label;
+mod made;
 mod medium;
 mod namespace;
 mod patience;

@@ -33,6 +33,19 @@ pub enum SizeError {
 ///
 /// [`SizeError`] if it is no size, or less than a page.
 pub fn parse_size(text: &str) -> Result<u64, SizeError> {
+    let bytes = parse_bytes(text)?;
+    if bytes < PAGE_SIZE as u64 {
+        return Err(SizeError::TooSmall(text.trim().to_owned()));
+    }
+    Ok(bytes)
+}
+
+/// The same for what may be less than a page, or nothing at all, such as an offset.
+///
+/// # Errors
+///
+/// [`SizeError`] if it is no number of bytes.
+pub fn parse_bytes(text: &str) -> Result<u64, SizeError> {
     let text = text.trim();
     let digits = text
         .find(|c: char| !c.is_ascii_digit())
@@ -48,11 +61,7 @@ pub fn parse_size(text: &str) -> Result<u64, SizeError> {
         .parse()
         .map_err(|_| SizeError::TooLarge(text.to_owned()))?;
     let bytes = number.checked_mul(1 << (10 * power));
-    match bytes {
-        None => Err(SizeError::TooLarge(text.to_owned())),
-        Some(bytes) if bytes < PAGE_SIZE as u64 => Err(SizeError::TooSmall(text.to_owned())),
-        Some(bytes) => Ok(bytes),
-    }
+    bytes.ok_or_else(|| SizeError::TooLarge(text.to_owned()))
 }
 
 fn power_of_1024(unit: &str) -> Option<u32> {
@@ -107,6 +116,14 @@ mod tests {
         ] {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
+    }
+
+    #[test]
+    fn an_offset_may_be_less_than_a_page() {
+        assert_eq!(parse_bytes("0"), Ok(0));
+        assert_eq!(parse_bytes("1"), Ok(1));
+        assert_eq!(parse_bytes("2M"), Ok(2 << 20));
+        assert_eq!(parse_bytes("x"), Err(SizeError::NoNumber("x".into())));
     }
 
     #[test]

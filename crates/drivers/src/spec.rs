@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use crate::compressed::Algorithm;
 use crate::faulty::{Fault, Plan, When};
 use crate::file::Direct;
-pub use crate::size::{ExactSize, SizeError, parse_size};
+pub use crate::size::{ExactSize, SizeError, parse_bytes, parse_size};
 
 /// The level that `algorithm=zstd` means without `level`.
 const ZSTD_LEVEL: i32 = 1;

@@ -15,7 +15,7 @@ use common::power::PowerCut;
 use common::{client, map, open, small_map, spec};
 use pgmap_drivers::block::{Access, BlockDevice, BlockError, Contents, Zeros};
 use pgmap_drivers::pmem::{
-    AccessError, Afterwards, Generation, Patience, Pmem, Region, ScrubError,
+    AccessError, Afterwards, Generation, Patience, Pmem, Region, ScrubError, Sharing,
 };
 use rustix::io::Errno;
 
@@ -64,6 +64,38 @@ fn a_lost_block_is_in_no_hole() {
     assert_eq!(inside, [(1100..1200, Contents::Data)]);
     pmem.clear_error(1024..3072).unwrap();
     assert_eq!(pmem.extents(0..8192), Ok(vec![(0..8192, Contents::Hole)]));
+}
+
+/// PMEM-3: what is lost is not mapped, neither in memory nor in an image, and nothing is held then; what is beside it is, and
+/// all of it once it is mended.
+#[test]
+fn a_lost_block_is_not_mapped() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = format!("{}/a.img,size=10M", directory.path().display());
+    for text in ["memory,size=8M", &image] {
+        let (_region, pmem) = open(text);
+        let pmem_map = |bytes| pmem.map(bytes, Sharing::Shared, client("test"));
+        let unit = 2 << 20;
+        pmem.inject_error(unit + 4096..unit + 4608).unwrap();
+        for bytes in [unit..2 * unit, 0..3 * unit] {
+            let refused = pmem_map(bytes).unwrap_err();
+            assert_eq!(
+                refused,
+                AccessError::Bad {
+                    offset: unit + 4096
+                }
+            );
+            let said = refused.to_string();
+            assert!(
+                said.contains("block 4104 is bad (512 bytes at 0x201000)"),
+                "{said}"
+            );
+        }
+        assert!(pmem.holds().is_empty());
+        drop(pmem_map(0..unit).unwrap());
+        pmem.write(unit + 4096, &[1; 512]).unwrap();
+        drop(pmem_map(0..3 * unit).unwrap());
+    }
 }
 
 /// PMEM-3: a full write mends a block; one of a part is refused, and writes nothing.

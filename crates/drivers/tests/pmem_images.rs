@@ -85,6 +85,66 @@ fn what_is_no_file_is_refused() {
     assert!(!directory.path().join("small.img").exists());
 }
 
+/// What a refused opening made is gone again, and what was there before is as it was.
+#[test]
+fn a_refused_opening_leaves_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+    fs::write(path("empty.img"), "").unwrap();
+    fs::write(path("zeros.img"), vec![0; 5 << 20]).unwrap();
+    // No file is so long, or has room for such a namespace; after that it is the same for one that is there already.
+    for options in [
+        ",size=9999999T",
+        ",size=5M,align=1G",
+        ",size=9999T,mode=raw",
+    ] {
+        for name in ["new.img", "empty.img", "zeros.img"] {
+            refusal(&format!("{}{options}", path(name).display()));
+        }
+    }
+    assert!(!path("new.img").exists());
+    assert_eq!(fs::read(path("empty.img")).unwrap(), []);
+    assert_eq!(fs::read(path("zeros.img")).unwrap(), vec![0; 5 << 20]);
+    // One that was opened is taken back on request, unless it is in use; and nothing that somebody put in its place.
+    let text = format!("{},size=8M", path("new.img").display());
+    let region = Region::open(&spec(&text), 0).unwrap();
+    let pmem = region.bind(&map(), 0).unwrap();
+    region.take_back();
+    assert!(path("new.img").exists());
+    drop(pmem);
+    fs::rename(path("new.img"), path("moved.img")).unwrap();
+    fs::write(path("new.img"), "other").unwrap();
+    region.take_back();
+    assert_eq!(fs::read(path("new.img")).unwrap(), b"other");
+    drop(region);
+    let region = Region::open(&spec(&path("moved.img").display().to_string()), 0).unwrap();
+    region.take_back();
+    assert!(path("moved.img").exists());
+    let text = format!("{},size=8M", path("second.img").display());
+    let region = Region::open(&spec(&text), 0).unwrap();
+    region.take_back();
+    assert!(!path("second.img").exists());
+    let text = format!("{},size=8M", path("empty.img").display());
+    Region::open(&spec(&text), 0).unwrap().take_back();
+    assert_eq!(fs::read(path("empty.img")).unwrap(), []);
+}
+
+/// A file that is too short for an image is somebody's if it has bytes, and to be made longer if it has none.
+#[test]
+fn a_short_file_is_told_apart() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("text");
+    fs::write(&path, "hello").unwrap();
+    let said = refusal(&path.display().to_string());
+    assert!(
+        said.contains("5 bytes that are no image") && said.contains("mode=raw"),
+        "{said}"
+    );
+    fs::write(&path, vec![0; 4096]).unwrap();
+    let said = refusal(&path.display().to_string());
+    assert!(said.contains("make it larger"), "{said}");
+}
+
 /// A symbolic link is followed.
 #[test]
 fn a_link_to_an_image_is_that_image() {

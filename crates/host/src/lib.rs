@@ -19,6 +19,7 @@ pub mod mmu;
 pub mod platform;
 pub mod probe;
 mod protection;
+pub mod registered;
 pub mod remap;
 mod restricted;
 pub mod shared;

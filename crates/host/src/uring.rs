@@ -43,14 +43,14 @@ pub struct Ring {
 }
 
 /// A queue that the program cannot close.
-struct MarkedRing {
+pub(crate) struct MarkedRing {
     // Dropped first: fields are dropped in this order.
     _mark: Mark,
-    ring: IoUring,
+    pub(crate) ring: IoUring,
 }
 
 impl MarkedRing {
-    fn new(depth: u32) -> io::Result<Self> {
+    pub(crate) fn new(depth: u32) -> io::Result<Self> {
         let low = IoUring::new(depth)?;
         // SAFETY: the descriptor is open for as long as `low` is.
         let fd = unsafe { BorrowedFd::borrow_raw(low.as_raw_fd()) };
@@ -149,11 +149,17 @@ impl Ring {
         for request in &mut *batch {
             *request.outcome() = Err(Errno::INPROGRESS);
         }
-        if let Some(ring) = &mut self.ring
-            && let Err(Broken) = run_queued(&mut ring.ring, fd, batch)
-        {
-            // What it never took is still in the queue, so nobody may enter it again.
-            self.ring = None;
+        if let Some(ring) = &mut self.ring {
+            let entry = |request: &mut R| request.entry(fd.as_raw_fd());
+            let end = |request: &mut R, result| {
+                *request.outcome() = conclude(request, fd, result);
+            };
+            // SAFETY: each entry names the page of its request, which is borrowed for as long as the batch.
+            let ran = unsafe { run_queued(&mut ring.ring, batch, &entry, &end) };
+            if let Err(Broken) = ran {
+                // What it never took is still in the queue, so nobody may enter it again.
+                self.ring = None;
+            }
         }
         for request in batch {
             if *request.outcome() == Err(Errno::INPROGRESS) {
@@ -164,24 +170,30 @@ impl Ring {
 }
 
 /// The ring answers errors, and has nothing of ours any more.
-struct Broken;
+pub(crate) struct Broken;
 
-/// Queues every request, and waits for all that the kernel took. Requests that it did not take stay in progress.
-fn run_queued<R: Request>(
+/// Queues every request as `entry` makes it, and waits for all that the kernel took: `end` is called with the answer to each.
+///
+/// # Safety
+///
+/// The memory that an entry names may be read and written by the kernel for as long as the batch is borrowed.
+pub(crate) unsafe fn run_queued<R>(
     ring: &mut IoUring,
-    fd: BorrowedFd<'_>,
     batch: &mut [R],
+    entry: &impl Fn(&mut R) -> squeue::Entry,
+    end: &impl Fn(&mut R, i32),
 ) -> Result<(), Broken> {
     let (mut queued, mut completed) = (0, 0);
     while completed < batch.len() {
-        queued = fill(ring, fd, batch, queued, completed);
+        // SAFETY: by this function's contract; and nobody returns before the kernel is done with what it took.
+        queued = unsafe { fill(ring, batch, entry, queued, completed) };
         let entered = ring.submit_and_wait(1);
-        completed += reap(ring, fd, batch);
+        completed += reap(ring, batch, end);
         match entered {
             Ok(_) => {}
             Err(error) if is_passing(&error) => std::thread::yield_now(),
             Err(_) => {
-                drain(ring, fd, batch, queued - completed);
+                drain(ring, batch, end, queued - completed);
                 return Err(Broken);
             }
         }
@@ -190,10 +202,14 @@ fn run_queued<R: Request>(
 }
 
 /// Queues as many requests as there is room for. Answers how many have been queued in all.
-fn fill<R: Request>(
+///
+/// # Safety
+///
+/// What the entries name may be used until their completions have been taken.
+unsafe fn fill<R>(
     ring: &mut IoUring,
-    fd: BorrowedFd<'_>,
     batch: &mut [R],
+    entry: &impl Fn(&mut R) -> squeue::Entry,
     mut queued: usize,
     completed: usize,
 ) -> usize {
@@ -203,8 +219,8 @@ fn fill<R: Request>(
     while let Some(request) = batch.get_mut(queued)
         && queued - completed < depth
     {
-        let entry = request.entry(fd.as_raw_fd()).user_data(queued as u64);
-        // SAFETY: the page is borrowed for as long as the batch, and nobody returns before the kernel is done with it.
+        let entry = entry(request).user_data(queued as u64);
+        // SAFETY: by this function's contract.
         if unsafe { queue.push(&entry) }.is_err() {
             break;
         }
@@ -214,24 +230,24 @@ fn fill<R: Request>(
 }
 
 /// Takes completions. Answers how many.
-fn reap<R: Request>(ring: &mut IoUring, fd: BorrowedFd<'_>, batch: &mut [R]) -> usize {
+fn reap<R>(ring: &mut IoUring, batch: &mut [R], end: &impl Fn(&mut R, i32)) -> usize {
     let mut count = 0;
     for completion in ring.completion() {
         count += 1;
         // The number is our own, but it has been in memory that the kernel shares.
         let index = usize::try_from(completion.user_data()).unwrap_or(usize::MAX);
         if let Some(request) = batch.get_mut(index) {
-            *request.outcome() = conclude(request, fd, completion.result());
+            end(request, completion.result());
         }
     }
     count
 }
 
 /// Waits for what the kernel took without entering it, as that fails. It does not return before.
-fn drain<R: Request>(ring: &mut IoUring, fd: BorrowedFd<'_>, batch: &mut [R], queued: usize) {
+fn drain<R>(ring: &mut IoUring, batch: &mut [R], end: &impl Fn(&mut R, i32), queued: usize) {
     let mut in_flight = queued - ring.submission().len();
     while in_flight > 0 {
-        in_flight -= reap(ring, fd, batch);
+        in_flight -= reap(ring, batch, end);
         std::thread::sleep(core::time::Duration::from_millis(1));
     }
 }

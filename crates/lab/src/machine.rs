@@ -21,7 +21,7 @@ use crate::model::{Fault, ModelMmu};
 /// Where managed memory begins.
 const BASE: VirtAddr = VirtAddr::new(1 << 30);
 /// Faults that one access may take before we say that it never ends, and times that it asks for memory.
-const PATIENCE: u32 = 1000;
+pub(crate) const PATIENCE: u32 = 1000;
 
 /// What a machine is made of.
 #[derive(Debug)]
@@ -283,7 +283,7 @@ impl Cpu {
 }
 
 /// Somebody else is about to free memory: at the first attempts at once, later perhaps after a while.
-fn let_others_run(attempt: u32) {
+pub(crate) fn let_others_run(attempt: u32) {
     if attempt < 16 || cfg!(any(loom, shuttle)) {
         spin_loop();
     } else {

@@ -15,7 +15,7 @@ use pgmap_mm::mmu::{Mmu, Progress, Protect, Slot, Stop};
 use pgmap_sync::Mutex;
 
 /// What a dropped page holds.
-const JUNK: u8 = 0xdb;
+pub(crate) const JUNK: u8 = 0xdb;
 
 /// What an access found instead of its word.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -253,19 +253,6 @@ impl ModelMmu {
             + memory.slots.iter().flatten().count()
     }
 
-    /// One step per page, until one stops.
-    fn each(count: usize, mut step: impl FnMut(usize) -> Result<(), Stop>) -> Progress {
-        for done in 0..count {
-            if let Err(stop) = step(done) {
-                return Progress {
-                    done,
-                    stop: Some(stop),
-                };
-            }
-        }
-        Progress::complete(count)
-    }
-
     fn drop_late(&self) {
         if self.flaw == Flaw::DropsLate {
             let mut memory = self.memory.lock();
@@ -288,8 +275,21 @@ fn writable(memory: &Memory, at: VirtAddr) -> Result<Body, Fault> {
     }
 }
 
+/// One step per page, until one stops.
+pub(crate) fn each(count: usize, mut step: impl FnMut(usize) -> Result<(), Stop>) -> Progress {
+    for done in 0..count {
+        if let Err(stop) = step(done) {
+            return Progress {
+                done,
+                stop: Some(stop),
+            };
+        }
+    }
+    Progress::complete(count)
+}
+
 /// The page `nth` pages after an address.
-fn nth_page(at: VirtAddr, nth: usize) -> VirtAddr {
+pub(crate) fn nth_page(at: VirtAddr, nth: usize) -> VirtAddr {
     at.checked_add(nth * PAGE_SIZE).unwrap_or(at)
 }
 
@@ -306,7 +306,7 @@ unsafe impl Mmu for ModelMmu {
             Flaw::NeverProtects => Protect::ReadWrite,
             Flaw::None | Flaw::TakesPinned | Flaw::DropsLate => protect,
         };
-        Self::each(pages.len(), |nth| {
+        each(pages.len(), |nth| {
             let at = nth_page(at, nth);
             let memory = &mut *self.memory.lock();
             assert!(
@@ -324,7 +324,7 @@ unsafe impl Mmu for ModelMmu {
 
     fn install_zero(&self, at: VirtAddr, count: usize) -> Progress {
         self.drop_late();
-        Self::each(count, |nth| {
+        each(count, |nth| {
             let at = nth_page(at, nth);
             let memory = &mut *self.memory.lock();
             if memory.mapped.contains_key(&at) {
@@ -341,7 +341,7 @@ unsafe impl Mmu for ModelMmu {
 
     fn take_out(&self, at: VirtAddr, count: usize, to: Slot) -> Progress {
         self.drop_late();
-        Self::each(count, |nth| {
+        each(count, |nth| {
             let (at, to) = (nth_page(at, nth), nth_slot(to, nth));
             let memory = &mut *self.memory.lock();
             assert_eq!(
@@ -366,7 +366,7 @@ unsafe impl Mmu for ModelMmu {
 
     fn give_back(&self, from: Slot, count: usize, at: VirtAddr) -> Progress {
         self.drop_late();
-        Self::each(count, |nth| {
+        each(count, |nth| {
             let (at, from) = (nth_page(at, nth), nth_slot(from, nth));
             let memory = &mut *self.memory.lock();
             assert!(
@@ -421,7 +421,7 @@ unsafe impl Mmu for ModelMmu {
 
     fn poison(&self, at: VirtAddr, count: usize) -> Progress {
         self.drop_late();
-        Self::each(count, |nth| {
+        each(count, |nth| {
             let at = nth_page(at, nth);
             let before = self.memory.lock().mapped.insert(at, Mapping::Poison);
             assert!(

@@ -9,7 +9,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-use pgmap_core::addr::VirtAddr;
+use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_core::dax::{DaxDevice, DaxError};
 use pgmap_core::holders::Who;
 use pgmap_core::memremap::{HeldPages, MemoryType};
@@ -108,35 +108,37 @@ impl AddressSpace {
         &self.dax
     }
 
-    /// Pins whole pages of mapped devices, one hold for each mapping that the range touches; `vma` is the first.
+    /// Pins pages of mapped devices, one hold for each mapping that the range touches.
     pub(crate) fn pin_dax_pages(
         &self,
-        mut vma: DaxVma,
-        range: Range<VirtAddr>,
+        at: VirtAddr,
+        pages: u32,
         pin: &Pin,
         who: Who,
         pinned: &mut Vec<DaxPin>,
     ) -> Result<(), PinError> {
-        let mut at = range.start;
-        loop {
-            let bad = PinError::BadAddress { at };
-            vma.allows(pin, at)?;
-            let left = range.end.checked_offset_from(at).ok_or(bad)?;
-            let bytes = vma.from(at).ok_or(bad)?;
-            let bytes = bytes.start..bytes.end.min(bytes.start.saturating_add(left as u64));
+        let mut left = u64::from(pages) * PAGE_SIZE as u64;
+        let mut start = at;
+        while left > 0 {
+            let bad = PinError::BadAddress { at: start };
+            let vma = self.dax.at(start).ok_or(bad)?;
+            vma.allows(pin, start)?;
+            let bytes = vma.from(start).ok_or(bad)?;
+            let bytes = bytes.start..bytes.end.min(bytes.start.saturating_add(left));
             let held = vma.device.pin_bytes(&bytes, pin.label.clone(), who);
-            let held = held.map_err(|error| refusal(error, &vma, at))?;
+            let held = held.map_err(|error| refusal(error, &vma, start))?;
             pinned.push(DaxPin {
                 _held: held,
                 _device: vma.device,
             });
-            let done = usize::try_from(bytes.end - bytes.start).map_err(|_| bad)?;
-            if done == left {
-                return Ok(());
-            }
-            at = at.checked_add(done).ok_or(bad)?;
-            vma = self.dax.at(at).ok_or(PinError::BadAddress { at })?;
+            let done = bytes.end - bytes.start;
+            left -= done;
+            let end = usize::try_from(done)
+                .ok()
+                .and_then(|done| start.checked_add(done));
+            start = end.ok_or(bad)?;
         }
+        Ok(())
     }
 }
 

@@ -7,11 +7,12 @@ use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use pgmap_core::addr::VirtAddr;
+use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_core::memcg::Memcg;
 use pgmap_sync::Mutex;
 use pgmap_sync::atomic::{AtomicU32, Ordering};
 
+use crate::discard::Pinned;
 use crate::fault::{Access, Outcome};
 use crate::page_cache::{FileNumber, FileVma, PageCache};
 use crate::reclaim::Caller;
@@ -88,6 +89,20 @@ impl Files {
         }
     }
 
+    /// Takes a mapping out as [`unmap`](Self::unmap) does, unless `is_pinned`: who pins registers first and then looks here.
+    fn unmap_unless(&self, vma: &FileVma, is_pinned: impl FnOnce() -> bool) -> Result<(), Pinned> {
+        let mut mapped = self.mapped.lock();
+        if is_pinned() {
+            return Err(Pinned { at: vma.at });
+        }
+        let gone = mapped.remove(&vma.at);
+        drop(mapped);
+        if let Some((vma, cache)) = gone {
+            cache.remove_vma(&vma);
+        }
+        Ok(())
+    }
+
     /// The mapping at an address, and its file.
     #[must_use]
     pub fn at(&self, at: VirtAddr) -> Option<(FileVma, Arc<PageCache>)> {
@@ -152,17 +167,30 @@ impl AddressSpace {
         &self.files
     }
 
+    /// Takes a mapping of a file out: when this returns, nobody changes anything there, and nobody pins pages there.
+    ///
+    /// # Errors
+    ///
+    /// [`Pinned`] if somebody has, or is about to: then the mapping is as it was.
+    pub fn unmap_file(&self, vma: &FileVma) -> Result<(), Pinned> {
+        let start = vma.at.get();
+        let range = start..start + vma.pages as usize * PAGE_SIZE;
+        self.files
+            .unmap_unless(vma, || self.map.holders().has_any_of(&range))
+    }
+
     /// Serves a fault outside anonymous memory.
     pub(crate) fn file_fault(&self, worker: &mut Worker, at: VirtAddr, access: Access) -> Outcome {
         let Some((_, cache)) = self.files.at(at) else {
             return Outcome::BadAddress;
         };
+        // Before the page can be written, not after: it would be protected again before the store is made, and again.
+        match access {
+            Access::Read => {}
+            Access::Write | Access::WriteProtected => self.balance_dirty(&cache),
+        }
         loop {
             let outcome = cache.fault(worker, at, access);
-            match access {
-                Access::Read => {}
-                Access::Write | Access::WriteProtected => self.balance_dirty(&cache),
-            }
             let wants_more = outcome == Outcome::NoMemory;
             if !wants_more || self.make_room_for(&cache, Caller::FaultHandler) == 0 {
                 return outcome;

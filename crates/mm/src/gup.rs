@@ -164,6 +164,17 @@ pub enum PinError {
     },
 }
 
+/// Whose pages are pinned.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Whose {
+    /// Pages of anonymous memory: whoever mapped them may have references to their bytes.
+    Anonymous,
+    /// Pages of files: nobody has references to their bytes.
+    File,
+    /// Pages of a device: nobody has references to their bytes.
+    Device,
+}
+
 /// Pages that stay where they are until this is dropped.
 ///
 /// # Invariants
@@ -175,6 +186,8 @@ pub struct PinnedPages {
     at: VirtAddr,
     pages: u32,
     frames: Vec<Pfn>,
+    access: PinAccess,
+    whose: Whose,
     dax: Vec<DaxPin>,
     /// The files of which they are: what is written through the pins reaches them, even if nobody else has them open any more.
     files: Vec<Arc<PageCache>>,
@@ -182,7 +195,20 @@ pub struct PinnedPages {
 }
 
 impl PinnedPages {
-    /// The first pinned address.
+    /// What the pages were pinned for.
+    #[must_use]
+    pub const fn access(&self) -> PinAccess {
+        self.access
+    }
+
+    /// Whose pages they are.
+    #[must_use]
+    pub const fn whose(&self) -> Whose {
+        self.whose
+    }
+
+    /// The first pinned address. With [`len_bytes`](Self::len_bytes) it is the one `iovec` that a ring of one's own, `preadv` or
+    /// `pwritev` needs: the addresses are mapped for as long as this lives.
     #[must_use]
     pub const fn start(&self) -> VirtAddr {
         self.at
@@ -232,29 +258,41 @@ pub fn pin_user_pages(
         since_ns: space.map.now_ns(),
         range: at.get()..end,
     });
+    let whose = if space.page_at(at).is_some() {
+        Whose::Anonymous
+    } else if space.dax.at(at).is_some() {
+        Whose::Device
+    } else {
+        Whose::File
+    };
     let mut pinned = PinnedPages {
         space: Arc::clone(space),
         at,
         pages,
         frames: Vec::new(),
+        access: pin.access,
+        whose,
         dax: Vec::new(),
         files: Vec::new(),
         ticket,
     };
     // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
-    if space.page_at(at).is_some() {
-        pinned.frames.reserve_exact(pages as usize);
-        for nth in 0..pages {
-            let at = nth_page(at, nth)?;
-            let frame = space.pin_for(pin.term, at, || space.pin_page(worker, at, pin.access))?;
-            pinned.frames.push(frame);
+    match whose {
+        Whose::Anonymous => {
+            pinned.frames.reserve_exact(pages as usize);
+            for nth in 0..pages {
+                let at = nth_page(at, nth)?;
+                let pin_page = || space.pin_page(worker, at, pin.access);
+                pinned.frames.push(space.pin_for(pin.term, at, pin_page)?);
+            }
         }
-    } else if let Some(vma) = space.dax.at(at) {
-        let range = at..VirtAddr::new(end);
-        space.pin_dax_pages(vma, range, pin, Who::Site(site), &mut pinned.dax)?;
-    } else {
-        pinned.frames.reserve_exact(pages as usize);
-        space.pin_file_pages(worker, at, pages, pin, &mut pinned)?;
+        Whose::Device => {
+            space.pin_dax_pages(at, pages, pin, Who::Site(site), &mut pinned.dax)?;
+        }
+        Whose::File => {
+            pinned.frames.reserve_exact(pages as usize);
+            space.pin_file_pages(worker, at, pages, pin, &mut pinned)?;
+        }
     }
     Ok(pinned)
 }

@@ -22,7 +22,7 @@ use crate::pte::Pte;
 /// Pages that share one lock: 64, which is 256 KiB of addresses.
 pub const BLOCK_PAGES: u32 = 64;
 /// Locks, shared by blocks whose numbers are equal modulo this.
-const LOCKS: usize = 1024;
+const LOCKS: usize = if cfg!(any(loom, shuttle)) { 8 } else { 1024 };
 
 /// A page of the address space, counted from its base.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]

@@ -26,6 +26,34 @@ pub enum SeededBug {
     ReplaceForgetsTheSlot,
     /// Pages leave while a fork is under way, and the child does not inherit them.
     TakeOutIgnoresForks,
+    /// A page of a file is claimed whether it is pinned or not (`evict-under-dma`, `wp-bypass`).
+    ClaimIgnoresPins,
+    /// A page of a file is looked at for pins, and then taken (`unmap-check-then-act`).
+    ClaimLooksFirst,
+    /// Reclaim takes from a pinned page what it needs to be written (`ext4-1899`).
+    ReclaimStripsPinned,
+    /// One mapping of a page is protected, and the page counts as clean (`mkclean-two-vmas`).
+    MkcleanStopsAtTheFirst,
+    /// Writeback in the background waits for pins (`mkclean-wait`).
+    BackgroundWaits,
+    /// "To the end of the file" is taken for nothing where pins are looked for (`truncate-end-zero`).
+    TruncateEndIsNothing,
+    /// A pin does not look whether the page is about to be truncated (WB-5).
+    PinIgnoresTheBarrier,
+    /// A page is read in while the file is cut (`remove-stale-source`).
+    ReadIgnoresTheBarrier,
+    /// A page is written that somebody else is writing: the older bytes may land last.
+    WritebackIgnoresWriteback,
+    /// A sync does not wait for what others are writing (WB-2).
+    SyncIgnoresWriteback,
+    /// A page counts as written before the error is noted.
+    ErrorsComeLate,
+    /// What lies behind the end of a file stays when the file becomes longer (WB-5).
+    ExtendKeepsTheTail,
+    /// A fault that has found the old end answers after the file has become longer.
+    ExtendIgnoresFaults,
+    /// A page that is lost while it is written is forgotten before it has been (WB-6).
+    FailureIgnoresWriteback,
 }
 
 std::thread_local! {

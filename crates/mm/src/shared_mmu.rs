@@ -63,6 +63,18 @@ impl SharedPages<'_> {
         self.count
     }
 
+    /// Sees to it that one of the pages has memory.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such page.
+    pub fn touch(&self, nth: usize) {
+        assert!(nth < self.count, "page {nth} of {}", self.count);
+        let at = self.word(nth * WORDS);
+        // SAFETY: by the type invariant the word may be read; volatile, as others may write it, and nobody wants it.
+        let _: u64 = unsafe { at.read_volatile() };
+    }
+
     /// Copies one of the pages. If somebody writes to it meanwhile, each word is an old one or a new one.
     ///
     /// # Panics
@@ -110,7 +122,7 @@ impl SharedPages<'_> {
 /// [`pages`](Self::pages) and what has it pinned.
 pub unsafe trait SharedMmu: Send + Sync + fmt::Debug {
     /// The bytes of pages, through a mapping that never faults and that nobody else knows. Pages that have no memory yet
-    /// get some when they are touched, and are zeros.
+    /// get some when they are touched, and are zeros. Here `count` may be 0.
     fn pages(&self, first: u32, count: usize) -> SharedPages<'_>;
 
     /// Maps pages that have memory at consecutive missing addresses from `at`, and wakes who waits there.

@@ -16,7 +16,7 @@ fn main() -> Result<(), Box<dyn core::error::Error>> {
     let pin = memory
         .space()
         .pin_user_pages(start..start + (1 << 20), &Pin::READ.label("rx ring"))?;
-    for holder in memory.holders(map.range()) {
+    for holder in memory.holders() {
         let kib = holder.range.len() >> 10;
         println!("{} holds {kib} KiB in RAM", holder.label);
     }

@@ -78,6 +78,11 @@ impl Grant {
         }
     }
 
+    /// Frames that files have which the program maps.
+    pub(crate) fn files(&self) -> u64 {
+        self.files.load(Ordering::Relaxed)
+    }
+
     /// Frames that this process may use now, those of files included.
     fn limit_now(&self, ram: &Ram) -> u64 {
         let files = self.files.load(Ordering::Relaxed);

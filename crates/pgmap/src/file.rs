@@ -31,10 +31,10 @@ use pgmap_core::memcg::Memcg;
 use pgmap_core::platform::OutOfAddressSpace;
 use pgmap_host::file_backing::FileBacking;
 use pgmap_host::file_memory::{FileMemory, Prot};
-use pgmap_mm::backing::BackingError;
+use pgmap_mm::backing::{Backing, BackingError};
 use pgmap_mm::errseq::Seen;
 use pgmap_mm::page_cache::{
-    CacheParts, FileVma, OnPinned, PageCache, TruncateError, VmaAccess, Written,
+    CacheParts, FileVma, Lost, OnPinned, PageCache, TruncateError, VmaAccess, Written,
 };
 use pgmap_sync::Mutex;
 use rustix::fs::{FlockOperation, flock};
@@ -201,10 +201,6 @@ impl Memory {
             path: path.to_owned(),
             error,
         };
-        let no_memory = |errno| OpenError::Memory {
-            path: path.to_owned(),
-            errno,
-        };
         let file = fs::OpenOptions::new().read(true).write(writes).open(path);
         let file = file.map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
@@ -216,7 +212,28 @@ impl Memory {
             Prot::ReadWrite => FlockOperation::NonBlockingLockExclusive,
         };
         flock(&file, lock).map_err(|_| OpenError::Locked(path.to_owned()))?;
-        let size_bytes = metadata.len();
+        let backing = Arc::new(FileBacking::new(file));
+        self.open_over(path, backing, metadata.len(), options)
+    }
+
+    /// Opens something else than a file of the machine, so many bytes long, of which errors speak as `path`: an image in a format
+    /// of one's own, or an object that comes over a network.
+    ///
+    /// # Errors
+    ///
+    /// [`OpenError::TooLong`], or what the machine lacks.
+    pub fn open_over(
+        &self,
+        path: impl AsRef<Path>,
+        backing: Arc<dyn Backing>,
+        size_bytes: u64,
+        options: &OpenOptions,
+    ) -> Result<File<'_>, OpenError> {
+        let path = path.as_ref();
+        let no_memory = |errno| OpenError::Memory {
+            path: path.to_owned(),
+            errno,
+        };
         let most_pages = most_pages(size_bytes).ok_or_else(|| OpenError::TooLong {
             path: path.to_owned(),
             bytes: size_bytes,
@@ -230,14 +247,14 @@ impl Memory {
             map: Arc::clone(space.inner().map_of_frames()),
             ram: Arc::clone(space.inner().ram()),
             mmu: Arc::clone(&memory) as _,
-            backing: Arc::new(FileBacking::new(file)),
+            backing,
             memcg: options.memcg.clone(),
             size_bytes,
             most_pages,
             stats: self.stats(),
         })?;
         let cache = Arc::new(cache);
-        self.start_flusher()
+        self.start_flusher(None)
             .map_err(|error| no_memory(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN)))?;
         space.inner().files().open(Arc::clone(&cache));
         let seen = Mutex::new(cache.errors().sample());
@@ -245,7 +262,7 @@ impl Memory {
             space: Arc::clone(space),
             cache,
             memory,
-            prot,
+            prot: options.prot.unwrap_or(Prot::ReadWrite),
             flush_failed: Mutex::new(None),
         });
         Ok(File {
@@ -347,6 +364,18 @@ impl File<'_> {
         self.inner
             .cache
             .punch(bytes, |_| keep_waiting(began, patience))
+    }
+}
+
+impl File<'_> {
+    /// Says that the RAM of the page with this byte has lost its bytes, to be told by whoever learns of it (`BUS_MCEERR_AO`, a
+    /// checksum, a scrubber; not from inside a signal handler). Its frame is never used again. A page that the file has too is
+    /// read anew when it is touched. If it had bytes that only RAM had, who touches it gets SIGBUS, and each who has the file open
+    /// is told of the loss when they sync, until the page is truncated or punched (WB-6).
+    #[doc(alias = "MADV_HWPOISON")]
+    pub fn memory_failure(&self, at_bytes: u64) -> Lost {
+        let page = u32::try_from(at_bytes / PAGE_SIZE as u64).unwrap_or(u32::MAX);
+        self.inner.cache.memory_failure(page)
     }
 }
 
@@ -491,9 +520,37 @@ impl FileMapping<'_> {
 
 impl Drop for FileMapping<'_> {
     fn drop(&mut self) {
-        self.inner.space.inner().files().unmap(&self.vma);
-        // SAFETY: by the type invariant it is a mapping of the file that the pager has just forgotten; nobody has a reference
-        // to its bytes.
-        unsafe { self.inner.memory.unmap(self.vma.at, self.vma.pages) };
+        let space = &self.inner.space;
+        let mapped = Mapped {
+            memory: Arc::clone(&self.inner.memory),
+            vma: self.vma,
+        };
+        if let Err(mapped) = mapped.end(space.inner()) {
+            space.linger(mapped);
+        }
+    }
+}
+
+/// A mapping that nobody has any more. While pages of it are pinned its addresses stay: a device may be using them.
+///
+/// # Invariants
+///
+/// As those of [`FileMapping`]; `memory` is the file's.
+#[derive(Debug)]
+pub(crate) struct Mapped {
+    memory: Arc<FileMemory>,
+    vma: FileVma,
+}
+
+impl Mapped {
+    /// Ends the mapping, unless it is pinned.
+    pub(crate) fn end(self, space: &pgmap_mm::space::AddressSpace) -> Result<(), Self> {
+        if space.unmap_file(&self.vma).is_err() {
+            return Err(self);
+        }
+        // SAFETY: by the type invariant it is a mapping of the file, which the pager has just forgotten; nobody has a reference
+        // to its bytes, or a page of it pinned.
+        unsafe { self.memory.unmap(self.vma.at, self.vma.pages) };
+        Ok(())
     }
 }

@@ -1,15 +1,17 @@
 //! Background writeback: dirty pages of files go to their files before anybody has to wait for that.
 //!
-//! One thread for each [`Memory`] that ever opened a file. It never waits for a pin (WB-1).
+//! One thread for each [`Memory`] that ever opened a file, or that is to report old pins: it looks for those, too, and for
+//! mappings that only waited for their pins. It never waits for a pin (WB-1).
 
 use core::time::Duration;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use pgmap_mm::page_cache::OnPinned;
-use pgmap_mm::space::AddressSpace;
 
+use crate::old_pins::OldPins;
 use crate::pager::Pager;
+use crate::space::AddressSpace;
 
 /// Pages are written after this long, however few they are.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -19,17 +21,25 @@ const LOOK: Duration = Duration::from_millis(20);
 const MANY: u64 = 10;
 
 /// Starts the thread; it ends with the pager.
-pub(crate) fn start(pager: &Arc<Pager>) -> std::io::Result<JoinHandle<()>> {
-    let pager = Arc::clone(pager);
-    pgmap_host::thread::spawn("pgmap-flush", move || flush(&pager))
+pub(crate) fn start(
+    pager: &Arc<Pager>,
+    space: &Arc<AddressSpace>,
+    old_pins: Option<OldPins>,
+) -> std::io::Result<JoinHandle<()>> {
+    let (pager, space) = (Arc::clone(pager), Arc::clone(space));
+    pgmap_host::thread::spawn("pgmap-flush", move || flush(&pager, &space, old_pins))
 }
 
-fn flush(pager: &Pager) {
+fn flush(pager: &Pager, space: &AddressSpace, mut old_pins: Option<OldPins>) {
     let mut idle = Duration::ZERO;
     while !pager.stopping() {
         thread::park_timeout(LOOK);
         idle += LOOK;
-        let space = &pager.space;
+        space.end_lingering();
+        if let Some(old_pins) = &mut old_pins {
+            old_pins.look(space);
+        }
+        let space = space.inner();
         let dirty = space.files().dirty_pages();
         if dirty == 0 || (dirty < space.ram().limit() / MANY && idle < PERIOD) {
             continue;
@@ -40,7 +50,7 @@ fn flush(pager: &Pager) {
 }
 
 /// Writes what is dirty in each file, pinned pages excepted.
-fn write_all(space: &AddressSpace) {
+fn write_all(space: &pgmap_mm::space::AddressSpace) {
     for cache in space.files().all() {
         cache.write_back(0..u32::MAX, OnPinned::Skip);
     }

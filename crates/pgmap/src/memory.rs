@@ -12,12 +12,14 @@ use pgmap_core::memremap::{MapError as DeviceMapError, MemoryMap};
 use pgmap_core::platform::OutOfAddressSpace;
 use pgmap_host::mmu::{Children, HostError, HostMmu};
 use pgmap_host::platform::HostPlatform;
+use pgmap_mm::gup::{Pin, PinError, PinnedPages};
 use pgmap_mm::space::Parts;
 use pgmap_mm::stats::Stats;
 use pgmap_sync::Mutex;
 
 use crate::device::Device;
 use crate::flusher;
+use crate::old_pins::OldPins;
 use crate::pager::{Pager, Surroundings, kill_as_out_of_memory};
 use crate::space::{AddressSpace, MapError};
 
@@ -60,6 +62,7 @@ pub struct MemoryBuilder {
     most_ram_bytes: u64,
     devices: Vec<Device>,
     stats: Option<&'static Stats>,
+    old_pins: Option<OldPins>,
     pub(crate) surroundings: Surroundings,
 }
 
@@ -90,6 +93,14 @@ impl MemoryBuilder {
     #[must_use]
     pub const fn stats(mut self, stats: &'static Stats) -> Self {
         self.stats = Some(stats);
+        self
+    }
+
+    /// Has `report` called with each pin that gets older than `limit`, once, from a thread of its own: a page that is pinned for
+    /// ever can neither leave RAM nor be truncated, and its writer has to be looked for (REF-7).
+    #[must_use]
+    pub const fn report_pins_older_than(mut self, limit: Duration, report: fn(&Holder)) -> Self {
+        self.old_pins = Some(OldPins::new(limit, report));
         self
     }
 
@@ -143,12 +154,16 @@ impl MemoryBuilder {
         let pager = Pager::new(Arc::clone(&inner), Arc::clone(&mmu));
         let threads = pager.start(self.surroundings)?;
         let space = Arc::new(AddressSpace::new(inner, mmu, most));
-        Ok(Memory {
+        let memory = Memory {
             space,
             pager,
             threads: Some(threads),
             flusher: Mutex::new(None),
-        })
+        };
+        if let Some(old_pins) = self.old_pins {
+            memory.start_flusher(Some(old_pins))?;
+        }
+        Ok(memory)
     }
 }
 
@@ -190,6 +205,7 @@ impl Memory {
             most_ram_bytes: 0,
             devices: Vec::new(),
             stats: None,
+            old_pins: None,
             surroundings,
         }
     }
@@ -211,11 +227,11 @@ impl Memory {
         &self.pager
     }
 
-    /// Starts to write dirty pages of files back, unless that has begun.
-    pub(crate) fn start_flusher(&self) -> std::io::Result<()> {
+    /// Starts to write dirty pages of files back, and to look for old pins if that is wanted, unless that has begun.
+    pub(crate) fn start_flusher(&self, old_pins: Option<OldPins>) -> std::io::Result<()> {
         let mut flusher = self.flusher.lock();
         if flusher.is_none() {
-            *flusher = Some(flusher::start(&self.pager)?);
+            *flusher = Some(flusher::start(&self.pager, &self.space, old_pins)?);
         }
         Ok(())
     }
@@ -226,10 +242,17 @@ impl Memory {
         self.space.inner().stats()
     }
 
+    /// Who has pages pinned, of files or of anonymous memory, oldest first: what they say they are, since when, and where in the
+    /// source they did it (REF-7).
+    #[must_use]
+    pub fn holders(&self) -> Vec<Holder> {
+        self.space.holders()
+    }
+
     /// Who has pinned any of these addresses, oldest first (REF-7).
     #[must_use]
-    pub fn holders(&self, range: &Range<usize>) -> Vec<Holder> {
-        self.space.holders(range)
+    pub fn holders_of(&self, range: &Range<usize>) -> Vec<Holder> {
+        self.space.holders_of(range)
     }
 
     /// Maps `bytes` bytes, rounded up to pages, that read as zeros.
@@ -255,6 +278,8 @@ impl Drop for Memory {
             // A pager thread that panicked has ended the process already.
             let _ = thread.join();
         }
+        // What is pinned even now keeps its addresses for the life of the process.
+        self.space.end_lingering();
     }
 }
 
@@ -274,6 +299,12 @@ impl Mapping<'_> {
     #[must_use]
     pub const fn range(&self) -> &Range<usize> {
         &self.range
+    }
+
+    /// Pins all of it.
+    #[track_caller]
+    pub(crate) fn pin(&self, pin: &Pin) -> Result<PinnedPages, PinError> {
+        self.memory.space.pin_user_pages(self.range.clone(), pin)
     }
 
     /// The bytes.

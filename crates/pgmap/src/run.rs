@@ -190,6 +190,8 @@ pub fn note_mapped_file(bytes: usize) {
 fn short_of_frames() {
     if let Some(run) = RUN.get() {
         run.grant.grow(run.memory.space().inner().ram());
+        // Before the first page moves: who looks at both is not to see that pages have left a RAM that nobody is in.
+        publish_resident(run);
     }
 }
 
@@ -229,14 +231,20 @@ impl Run {
     }
 }
 
+/// Answers how many bytes are resident.
+fn publish_resident(run: &Run) -> u64 {
+    let frames = run.memory.space().inner().ram().in_use() + run.grant.files();
+    let bytes = frames * PAGE_SIZE as u64;
+    // Relaxed: a number for people.
+    run.process.resident.store(bytes, Ordering::Relaxed);
+    bytes
+}
+
 fn publish(run: &Run) {
     let space = run.memory.space().inner();
     let bytes = |frames: u64| frames * PAGE_SIZE as u64;
+    let resident = publish_resident(run);
     // Relaxed, all: numbers for people.
-    let resident = space.ram().in_use() + run.files.lock().resident_frames();
-    run.process
-        .resident
-        .store(bytes(resident), Ordering::Relaxed);
     let plugged = run.plugged.lock();
     for (nth, shown) in run.process.devices.iter().enumerate() {
         let ops = plugged.device(nth).and_then(|device| device.ops());
@@ -245,7 +253,7 @@ fn publish(run: &Run) {
         shown.bytes.store(usage.bytes, Ordering::Relaxed);
     }
     run.region
-        .note_peaks(bytes(space.ram().peak().max(resident)));
+        .note_peaks(bytes(space.ram().peak()).max(resident));
 }
 
 /// Whether the calling thread is one of the pager's own.

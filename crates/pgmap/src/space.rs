@@ -4,6 +4,7 @@
 //! Called by the program's threads, through the library or through the preloaded interposers. These calls take
 //! the locks that the fault path takes: a signal handler that touches managed memory must not run during one.
 
+use core::mem;
 use core::ops::Range;
 use core::ptr;
 use core::time::Duration;
@@ -21,6 +22,8 @@ use pgmap_sync::Mutex;
 use pgmap_sync::atomic::{AtomicU64, Ordering};
 use rustix::io::Errno;
 use rustix::mm::MprotectFlags;
+
+use crate::file::Mapped;
 
 /// How long a pin waits for pages to leave, if there can ever be room for it.
 const PIN_PATIENCE: Duration = Duration::from_millis(250);
@@ -60,6 +63,8 @@ pub struct AddressSpace {
     announced: Mutex<u32>,
     /// The most bytes that one mapping may have.
     most_bytes: AtomicU64,
+    /// Mappings of files that are gone but for their pins.
+    lingering: Mutex<Vec<Mapped>>,
 }
 
 impl AddressSpace {
@@ -76,6 +81,7 @@ impl AddressSpace {
             spare_workers: Mutex::default(),
             announced: Mutex::new(0),
             most_bytes: AtomicU64::new(most_bytes),
+            lingering: Mutex::new(Vec::new()),
         }
     }
 
@@ -412,9 +418,29 @@ impl AddressSpace {
         self.spare_workers.lock().push(worker);
     }
 
+    /// Keeps a mapping of a file until its pins have ended.
+    pub(crate) fn linger(&self, mapped: Mapped) {
+        self.lingering.lock().push(mapped);
+    }
+
+    /// Ends the mappings of files that nobody has pinned any more.
+    pub(crate) fn end_lingering(&self) {
+        // Not under the lock: a file may be closed.
+        let mapped = mem::take(&mut *self.lingering.lock());
+        let ended = mapped.into_iter().map(|mapped| mapped.end(&self.inner));
+        let pinned: Vec<_> = ended.filter_map(Result::err).collect();
+        self.lingering.lock().extend(pinned);
+    }
+
+    /// Who has pages pinned, of files or of anonymous memory, oldest first (REF-7).
+    #[must_use]
+    pub fn holders(&self) -> Vec<Holder> {
+        self.inner.map_of_frames().holders().all()
+    }
+
     /// Who has pinned any of these addresses, oldest first (REF-7).
     #[must_use]
-    pub fn holders(&self, range: &Range<usize>) -> Vec<Holder> {
+    pub fn holders_of(&self, range: &Range<usize>) -> Vec<Holder> {
         self.inner.holders(range)
     }
 

@@ -126,7 +126,10 @@ fn a_huge_page_is_pinned_as_one() {
             (&*hold.label, hold.bytes.clone()),
             ("rx ring", 2 << 20..4 << 20)
         );
-        assert_eq!(space.holders(&(start..start + 8 * MIB))[0].label, "rx ring");
+        assert_eq!(
+            space.holders_of(&(start..start + 8 * MIB))[0].label,
+            "rx ring"
+        );
         drop(pinned);
         let beyond = space.pin_user_pages(start + 6 * MIB..start + 9 * MIB, &pin);
         let at = VirtAddr::new(start + 8 * MIB);
@@ -136,7 +139,7 @@ fn a_huge_page_is_pinned_as_one() {
         assert_eq!(references(&pmem), base_pages);
         drop(pinned);
         assert_eq!(references(&pmem), 0);
-        assert!(space.holders(&(start..start + 8 * MIB)).is_empty());
+        assert!(space.holders_of(&(start..start + 8 * MIB)).is_empty());
     }
 }
 

@@ -130,7 +130,7 @@ fn a_pinned_page_is_written_from_a_copy_and_stays_dirty() {
     let written = file.sync_range(0..1 << 20, Writeback::Integrity).unwrap();
     assert_eq!((written.pages, written.bounced), (1, 1));
     assert_eq!((scratch.word(0), file.pages().1), (100, 1));
-    let holders = memory.holders(&map.range());
+    let holders = memory.holders_of(&map.range());
     assert_eq!(holders[0].label, "rx ring");
     drop(pins);
     file.sync_range(0..1 << 20, Writeback::Background).unwrap();

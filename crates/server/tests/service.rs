@@ -41,6 +41,28 @@ fn who_looks_for_a_device_does_not_wait_for_a_plug() {
     assert!(service.find("pmem1").is_ok());
 }
 
+/// A plug that failed leaves neither a file nor a gap in the numbers, wherever it failed.
+#[test]
+fn a_failed_plug_leaves_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let image = directory.path().join("disk.img");
+    let service = Service::new().unwrap();
+    let plug = |spec: &str| service.plug(&spec.parse().unwrap());
+    // There are addresses for 16 TiB.
+    plug("memory,size=10T").unwrap();
+    for size in ["9999999T", "8T"] {
+        plug(&format!("{},size={size}", image.display())).unwrap_err();
+        assert!(!image.exists(), "{size}");
+    }
+    let name = plug(&format!("{},size=8M", image.display())).unwrap();
+    assert_eq!(name, "region1");
+    assert!(service.find("pmem1").is_ok());
+    // A start that failed takes back what it made.
+    service.give_up();
+    assert!(!image.exists());
+    assert!(service.find("pmem1").is_err());
+}
+
 /// A namespace that cannot be taken into use is not made: after a refusal everything is as it was.
 #[test]
 fn a_namespace_without_frames_is_not_made() {

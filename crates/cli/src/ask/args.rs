@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
-use pgmap::spec::parse_size;
+use pgmap::spec::{parse_bytes, parse_size};
 use pgmap_server::control::protocol::Zone;
 
 const MAP_NOTES: &str = "\
@@ -15,7 +15,11 @@ Examples:
   pgmap map pmem0 --offset 2M --length 2M --write < some.bin
   pgmap map pmem0 --pin rings -- ./my-program
       the program maps the file $PGMAP_FILE from $PGMAP_OFFSET on,
-      $PGMAP_LENGTH bytes";
+      $PGMAP_LENGTH bytes
+
+Exit status of `pgmap map ... -- PROGRAM`: the program's own, as with `pgmap run`:
+2 if the range cannot be mapped, 126 if the program cannot be started, 127 if it
+was not found.";
 
 const IOMEM_NOTES: &str = "\
 The processes of a run have a memory map each. What is shown is that of one that
@@ -105,6 +109,13 @@ pub(crate) struct ListArgs {
     pub(crate) whom: Whom,
 }
 
+impl ListArgs {
+    /// Whether no kind of things was named.
+    pub(super) const fn is_all(&self) -> bool {
+        !(self.namespaces || self.regions || self.devices)
+    }
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct IomemArgs {
     /// As JSON: the trees of all managers, sizes in bytes
@@ -131,7 +142,7 @@ pub(crate) struct TopArgs {
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = humantime::parse_duration)]
     pub(crate) interval: Duration,
     /// Look this many times, then end [default: until Ctrl-C]
-    #[arg(long, short = 'n', value_name = "COUNT")]
+    #[arg(long, short = 'n', value_name = "COUNT", value_parser = count)]
     pub(crate) count: Option<u64>,
     #[command(flatten)]
     pub(crate) whom: Whom,
@@ -218,10 +229,10 @@ pub(crate) struct BlocksArgs {
     /// The namespace, such as pmem0
     pub(crate) namespace: String,
     /// The first block, of 512 bytes
-    #[arg(short = 'B', long)]
+    #[arg(short = 'B', long, value_parser = number)]
     pub(crate) block: u64,
-    /// How many blocks
-    #[arg(short = 'n', long, default_value_t = 1)]
+    /// How many blocks, at least 1
+    #[arg(short = 'n', long, default_value = "1", value_parser = count)]
     pub(crate) count: u64,
     #[command(flatten)]
     pub(crate) whom: Whom,
@@ -254,6 +265,7 @@ pub(crate) enum MemoryAction {
     /// Take a block into use: the budget grows by it
     Online {
         /// Its number
+        #[arg(value_parser = number)]
         block: u64,
         /// The zone that it joins
         #[arg(long, value_enum, default_value = "auto")]
@@ -262,6 +274,7 @@ pub(crate) enum MemoryAction {
     /// Take a block out of use: its pages go elsewhere, and the budget shrinks by it
     Offline {
         /// Its number
+        #[arg(value_parser = number)]
         block: u64,
         #[command(flatten)]
         patience: Patience,
@@ -315,6 +328,19 @@ fn size(text: &str) -> Result<u64, String> {
     parse_size(text).map_err(|error| error.to_string())
 }
 
+/// Any number of bytes: what it has to be a multiple of, the manager knows.
 fn offset(text: &str) -> Result<u64, String> {
-    if text == "0" { Ok(0) } else { size(text) }
+    parse_bytes(text).map_err(|error| error.to_string())
+}
+
+fn number(text: &str) -> Result<u64, String> {
+    let number = text.trim().parse();
+    number.map_err(|_| "write a whole number, such as 3".to_owned())
+}
+
+fn count(text: &str) -> Result<u64, String> {
+    match number(text)? {
+        0 => Err("write at least 1".to_owned()),
+        count => Ok(count),
+    }
 }

@@ -1,9 +1,12 @@
 //! `pgmap map`: a range of a namespace as memory, in this process or in a program's.
 
 use core::ops::Range;
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write, stdin, stdout};
 use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, bail};
@@ -12,11 +15,18 @@ use pgmap_server::control::protocol::{Answer, RangeOf, Request};
 
 use super::args::MapArgs;
 use super::find;
+use crate::program::{self, Refusal};
+use crate::supervisor;
 
 /// Bytes that are copied at once.
 const CHUNK_BYTES: usize = 1 << 20;
 
 pub(super) fn map(args: &MapArgs) -> anyhow::Result<ExitCode> {
+    let program = match args.program.first().map(|name| program::find(name)) {
+        Some(Err(refusal)) => return Ok(refusal.tell()),
+        Some(Ok(path)) => Some(path),
+        None => None,
+    };
     let mut client = find::with(&args.whom, &args.namespace)?;
     let range = RangeOf {
         namespace: args.namespace.clone(),
@@ -34,8 +44,8 @@ pub(super) fn map(args: &MapArgs) -> anyhow::Result<ExitCode> {
         let label = label.clone();
         find::ask(&mut client, &Request::Pin { range, label }, &what)?;
     }
-    if !args.program.is_empty() {
-        return run(args, &file, offset, length);
+    if let Some(program) = program {
+        return Ok(run(&program, &args.program, &file, offset, length));
     }
     let end = offset + length;
     // The file's own calls move the place of a descriptor that the manager and its other clients have, too; and some files have none.
@@ -64,8 +74,14 @@ fn read(frames: &SharedFrames, range: Range<u64>) -> anyhow::Result<()> {
     output.flush().context("cannot copy to standard output")
 }
 
-/// Copies standard input to the start of a range, durably.
+/// Copies standard input to the start of a range, durably. What was copied before an error is durable, too.
 fn write(frames: &SharedFrames, range: Range<u64>) -> anyhow::Result<()> {
+    let copied = copy(frames, range);
+    frames.flush().context("cannot flush what was written")?;
+    copied
+}
+
+fn copy(frames: &SharedFrames, range: Range<u64>) -> anyhow::Result<()> {
     let (mut input, mut bytes) = (stdin().lock(), vec![0; CHUNK_BYTES]);
     let mut at = range.start;
     while at < range.end {
@@ -79,9 +95,12 @@ fn write(frames: &SharedFrames, range: Range<u64>) -> anyhow::Result<()> {
         at += count as u64;
     }
     if input.read(&mut [0])? > 0 {
-        bail!("standard input is longer than the range: the rest was not written");
+        let bytes = range.end - range.start;
+        bail!(
+            "standard input is longer than the range: its first {bytes} bytes are written and durable, the rest is not"
+        );
     }
-    frames.flush().context("cannot flush what was written")
+    Ok(())
 }
 
 /// As much of a buffer as there is to be moved.
@@ -91,15 +110,17 @@ fn part(bytes: &mut [u8], left: u64) -> &mut [u8] {
 }
 
 /// The program has the file; we hold the mapping and the pins for it.
-fn run(args: &MapArgs, file: &File, offset: u64, length: u64) -> anyhow::Result<ExitCode> {
-    let (program, arguments) = args.program.split_first().context("no program")?;
-    let path = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
-    let status = Command::new(program)
-        .args(arguments)
-        .env("PGMAP_FILE", path)
+fn run(path: &Path, words: &[OsString], file: &File, offset: u64, length: u64) -> ExitCode {
+    let place = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd());
+    let status = Command::new(path)
+        .arg0(words.first().map_or(path.as_os_str(), OsString::as_os_str))
+        .args(words.iter().skip(1))
+        .env("PGMAP_FILE", place)
         .env("PGMAP_OFFSET", offset.to_string())
         .env("PGMAP_LENGTH", length.to_string())
-        .status()
-        .with_context(|| format!("cannot run {}", program.display()))?;
-    Ok(crate::supervisor::leave_as(status))
+        .status();
+    match status {
+        Ok(status) => supervisor::leave_as(status),
+        Err(error) => Refusal::not_started(path, &error).tell(),
+    }
 }

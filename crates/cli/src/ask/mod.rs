@@ -110,26 +110,33 @@ fn disable(whom: &Whom, namespace: &str, timeout: Option<Duration>) -> anyhow::R
 
 fn list(args: &ListArgs) -> anyhow::Result<()> {
     let (mut text, mut json) = (String::new(), Vec::new());
-    for mut client in find::all(&args.whom)? {
+    let managers = find::all(&args.whom)?;
+    let none = managers.is_empty();
+    for mut client in managers {
         let Ok(mut listing) = find::listing(&mut client) else {
             // It ended between two lines.
             continue;
         };
         choose(args, &mut listing);
-        text += &show::listing(client.manager(), &listing);
         as_json(args, &listing, &mut json)?;
+        // Who has nothing of what was asked for is not named.
+        if args.is_all() || !(listing.regions.is_empty() && listing.devices.is_empty()) {
+            text += &show::listing(client.manager(), &listing);
+        }
     }
     if args.json {
         text = format!("{:#}\n", Value::Array(json));
-    } else if text.is_empty() {
+    } else if none {
         output::tell("pgmap: no manager of yours runs\n");
+    } else if text.is_empty() {
+        output::tell("pgmap: nothing of that kind: `pgmap list` shows all that there is\n");
     }
     output::print(text.as_bytes())
 }
 
 /// Leaves out what was not asked for.
 fn choose(args: &ListArgs, listing: &mut Listing) {
-    let anything = !(args.namespaces || args.regions || args.devices);
+    let anything = args.is_all();
     if !(args.devices || anything) {
         listing.devices.clear();
     }
@@ -224,7 +231,7 @@ fn create(args: CreateArgs) -> anyhow::Result<()> {
     let text = if args.json {
         format!("{:#}\n", json!(namespace))
     } else {
-        format!("{}\n", show::namespace(&namespace))
+        format!("{}\n", show::namespace(&namespace, namespace.metadata_size))
     };
     output::print(text.as_bytes())
 }

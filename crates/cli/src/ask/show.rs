@@ -44,9 +44,10 @@ pub(super) fn listing(manager: &ManagerInfo, listing: &Listing) -> String {
     for region in &listing.regions {
         let _ = writeln!(text, "  {}", self::region(region));
         for namespace in &region.namespaces {
-            let _ = writeln!(text, "    {}", self::namespace(namespace));
-            if let (Some(nbd), "enabled") = (&namespace.nbd, namespace.state.as_str()) {
-                let _ = writeln!(text, "      {nbd}");
+            let own = namespace.metadata_size;
+            let _ = writeln!(text, "    {}", self::namespace(namespace, own));
+            for uri in namespace.uris() {
+                let _ = writeln!(text, "      {uri}");
             }
         }
     }
@@ -79,8 +80,12 @@ fn region(region: &Region) -> String {
         Some(true) => "  map_sync",
         Some(false) | None => "",
     };
+    let metadata = match region_metadata(region) {
+        0 => String::new(),
+        metadata => format!("  metadata {}", bytes(metadata)),
+    };
     format!(
-        "{}  {}  {}  available {}{map_sync}",
+        "{}  {}  {}  available {}{metadata}{map_sync}",
         region.dev,
         region.image.as_deref().unwrap_or("volatile memory"),
         bytes(region.size),
@@ -88,8 +93,13 @@ fn region(region: &Region) -> String {
     )
 }
 
-/// A namespace in one line.
-pub(crate) fn namespace(namespace: &Namespace) -> String {
+/// Bytes of a region that hold metadata. What is in memory is nothing that anybody would miss.
+pub(crate) fn region_metadata(region: &Region) -> u64 {
+    region.image.as_ref().map_or(0, |_| region.metadata_size)
+}
+
+/// A namespace in one line, and how much metadata there is for it.
+pub(crate) fn namespace(namespace: &Namespace, metadata_bytes: u64) -> String {
     let mut text = format!(
         "{}  {}  {}",
         namespace.device(),
@@ -99,12 +109,8 @@ pub(crate) fn namespace(namespace: &Namespace) -> String {
     if namespace.map.is_some() {
         let _ = write!(text, "  align {}", short(namespace.align));
     }
-    if namespace.metadata_size > 0 {
-        let _ = write!(
-            text,
-            "  metadata {} on the device",
-            bytes(namespace.metadata_size)
-        );
+    if metadata_bytes > 0 {
+        let _ = write!(text, "  metadata {} on the device", bytes(metadata_bytes));
     }
     if namespace.badblock_count > 0 {
         let _ = write!(text, "  {} bad blocks", namespace.badblock_count);

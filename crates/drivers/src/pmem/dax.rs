@@ -71,8 +71,8 @@ pub enum AccessError {
     /// The range does not begin and end at a multiple of the alignment (DAX-1).
     #[error("the range must begin and end at a multiple of {0}, the alignment of the namespace")]
     NotAligned(Align),
-    /// Bytes in the range are lost.
-    #[error("the bytes from {offset} on are lost: write the whole block to mend it")]
+    /// Bytes in the range are lost (PMEM-3): direct access can neither tell a reader so, nor mend them.
+    #[error("block {} is bad (512 bytes at {offset:#x}): write all of it over NBD, or give its bytes up with clear-error", offset / SECTOR_BYTES)]
     Bad {
         /// The first of them.
         offset: u64,
@@ -159,10 +159,7 @@ impl Pmem {
         let frames = self.frames_of(bytes, Align::Page)?;
         let held = dax.hold(frames, Hold::Pin, label, who)?;
         // Looked at while it is held: what is not lost now is pinned.
-        if let Some(sector) = self.bad.first_in(bytes) {
-            let offset = sector * SECTOR_BYTES;
-            return Err(AccessError::Bad { offset });
-        }
+        self.whole(bytes)?;
         Ok(held)
     }
 
@@ -171,7 +168,7 @@ impl Pmem {
     ///
     /// # Errors
     ///
-    /// [`AccessError`]: shared and aligned mappings only (DAX-1).
+    /// [`AccessError`]: shared and aligned mappings only (DAX-1), and of bytes of which none is lost (PMEM-3).
     pub fn map(
         self: &Arc<Self>,
         bytes: Range<u64>,
@@ -202,6 +199,7 @@ impl Pmem {
             pmem: Arc::clone(self),
             bytes,
         };
+        self.whole(&guard.bytes)?;
         // While it is held, so that nobody makes a hole again.
         let room = if needs_room {
             shared.allocate(&range)
@@ -225,6 +223,16 @@ impl Pmem {
         holders
             .map(|holder| hold::Hold::of(holder, dax.frames))
             .collect()
+    }
+
+    /// Refuses bytes of which some are lost.
+    fn whole(&self, bytes: &Range<u64>) -> Result<(), AccessError> {
+        match self.bad.first_in(bytes) {
+            None => Ok(()),
+            Some(sector) => Err(AccessError::Bad {
+                offset: sector * SECTOR_BYTES,
+            }),
+        }
     }
 
     /// The frames that bytes touch.

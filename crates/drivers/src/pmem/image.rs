@@ -1,15 +1,16 @@
 //! Image files, and devices of device-dax: how they are found, made, locked and refused.
 //!
-//! Regions are opened through this. An image that is refused is left exactly as it was.
+//! Regions are opened through this. An image that is refused is left exactly as it was, and there is none if there was none.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use pgmap_host::device_dax::DeviceDax;
 use pgmap_host::shared::SharedFrames;
 use rustix::fs::{self, FileType, FlockOperation, Mode as Bits, OFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, fcntl_dupfd_cloexec, pread};
 
+use super::made::{Made, What};
 use super::namespace::LABEL_AREA_BYTES;
 
 /// The least that a labelled image has: the label area, and a namespace of one granule.
@@ -50,6 +51,14 @@ pub enum ImageError {
         /// How long it is.
         has: u64,
     },
+    /// It has bytes, and is shorter than any image.
+    #[error("{} has {has} bytes that are no image (one has at least 4M): name another file, or add mode=raw to serve it as it is", .path.display())]
+    NoImage {
+        /// The file.
+        path: PathBuf,
+        /// How long it is.
+        has: u64,
+    },
     /// Nobody knows here how to make a device's bytes durable.
     #[error("{} cannot be served: a device-dax is made durable by the CPU, and this pgmap knows that of x86-64 only", .0.display())]
     NoWriteBack(PathBuf),
@@ -68,28 +77,27 @@ pub enum ImageError {
     },
 }
 
-/// Opens an image, or makes one of `size_bytes`; and keeps it for us alone as long as its frames exist.
-pub(crate) fn open(
+/// An image that is ours alone as long as its frames exist.
+#[derive(Debug)]
+pub(super) struct Image {
+    pub(super) frames: SharedFrames,
+    /// What was not there before.
+    pub(super) made: Option<Made>,
+}
+
+/// Opens an image, or makes one of `size_bytes`.
+pub(super) fn open(
     path: &Path,
     size_bytes: Option<u64>,
     least_bytes: u64,
-) -> Result<SharedFrames, ImageError> {
-    let failed = |what| {
-        move |errno| ImageError::Io {
-            path: path.to_owned(),
-            what,
-            errno,
-        }
-    };
+) -> Result<Image, ImageError> {
     if let Some(has) = size_bytes.filter(|asked| *asked < least_bytes) {
         let path = path.to_owned();
         return Err(ImageError::TooSmall { path, has });
     }
-    let fd = open_or_create(
-        path,
-        size_bytes.map_or(Create::Never, |_| Create::IfMissing),
-    )?;
-    let stat = fs::fstat(&fd).map_err(failed("looked at"))?;
+    let create = size_bytes.map_or(Create::Never, |_| Create::IfMissing);
+    let (fd, made) = open_or_create(path, create)?;
+    let stat = fs::fstat(&fd).map_err(failed(path, "looked at"))?;
     let device = DeviceDax::of(stat.st_rdev);
     match (FileType::from_raw_mode(stat.st_mode), device) {
         (FileType::CharacterDevice, Some(_)) => {}
@@ -98,32 +106,99 @@ pub(crate) fn open(
     match fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(Errno::AGAIN) => return Err(ImageError::Locked(path.to_owned())),
-        Err(errno) => return Err(failed("locked")(errno)),
+        Err(errno) => return Err(failed(path, "locked")(errno)),
     }
-    // Looked at again: somebody may have made it longer until it was locked.
-    let stat = fs::fstat(&fd).map_err(failed("looked at"))?;
-    let length = stat.st_size.cast_unsigned();
-    let mut has = device.map_or(length, |device| device.bytes);
-    match size_bytes {
-        Some(asked) if has == 0 => {
-            fs::ftruncate(&fd, asked).map_err(failed("made so large"))?;
-            has = asked;
+    let mut opening = Opening {
+        path,
+        device,
+        // INVARIANT: just locked, and `fd` lives until the frames have it.
+        made: made.map(|what| Made {
+            path: path.to_owned(),
+            what,
+        }),
+        fd,
+    };
+    match opening.frames(size_bytes, least_bytes) {
+        Ok(frames) => {
+            let made = opening.made;
+            Ok(Image { frames, made })
         }
-        Some(asked) if asked != has => {
-            let path = path.to_owned();
-            return Err(ImageError::SizeDiffers { path, has, asked });
+        Err(error) => {
+            if let Some(made) = opening.made {
+                made.take_back(opening.fd.as_fd());
+            }
+            Err(error)
         }
-        Some(_) | None => {}
     }
-    if has < least_bytes {
-        let path = path.to_owned();
-        return Err(ImageError::TooSmall { path, has });
+}
+
+/// An image that is ours, and may still be refused.
+struct Opening<'a> {
+    path: &'a Path,
+    device: Option<DeviceDax>,
+    fd: OwnedFd,
+    made: Option<Made>,
+}
+
+impl Opening<'_> {
+    fn frames(
+        &mut self,
+        size_bytes: Option<u64>,
+        least_bytes: u64,
+    ) -> Result<SharedFrames, ImageError> {
+        let failed = |what| failed(self.path, what);
+        if self.made.is_some() {
+            sync_directory(self.path).map_err(failed("kept in its directory"))?;
+        }
+        // Looked at again: somebody may have made it longer until it was locked.
+        let stat = fs::fstat(&self.fd).map_err(failed("looked at"))?;
+        let length = stat.st_size.cast_unsigned();
+        let mut has = self.device.map_or(length, |device| device.bytes);
+        let path = self.path.to_owned();
+        match size_bytes {
+            Some(asked) if has == 0 => {
+                let what = What::Length;
+                self.made.get_or_insert(Made { path, what });
+                fs::ftruncate(&self.fd, asked).map_err(failed("made so large"))?;
+                has = asked;
+            }
+            Some(asked) if asked != has => {
+                return Err(ImageError::SizeDiffers { path, has, asked });
+            }
+            Some(_) | None => {}
+        }
+        if has < least_bytes {
+            let blank = is_blank(&self.fd, has).map_err(failed("read"))?;
+            let path = self.path.to_owned();
+            return Err(if blank {
+                ImageError::TooSmall { path, has }
+            } else {
+                ImageError::NoImage { path, has }
+            });
+        }
+        // The lock is the open file's, and so of this and of that descriptor.
+        let theirs = fcntl_dupfd_cloexec(&self.fd, 0).map_err(failed("opened again"))?;
+        SharedFrames::of_file(theirs, has).map_err(|errno| match errno {
+            Errno::OPNOTSUPP if self.device.is_some() => ImageError::NoWriteBack(self.path.into()),
+            Errno::NOSYS if self.device.is_some() => ImageError::NoCopies(self.path.into()),
+            errno => failed("mapped")(errno),
+        })
     }
-    SharedFrames::of_file(fd, has).map_err(|errno| match errno {
-        Errno::OPNOTSUPP if device.is_some() => ImageError::NoWriteBack(path.to_owned()),
-        Errno::NOSYS if device.is_some() => ImageError::NoCopies(path.to_owned()),
-        errno => failed("mapped")(errno),
-    })
+}
+
+fn failed(path: &Path, what: &'static str) -> impl Fn(Errno) -> ImageError {
+    move |errno| ImageError::Io {
+        path: path.to_owned(),
+        what,
+        errno,
+    }
+}
+
+/// Whether a small file has nothing but zeros.
+fn is_blank(fd: &OwnedFd, has: u64) -> Result<bool, Errno> {
+    let mut bytes = vec![0; usize::try_from(has).unwrap_or(0)];
+    let read = pread(fd, &mut bytes, 0)?;
+    Ok(bytes[..read].iter().all(|byte| *byte == 0))
 }
 
 /// Whether a file is made where there is none.
@@ -133,14 +208,11 @@ enum Create {
     Never,
 }
 
-fn open_or_create(path: &Path, create: Create) -> Result<OwnedFd, ImageError> {
+/// Says, too, whether it made the file.
+fn open_or_create(path: &Path, create: Create) -> Result<(OwnedFd, Option<What>), ImageError> {
     // Not to wait for the other end of a pipe; files do not care.
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let failed = |errno| ImageError::Io {
-        path: path.to_owned(),
-        what: "opened for reading and writing",
-        errno,
-    };
+    let failed = failed(path, "opened for reading and writing");
     match fs::open(path, flags, Bits::empty()) {
         Err(Errno::NOENT) if create == Create::IfMissing => {}
         Err(Errno::NOENT) => return Err(ImageError::Missing(path.to_owned())),
@@ -148,10 +220,19 @@ fn open_or_create(path: &Path, create: Create) -> Result<OwnedFd, ImageError> {
             regular(path, FileType::Directory)?;
             return Err(failed(Errno::ISDIR));
         }
-        opened => return opened.map_err(failed),
+        opened => return opened.map(|fd| (fd, None)).map_err(failed),
     }
-    let made = fs::open(path, flags | OFlags::CREATE, Bits::RUSR | Bits::WUSR).map_err(failed)?;
-    // The name is to outlive a cut, like the bytes.
+    let bits = Bits::RUSR | Bits::WUSR;
+    match fs::open(path, flags | OFlags::CREATE | OFlags::EXCL, bits) {
+        // Somebody else made it meanwhile; or it is a link to where nothing is.
+        Err(Errno::EXIST) => fs::open(path, flags | OFlags::CREATE, bits).map(|fd| (fd, None)),
+        made => made.map(|fd| (fd, Some(What::File))),
+    }
+    .map_err(failed)
+}
+
+/// The name of a new file is to outlive a cut, like the bytes.
+fn sync_directory(path: &Path) -> Result<(), Errno> {
     let parent = path
         .parent()
         .filter(|parent| !parent.as_os_str().is_empty());
@@ -160,8 +241,7 @@ fn open_or_create(path: &Path, create: Create) -> Result<OwnedFd, ImageError> {
         OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
         Bits::empty(),
     );
-    directory.and_then(fs::fsync).map_err(failed)?;
-    Ok(made)
+    directory.and_then(fs::fsync)
 }
 
 fn regular(path: &Path, kind: FileType) -> Result<(), ImageError> {

@@ -4,7 +4,7 @@
 //! [`Region::bind`]. A change of the label is durable when it returns, and is one change whatever happens meanwhile.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 
 use pgmap_core::memremap::{MapError, MemoryMap};
@@ -15,8 +15,9 @@ use rustix::io::Errno;
 use super::area::{AreaError, CommitError, LabelArea};
 use super::badblocks::BadBlocks;
 use super::device::Pmem;
-use super::image::{self, ImageError, LEAST_BYTES};
+use super::image::{self, Image, ImageError, LEAST_BYTES};
 use super::label::{Label, SLOT_BYTES};
+use super::made::Made;
 use super::medium::{Medium, Unforgetting, is_zero};
 use super::namespace::{
     Activation, Align, LABEL_AREA_BYTES, MapLocation, Mode, Namespace, NoNamespace, Wanted,
@@ -48,6 +49,8 @@ pub(crate) struct State {
     pub(crate) files: BTreeMap<u32, Arc<SharedFrames>>,
     /// Where the region is among the physical addresses, once a namespace was bound.
     place: Option<Place>,
+    /// What of its image was not there before it was opened.
+    made: Option<Made>,
 }
 
 #[derive(Debug)]
@@ -184,34 +187,54 @@ impl Region {
                 ))
             }
             (Source::Image(path), Mode::Raw) => {
-                let frames = image::open(path, spec.size_bytes, 1)?;
-                let bytes = frames.size_bytes();
-                match LabelArea::open(&frames) {
-                    Err(AreaError::None) => {}
-                    Err(error @ AreaError::Io(_)) => {
-                        let path = path.clone();
-                        return Err(OpenError::Label { path, error });
-                    }
-                    Ok(_) | Err(AreaError::Damaged(_) | AreaError::Version(_)) => {
-                        return Err(OpenError::Labelled(path.clone()));
-                    }
-                }
-                let labels = Labels::Unlabelled(whole(bytes)?);
-                let name = path.display().to_string();
-                Ok(Self::new(
-                    number,
-                    name,
-                    Arc::new(frames),
-                    Storage::Medium,
-                    labels,
-                ))
+                let image = image::open(path, spec.size_bytes, 1)?;
+                Self::on_image(image, |frames| Self::as_it_is(frames, path, number))
             }
             (Source::Image(path), Mode::Fsdax | Mode::Devdax) => {
-                let frames = image::open(path, spec.size_bytes, LEAST_BYTES)?;
-                let bytes = frames.size_bytes();
-                Self::on_medium(Arc::new(frames), bytes, spec, number)
+                let image = image::open(path, spec.size_bytes, LEAST_BYTES)?;
+                Self::on_image(image, |frames| {
+                    let bytes = frames.size_bytes();
+                    Self::on_medium(frames, bytes, spec, number)
+                })
             }
         }
+    }
+
+    /// If it cannot be opened, what was made for it is taken back.
+    fn on_image(
+        image: Image,
+        open: impl FnOnce(Arc<SharedFrames>) -> Result<Arc<Self>, OpenError>,
+    ) -> Result<Arc<Self>, OpenError> {
+        let Image { frames, made } = image;
+        let frames = Arc::new(frames);
+        let opened = open(Arc::clone(&frames));
+        match (&opened, made) {
+            (Ok(region), made) => region.state.lock().made = made,
+            (Err(_), Some(made)) => made.take_back(frames.fd()),
+            (Err(_), None) => {}
+        }
+        opened
+    }
+
+    /// A file without a label.
+    fn as_it_is(
+        frames: Arc<SharedFrames>,
+        path: &Path,
+        number: u32,
+    ) -> Result<Arc<Self>, OpenError> {
+        match LabelArea::open(&*frames) {
+            Err(AreaError::None) => {}
+            Err(error @ AreaError::Io(_)) => {
+                let path = path.to_owned();
+                return Err(OpenError::Label { path, error });
+            }
+            Ok(_) | Err(AreaError::Damaged(_) | AreaError::Version(_)) => {
+                return Err(OpenError::Labelled(path.to_owned()));
+            }
+        }
+        let labels = Labels::Unlabelled(whole(frames.size_bytes())?);
+        let name = path.display().to_string();
+        Ok(Self::new(number, name, frames, Storage::Medium, labels))
     }
 
     /// Opens what is on a medium of so many bytes; `spec` says how to treat it, as in [`open`](Self::open).
@@ -278,6 +301,7 @@ impl Region {
             bound: BTreeMap::new(),
             files: BTreeMap::new(),
             place: None,
+            made: None,
         };
         Arc::new(Self {
             number,
@@ -286,6 +310,19 @@ impl Region {
             storage,
             state: Mutex::new(state),
         })
+    }
+
+    /// Takes back the image, or its length, if this opened region made it: for whoever cannot use the region after all. One that
+    /// has a namespace in use stays.
+    pub fn take_back(&self) {
+        let mut state = self.state.lock();
+        let mut bound = state.bound.values();
+        if bound.any(|pmem| pmem.strong_count() > 0) {
+            return;
+        }
+        if let (Some(made), Some(frames)) = (state.made.take(), self.medium.frames()) {
+            made.take_back(frames.fd());
+        }
     }
 
     /// Its number: the `0` of `region0`.

@@ -55,6 +55,11 @@ pub enum SpecError {
     /// The path is missing.
     #[error("pmem needs a path first, or `memory`: write disk.img,size=1G or memory,size=1G")]
     NoPath,
+    /// It is where a run's pages go.
+    #[error(
+        "`{0}` is a device of `pgmap run`: write disk.img,size=1G or memory,size=1G (and ./{0} for a file of this name)"
+    )]
+    RunDevice(String),
     /// Memory has no size of its own.
     #[error("memory needs a size: write memory,size=1G")]
     NoSize,
@@ -161,6 +166,9 @@ impl FromStr for PmemSpec {
             None | Some("") => return Err(SpecError::NoPath),
             Some(option) if option.starts_with("size=") => return Err(SpecError::NoPath),
             Some("memory") => Source::Memory,
+            Some(device) if device.starts_with("compressed:") || device.starts_with("file:") => {
+                return Err(SpecError::RunDevice(device.to_owned()));
+            }
             Some(path) => Source::Image(PathBuf::from(path)),
         };
         let wanted = Wanted::default();
@@ -266,6 +274,8 @@ mod tests {
         for (text, part) in [
             ("", "pmem needs a path first"),
             ("size=1G", "pmem needs a path first"),
+            ("compressed:1G", "is a device of `pgmap run`"),
+            ("file:/a,size=1G", "./file:/a for a file"),
             ("memory", "memory needs a size: write memory,size=1G"),
             ("memory,size=1G,overwrite", "overwrite is for images"),
             ("a,size=1", "at least one page"),

@@ -6,6 +6,8 @@ use super::{CachePage, PageCache};
 use crate::backing::BackingError;
 use crate::mmu::Progress;
 use crate::page_table::PageIndex;
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 use crate::stats::Stats;
 
 /// What a memory failure has cost.
@@ -28,18 +30,32 @@ impl PageCache {
             return Lost::Nothing;
         }
         let (page, run) = (PageIndex(page), page..page + 1);
-        let mut cursor = self.table.lock(page.block());
-        let Some(cached) = cursor.get(page).cached() else {
-            return Lost::Nothing;
+        let mut was_written = false;
+        let (mut cursor, cached) = loop {
+            let cursor = self.table.lock(page.block());
+            let Some(cached) = cursor.get(page).cached() else {
+                return Lost::Nothing;
+            };
+            // From here on nobody can claim it: it is neither cleaned nor evicted.
+            self.map.frame(cached.frame).poison();
+            if !cached.is_under_writeback() {
+                break (cursor, cached);
+            }
+            #[cfg(shuttle)]
+            if seeded_bug::has(SeededBug::FailureIgnoresWriteback) {
+                break (cursor, cached);
+            }
+            // What is on its way to the file may be no better, and is not to land there after the page was punched.
+            was_written = true;
+            drop(cursor);
+            self.wait_for_writeback(run.clone());
         };
-        self.map.frame(cached.frame).poison();
         self.unmap_run(&mut cursor, &run);
         self.mmu.free(page.0, 1);
         // Relaxed: a number that stands alone.
         self.cached.fetch_sub(1, Ordering::Relaxed);
         self.uncharge(1);
-        // What is on its way to the file may be no better.
-        let lost = if cached.is_dirty() || cached.is_under_writeback() {
+        let lost = if cached.is_dirty() || was_written {
             self.forget_dirty(&mut cursor, page, cached);
             self.errors.set(BackingError::Io(EIO));
             Stats::add(&self.stats.poisoned, 1);

@@ -17,6 +17,8 @@ use crate::fault::{Access, Outcome};
 use crate::mmu::{Protect, Stop};
 use crate::page_table::{Cursor, PageIndex};
 use crate::readahead::Plan;
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 use crate::space::Worker;
 use crate::stats::Stats;
 
@@ -61,7 +63,7 @@ impl PageCache {
                 }
                 CachePage::Absent => {}
             }
-            if self.barrier.is_closed(page.0) {
+            if self.is_closed_to_reads(page.0) {
                 drop(cursor);
                 self.wait_for_resize();
                 continue;
@@ -73,6 +75,15 @@ impl PageCache {
             let wanted = mapped.unwrap_or(page.0..page.0 + 1);
             self.read_in(&mut cursor, worker, page, &clip(plan.run(), &wanted));
         }
+    }
+
+    /// Whether a page is not to be read in now, as it is about to be truncated. Exact under its cursor.
+    fn is_closed_to_reads(&self, page: u32) -> bool {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::ReadIgnoresTheBarrier) {
+            return false;
+        }
+        self.barrier.is_closed(page)
     }
 
     /// Whether there is a frame for one more page, and the page's group may have it.
@@ -92,7 +103,7 @@ impl PageCache {
         let wanted = clip(wanted.clone(), &(0..self.size_pages()));
         let absent = |entry| entry == CachePage::Absent;
         let run = cursor.run(page.0, &wanted, absent);
-        let closed = |page: &u32| self.barrier.is_closed(*page);
+        let closed = |page: &u32| self.is_closed_to_reads(*page);
         let start = (run.start..page.0).rev().find(closed);
         let end = (page.0..run.end).find(closed);
         let run = start.map_or(run.start, |page| page + 1)..end.unwrap_or(run.end);
@@ -205,7 +216,11 @@ impl PageCache {
                 | Stop::NoMemory
                 | Stop::Gone
                 | Stop::Other(_),
-            ) => self.mmu.wake(at, 1),
+            ) => {
+                // The file may have left the page as it was: then nothing is there that could be mapped.
+                self.mmu.pages(page.0, 1).touch(0);
+                self.mmu.wake(at, 1);
+            }
         }
     }
 

@@ -10,6 +10,8 @@ use pgmap_core::page::GetError;
 use super::{CachePage, Cached, PageCache};
 use crate::gup::PinAccess;
 use crate::page_table::{Cursor, PageIndex};
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 use crate::space::Worker;
 
 /// Why a page of a file could not be pinned.
@@ -46,16 +48,44 @@ impl PageCache {
     fn try_pin(&self, page: PageIndex, access: PinAccess) -> Option<Pfn> {
         let frame = self.table.peek(page).cached()?.frame;
         self.map.frame(frame).try_pin().ok()?;
-        // From here on nobody can claim the frame; what was done before we see.
+        // From here on nobody can claim the frame; what was done before we see. The barrier comes first: who finds it open has
+        // pinned before it closes, or finds the entry of who has closed and opened it.
+        let is_closed = self.barrier.is_closed(page.0);
+        #[cfg(shuttle)]
+        let is_closed = is_closed && !seeded_bug::has(SeededBug::PinIgnoresTheBarrier);
         let entry = self.table.peek(page).cached();
         let same = entry.is_some_and(|entry| {
             entry.frame == frame && (access == PinAccess::Read || entry.is_dirty())
         });
-        if same && !self.barrier.is_closed(page.0) {
+        if same && !is_closed {
             return Some(frame);
         }
         self.ram.unpin(frame);
         None
+    }
+
+    /// Claims the frame of a page, under its cursor, if nobody has it pinned: nobody can pin it until the claim ends.
+    pub(super) fn claim(&self, frame: Pfn) -> bool {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::ClaimIgnoresPins) {
+            return true;
+        }
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::ClaimLooksFirst) {
+            return !self.map.frame(frame).is_pinned();
+        }
+        self.map.frame(frame).freeze(1)
+    }
+
+    /// Ends a claim: who pins the frame from here on finds what was done under it.
+    pub(super) fn unclaim(&self, frame: Pfn) {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::ClaimIgnoresPins)
+            || seeded_bug::has(SeededBug::ClaimLooksFirst)
+        {
+            return;
+        }
+        self.map.frame(frame).unfreeze(1);
     }
 
     fn pin_slow(

@@ -12,6 +12,8 @@ use pgmap_sync::atomic::Ordering;
 use super::entry::Mapping;
 use super::{CachePage, Cached, OnPinned, PageCache};
 use crate::page_table::{BLOCK_PAGES, BlockIndex, Cursor, PageIndex};
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 use crate::stats::Stats;
 
 /// Of the pages in RAM, one of so many waits on the inactive list, so that a touch can show that it is used.
@@ -23,14 +25,20 @@ impl PageCache {
         let mut freed = 0;
         // Every block is looked at twice: to be unmapped, and to be emptied.
         let mut patience = 2 * (self.active.len() + self.inactive.len()) + 2;
+        // Inactive blocks that gave up nothing, as their pages are pinned or cannot be written: they do not count as waiting
+        // there, or they would spare the active ones for as long as the pins last.
+        let mut fruitless = 0;
         while freed < want && patience > 0 {
             patience -= 1;
-            if self.inactive.len() <= self.active.len() / INACTIVE
+            if self.inactive.len() <= self.active.len() / INACTIVE + fruitless
                 && let Some((block, _)) = self.active.pop(0)
             {
                 self.deactivate(block);
+                fruitless = fruitless.saturating_sub(1);
             } else if let Some((block, _)) = self.inactive.pop(0) {
-                freed += self.evict(block);
+                let evicted = self.evict(block);
+                fruitless = u32::from(evicted == 0) * (fruitless + 1);
+                freed += evicted;
             } else {
                 break;
             }
@@ -107,10 +115,19 @@ impl PageCache {
             if start == at {
                 let left = cursor.get(PageIndex(at)).cached();
                 stays |= left.is_some_and(|page| !page.is_mapped());
+                #[cfg(shuttle)]
+                if seeded_bug::has(SeededBug::ReclaimStripsPinned)
+                    && let Some(left) = left
+                {
+                    self.forget_dirty(&mut cursor, PageIndex(at), left);
+                }
                 at += 1;
                 continue;
             }
-            self.drop_run(&mut cursor, &(start..at), &gone[before..count]);
+            self.drop_run(&mut cursor, &(start..at));
+            for frame in &gone[before..count] {
+                self.unclaim(*frame);
+            }
         }
         drop(cursor);
         self.ram.free(&gone[..count]);
@@ -125,21 +142,15 @@ impl PageCache {
     fn claim_cold(&self, cursor: &Cursor<'_, CachePage>, page: u32) -> Option<Pfn> {
         let page = cursor.get(PageIndex(page)).cached()?;
         let cold = !page.is_mapped() && !page.is_dirty() && !page.is_under_writeback();
-        (cold && self.map.frame(page.frame).freeze(1)).then_some(page.frame)
+        (cold && self.claim(page.frame)).then_some(page.frame)
     }
 
-    /// Forgets pages that are mapped nowhere, and whose frames are claimed. The frames are the caller's to free.
-    pub(super) fn drop_run(
-        &self,
-        cursor: &mut Cursor<'_, CachePage>,
-        run: &Range<u32>,
-        frames: &[Pfn],
-    ) {
+    /// Forgets pages that are mapped nowhere, and that nobody can pin: their frames are claimed, or the range is closed. The
+    /// frames are the caller's to free.
+    pub(super) fn drop_run(&self, cursor: &mut Cursor<'_, CachePage>, run: &Range<u32>) {
         self.mmu.free(run.start, run.len());
-        for (page, frame) in run.clone().map(PageIndex).zip(frames) {
+        for page in run.clone().map(PageIndex) {
             cursor.set(page, CachePage::Absent);
-            // Who pins it from here on finds that the entry is another.
-            self.map.frame(*frame).unfreeze(1);
         }
         // Relaxed: a number that stands alone.
         self.cached.fetch_sub(run.len() as u64, Ordering::Relaxed);

@@ -7,6 +7,7 @@
 
 use core::fmt;
 use core::ops::{ControlFlow, Range};
+use core::slice;
 
 use pgmap_core::addr::Pfn;
 use pgmap_sync::atomic::Ordering;
@@ -15,7 +16,9 @@ use super::entry::{State, Writeback};
 use super::{CachePage, Cached, PageCache};
 use crate::backing::{BackingError, Transfer};
 use crate::page_table::{BlockIndex, Cursor, PageIndex};
-use crate::shared_mmu::Bounce;
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
+use crate::shared_mmu::{Bounce, SharedPages};
 use crate::stats::Stats;
 
 /// Runs of pages that are written at once.
@@ -90,6 +93,15 @@ impl Run {
     fn is_continued_by(self, page: u32) -> bool {
         let block = PageIndex(self.first).block();
         page == self.pages().end && PageIndex(page).block() == block
+    }
+
+    /// Each of the pages, as a run.
+    fn singles(self) -> impl Iterator<Item = Self> {
+        (0..self.count).map(move |nth| Self {
+            first: self.first + nth,
+            count: 1,
+            copy: self.copy.map(|place| place + nth as usize),
+        })
     }
 
     /// How many of the pages are written from copies.
@@ -183,7 +195,10 @@ impl PageCache {
             from = PageIndex(block.pages().end);
         }
         self.submit(&mut batch);
-        if !on_pinned.skips() {
+        let waits = !on_pinned.skips();
+        #[cfg(shuttle)]
+        let waits = waits && !seeded_bug::has(SeededBug::SyncIgnoresWriteback);
+        if waits {
             self.wait_for_writeback(range);
         }
         batch.written
@@ -245,7 +260,7 @@ impl PageCache {
                 pages.start += 1;
                 continue;
             };
-            let busy = page.is_under_writeback() || self.barrier.is_closed(at);
+            let busy = is_being_written(page) || self.barrier.is_closed(at);
             if busy && !on_pinned.skips() {
                 return Some(Pause::Busy);
             }
@@ -263,6 +278,10 @@ impl PageCache {
                 });
                 pages.start = run.end;
                 continue;
+            }
+            #[cfg(shuttle)]
+            if seeded_bug::has(SeededBug::BackgroundWaits) {
+                return Some(Pause::Pinned);
             }
             match on_pinned {
                 OnPinned::Wait(_) if self.map.frame(page.frame).is_pinned() => {
@@ -313,7 +332,7 @@ impl PageCache {
                     }),
                 );
             }
-            self.map.frame(cached.frame).unfreeze(1);
+            self.unclaim(cached.frame);
         }
         if !clean {
             return run.start..run.start;
@@ -326,9 +345,8 @@ impl PageCache {
 
     fn claim_dirty(&self, cursor: &Cursor<'_, CachePage>, page: u32) -> Option<Pfn> {
         let cached = cursor.get(PageIndex(page)).cached()?;
-        let ready =
-            cached.is_dirty() && !cached.is_under_writeback() && !self.barrier.is_closed(page);
-        (ready && self.map.frame(cached.frame).freeze(1)).then_some(cached.frame)
+        let ready = cached.is_dirty() && !is_being_written(cached) && !self.barrier.is_closed(page);
+        (ready && self.claim(cached.frame)).then_some(cached.frame)
     }
 
     /// Takes a copy of a page into the batch; the page stays dirty.
@@ -354,30 +372,40 @@ impl PageCache {
     fn submit(&self, batch: &mut Batch) {
         let runs = &batch.runs[..batch.len];
         let size_bytes = self.size_bytes();
-        let mut transfers = batch.runs.map(|run| {
-            let count = run.count as usize;
-            let pages = match (run.copy, &batch.bounce) {
-                (Some(place), Some(bounce)) => bounce.pages(place..place + count),
-                (Some(_) | None, _) => self.mmu.pages(run.first, count),
-            };
-            Transfer::new(run.first, pages, size_bytes)
-        });
+        let bounce = batch.bounce.as_ref();
+        let mut transfers = batch
+            .runs
+            .map(|run| Transfer::new(run.first, self.bytes_of(run, bounce), size_bytes));
         let transfers = &mut transfers[..runs.len()];
         if !runs.is_empty() {
             self.backing.write(transfers);
         }
         for (run, transfer) in runs.iter().zip(transfers) {
-            let count = u64::from(run.count);
             match transfer.outcome {
-                Ok(()) => {
-                    batch.written.pages += count;
-                    batch.written.bounced += run.bounced();
+                Err(_) if run.count > 1 => {
+                    let singles = run.singles().map(|run| (run, self.write_one(run, bounce)));
+                    singles.for_each(|(run, outcome)| self.end(run, outcome, &mut batch.written));
                 }
-                Err(_) => batch.written.failed += count,
+                Ok(()) | Err(_) => self.end(*run, transfer.outcome, &mut batch.written),
             }
-            self.end(*run, transfer.outcome);
         }
         (batch.len, batch.copies) = (0, 0);
+    }
+
+    /// Writes a page of a run that could not be written as a whole: the file may refuse only some.
+    fn write_one(&self, run: Run, bounce: Option<&Bounce>) -> Result<(), BackingError> {
+        let mut transfer = Transfer::new(run.first, self.bytes_of(run, bounce), self.size_bytes());
+        self.backing.write(slice::from_mut(&mut transfer));
+        transfer.outcome
+    }
+
+    /// Where the bytes of a run are that are to be written.
+    fn bytes_of<'a>(&'a self, run: Run, bounce: Option<&'a Bounce>) -> SharedPages<'a> {
+        let count = run.count as usize;
+        match (run.copy, bounce) {
+            (Some(place), Some(bounce)) => bounce.pages(place..place + count),
+            (Some(_) | None, _) => self.mmu.pages(run.first, count),
+        }
     }
 }
 
@@ -389,9 +417,29 @@ impl PageCache {
     }
 
     /// Ends the writeback of a run, whose pages are dirty again if they were not written.
-    fn end(&self, run: Run, outcome: Result<(), BackingError>) {
+    fn end(&self, run: Run, outcome: Result<(), BackingError>, written: &mut Written) {
+        let count = u64::from(run.count);
+        match outcome {
+            Ok(()) => {
+                written.pages += count;
+                written.bounced += run.bounced();
+                Stats::add(&self.stats.file_pages_written, count);
+            }
+            #[cfg(shuttle)]
+            Err(_) if seeded_bug::has(SeededBug::ErrorsComeLate) => {}
+            Err(error) => {
+                // Before anybody can find that the pages are not being written any more: who waited for that asks for errors next.
+                written.failed += count;
+                Stats::add(&self.stats.file_write_errors, 1);
+                self.errors.set(error);
+            }
+        }
         let mut cursor = self.table.lock(PageIndex(run.first).block());
         for page in run.pages().map(PageIndex) {
+            if outcome.is_err() {
+                // First, too: who looks without the cursor finds it under writeback, or dirty.
+                self.set_dirty(&mut cursor, page);
+            }
             if let CachePage::Cached(cached) = cursor.get(page) {
                 let writeback = Writeback::Idle;
                 cursor.set(
@@ -402,18 +450,13 @@ impl PageCache {
                     }),
                 );
             }
-            if outcome.is_err() {
-                self.set_dirty(&mut cursor, page);
-            }
         }
         drop(cursor);
-        let count = u64::from(run.count);
-        match outcome {
-            Ok(()) => Stats::add(&self.stats.file_pages_written, count),
-            Err(error) => {
-                Stats::add(&self.stats.file_write_errors, 1);
-                self.errors.set(error);
-            }
+        #[cfg(shuttle)]
+        if let Err(error) = outcome
+            && seeded_bug::has(SeededBug::ErrorsComeLate)
+        {
+            self.errors.set(error);
         }
         // Relaxed: see `note_writeback`.
         self.under_writeback.fetch_sub(count, Ordering::Relaxed);
@@ -439,6 +482,15 @@ impl PageCache {
             from = BlockIndex(block.0 + 1);
         }
     }
+}
+
+/// Whether somebody else writes a page: then nobody does meanwhile.
+fn is_being_written(page: Cached) -> bool {
+    #[cfg(shuttle)]
+    if seeded_bug::has(SeededBug::WritebackIgnoresWriteback) {
+        return false;
+    }
+    page.is_under_writeback()
 }
 
 const fn is_dirty(entry: CachePage) -> bool {

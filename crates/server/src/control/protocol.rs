@@ -302,7 +302,7 @@ pub struct Region {
     pub image: Option<String>,
     /// Its identity.
     pub uuid: String,
-    /// Bytes at the start that hold the labels.
+    /// Bytes that no namespace can have: labels, and the metadata of frames.
     pub metadata_size: u64,
     /// Whether who maps it makes his stores durable by writing back the CPU's caches, without a system call; nothing about
     /// volatile memory.
@@ -323,7 +323,7 @@ pub struct Namespace {
     pub map: Option<String>,
     /// Bytes that can be used.
     pub size: u64,
-    /// Bytes of the device that hold metadata.
+    /// Bytes of the device that hold the metadata of its frames.
     pub metadata_size: u64,
     /// Its identity.
     pub uuid: String,
@@ -347,9 +347,17 @@ pub struct Namespace {
     pub badblocks: Vec<BadBlocks>,
     /// Where NBD clients find it.
     pub nbd: Option<String>,
+    /// Where else, if they are served at several places.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nbd_also: Vec<String>,
 }
 
 impl Namespace {
+    /// All places where NBD clients find it.
+    pub fn uris(&self) -> impl Iterator<Item = &String> {
+        self.nbd.iter().chain(&self.nbd_also)
+    }
+
     /// The device's name, whatever its kind.
     #[must_use]
     pub fn device(&self) -> &str {

@@ -121,12 +121,14 @@ impl Service {
             offset: range.start,
             length: range.end - range.start,
         });
+        let uris = bound.as_ref().map(|_| self.uris(&name));
+        let mut uris = uris.unwrap_or_default().into_iter();
         NamespaceView {
             dev: format!("namespace{}.{}", region.number(), namespace.index),
             mode: namespace.mode.to_string(),
             map: (namespace.mode != Mode::Raw).then(|| namespace.map.to_string()),
             size: namespace.size_bytes(),
-            metadata_size: region.overhead_bytes(),
+            metadata_size: namespace.metadata.end - namespace.metadata.start,
             uuid: namespace.uuid.to_string(),
             sector_size: SECTOR_BYTES,
             align: namespace.align.bytes(),
@@ -141,7 +143,8 @@ impl Service {
             .into(),
             badblock_count: sectors.sum(),
             badblocks: badblocks.collect(),
-            nbd: bound.and_then(|_| self.uri(&name)),
+            nbd: uris.next(),
+            nbd_also: uris.collect(),
         }
     }
 
@@ -299,6 +302,10 @@ impl Service {
         count: u64,
         change: impl Fn(&Pmem, core::ops::Range<u64>) -> Result<(), BlockError>,
     ) -> Result<Answer, Failure> {
+        if count == 0 {
+            let text = "no blocks are meant: a count is at least 1";
+            return Err(Failure::new(Code::Invalid, text));
+        }
         let device = self.device(name)?;
         let start = block.saturating_mul(SECTOR_BYTES);
         let end = start.saturating_add(count.saturating_mul(SECTOR_BYTES));

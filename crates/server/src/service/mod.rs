@@ -15,9 +15,7 @@ use pgmap_core::addr::MAX_PFN;
 use pgmap_core::memremap::MemoryMap;
 use pgmap_core::platform::OutOfAddressSpace;
 use pgmap_drivers::block::{BlockDevice, BlockError};
-use pgmap_drivers::pmem::{
-    Activation, Afterwards, BindError, Namespace, OpenError, Pmem, PmemSpec, Region,
-};
+use pgmap_drivers::pmem::{Activation, Afterwards, BindError, Namespace, OpenError, Pmem, Region};
 use pgmap_host::platform::HostPlatform;
 use pgmap_sync::{Mutex, MutexGuard};
 
@@ -25,6 +23,7 @@ use crate::control::protocol::Failure;
 use crate::nbd::{Export, Server};
 
 pub use metrics::Metrics;
+pub use pgmap_drivers::pmem::PmemSpec;
 
 static PLATFORM: HostPlatform = HostPlatform;
 
@@ -54,8 +53,10 @@ struct Regions {
     next: u32,
     all: BTreeMap<u32, Arc<Region>>,
     /// Namespaces in use, by region and number.
-    devices: BTreeMap<(u32, u32), Device>,
+    devices: Devices,
 }
+
+type Devices = BTreeMap<(u32, u32), Device>;
 
 /// A namespace in use.
 #[derive(Clone, Debug)]
@@ -107,17 +108,46 @@ impl Service {
             regions.next += 1;
             regions.next - 1
         };
-        let region = Region::open(spec, number)?;
-        let wanted = |namespace: &Namespace| namespace.activation == Activation::Enabled;
-        let mut devices = Vec::new();
-        for namespace in region.namespaces().into_iter().filter(wanted) {
-            let device = Device::new(region.bind(&self.map, namespace.index)?);
-            devices.push(((number, namespace.index), device));
+        let plugged = self.plug_as(spec, number);
+        if plugged.is_err() {
+            let mut regions = self.regions.lock();
+            // The number is the next one's, unless somebody has one after it already.
+            if regions.next == number + 1 {
+                regions.next = number;
+            }
         }
+        plugged
+    }
+
+    fn plug_as(&self, spec: &PmemSpec, number: u32) -> Result<String, PlugError> {
+        let region = Region::open(spec, number)?;
+        let devices = self
+            .devices_of(&region)
+            .inspect_err(|_| region.take_back())?;
         let mut regions = self.regions.lock();
         regions.all.insert(number, region);
         regions.devices.extend(devices);
         Ok(format!("region{number}"))
+    }
+
+    /// Takes the namespaces of a new region into use that are to be.
+    fn devices_of(&self, region: &Arc<Region>) -> Result<Devices, BindError> {
+        let wanted = |namespace: &Namespace| namespace.activation == Activation::Enabled;
+        let wanted = region.namespaces().into_iter().filter(wanted);
+        let bound = wanted.map(|namespace| {
+            let pmem = region.bind(&self.map, namespace.index)?;
+            Ok(((region.number(), namespace.index), Device::new(pmem)))
+        });
+        bound.collect()
+    }
+
+    /// Ends a start that failed, before anybody was served: images that it made are gone again.
+    pub fn give_up(&self) {
+        let Regions { all, devices, .. } = core::mem::take(&mut *self.regions.lock());
+        drop(devices);
+        for region in all.values() {
+            region.take_back();
+        }
     }
 
     /// Makes everything durable that was written.
@@ -184,11 +214,12 @@ impl Service {
         }
     }
 
-    /// Where NBD clients find an export.
-    fn uri(&self, name: &str) -> Option<String> {
-        let (_, uris) = self.nbd.get()?;
-        let Uri { before, after } = uris.first()?;
-        Some(format!("{before}{name}{after}"))
+    /// Where NBD clients find an export: an address for each socket.
+    fn uris(&self, name: &str) -> Vec<String> {
+        let uris = self.nbd.get().map(|(_, uris)| uris.iter());
+        let uris = uris.into_iter().flatten();
+        uris.map(|Uri { before, after }| format!("{before}{name}{after}"))
+            .collect()
     }
 
     /// Ends the connections of those who use a device that is out of use.
