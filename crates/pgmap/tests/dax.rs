@@ -10,6 +10,7 @@ use pgmap::pmem::{
     AccessError, Afterwards, HoldKind, Patience, Pmem, Region, Sharing, UnbindError,
 };
 use pgmap::{DaxMapping, MapDaxError, Memory, Pin, PinError, Prot};
+use pgmap_core::addr::VirtAddr;
 use pgmap_drivers::block::BlockDevice;
 
 const MIB: usize = 1 << 20;
@@ -130,6 +131,10 @@ fn a_huge_page_is_pinned_as_one() {
             "rx ring"
         );
         drop(pinned);
+        let beyond = space.pin_user_pages(start + 6 * MIB..start + 9 * MIB, &pin);
+        let at = VirtAddr::new(start + 8 * MIB);
+        assert_eq!(beyond.unwrap_err(), PinError::BadAddress { at });
+        assert_eq!(references(&pmem), 0);
         let pinned = space.pin_user_pages(start + MIB..start + MIB + 1, &pin);
         assert_eq!(references(&pmem), base_pages);
         drop(pinned);
@@ -237,7 +242,7 @@ fn lost_bytes_are_not_pinned_until_they_are_mended() {
     let refused = space
         .pin_user_pages(mapping.range(), &Pin::WRITE)
         .unwrap_err();
-    let at = pgmap_core::addr::VirtAddr::new(start + 2 * 4096);
+    let at = VirtAddr::new(start + 2 * 4096);
     assert_eq!(refused, PinError::Poisoned { at });
     assert_eq!(references(&pmem), 0);
     drop(
