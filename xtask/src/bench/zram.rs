@@ -55,7 +55,7 @@ impl Limit {
     }
 
     /// A command, as it is to be run under the limit.
-    pub(crate) fn command<const N: usize>(&self, command: [OsString; N]) -> Vec<OsString> {
+    pub(crate) fn command(&self, command: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
         const ENTER: &str = r#"echo $$ >"$1" && shift && exec "$@""#;
         let shell = ["sh", "-c", ENTER, "sh"].map(OsString::from);
         let members = [self.members.clone().into()];

@@ -7,7 +7,8 @@ limit=$1 size=$2 zram=/sys/block/zram0 group='' swapping='' taken=''
 restore() {
     if [ -n "$group" ]; then
         while read -r pid; do kill -KILL "$pid"; done <"$group/cgroup.procs"
-        for _ in 1 2 3 4 5 6 7 8 9 10; do
+        # Who is reclaiming for the kernel ends when that is done.
+        for _ in {1..50}; do
             rmdir "$group" && break
             sleep 0.1
         done
