@@ -3,6 +3,8 @@
 //! Only the end of the file, which is seldom a whole block, goes through the kernel's cache.
 
 use core::ops::Range;
+use core::ptr::NonNull;
+use core::slice;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -36,27 +38,36 @@ impl FileBacking {
         self.direct.is_some()
     }
 
-    fn transfer(&self, transfer: &Transfer<'_>, way: Way) -> Result<(), Errno> {
-        let whole = transfer.len_bytes / BLOCK * BLOCK;
-        let direct = self.direct.as_ref().map(AsRawFd::as_raw_fd);
-        let file = self.file.as_raw_fd();
-        Self::move_bytes(transfer, way, 0..whole, direct.unwrap_or(file))?;
-        Self::move_bytes(transfer, way, whole..transfer.len_bytes, file)
+    /// Makes all transfers. Those that follow one another, in the file and in memory, are one request, as large ones are what
+    /// devices are fast at; if it fails, each is made alone.
+    fn transfer(&self, transfers: &mut [Transfer<'_>], way: Way) {
+        for group in transfers.chunk_by_mut(is_followed_by) {
+            if group.len() > 1 && self.transfer_one(&Span::of(group), way).is_ok() {
+                continue;
+            }
+            for transfer in group {
+                let span = Span::of(slice::from_ref(transfer));
+                transfer.outcome = self.transfer_one(&span, way).map_err(error);
+            }
+        }
     }
 
-    fn move_bytes(
-        transfer: &Transfer<'_>,
-        way: Way,
-        mut bytes: Range<usize>,
-        fd: i32,
-    ) -> Result<(), Errno> {
+    fn transfer_one(&self, span: &Span, way: Way) -> Result<(), Errno> {
+        let whole = span.len_bytes / BLOCK * BLOCK;
+        let direct = self.direct.as_ref().map(AsRawFd::as_raw_fd);
+        let file = self.file.as_raw_fd();
+        Self::move_bytes(span, way, 0..whole, direct.unwrap_or(file))?;
+        Self::move_bytes(span, way, whole..span.len_bytes, file)
+    }
+
+    fn move_bytes(span: &Span, way: Way, mut bytes: Range<usize>, fd: i32) -> Result<(), Errno> {
         while !bytes.is_empty() {
-            let at = transfer.pages.as_ptr().as_ptr().wrapping_add(bytes.start);
-            let offset = transfer.offset_bytes + bytes.start as u64;
+            let at = span.at.as_ptr().wrapping_add(bytes.start);
+            let offset = span.offset_bytes + bytes.start as u64;
             let offset = libc::off_t::try_from(offset).map_err(|_| Errno::FBIG)?;
             let len = bytes.len();
             let moved = match way {
-                // SAFETY: the bytes are some of `pages`, which may be written by anybody at any time.
+                // SAFETY: the bytes are those of some transfers' pages, which may be written by anybody at any time.
                 Way::Read => unsafe { libc::pread(fd, at.cast(), len, offset) },
                 // SAFETY: and read.
                 Way::Write => unsafe { libc::pwrite(fd, at.cast(), len, offset) },
@@ -76,6 +87,32 @@ impl FileBacking {
     }
 }
 
+/// Bytes in memory, and their place in the file.
+#[derive(Debug)]
+struct Span {
+    at: NonNull<u8>,
+    offset_bytes: u64,
+    len_bytes: usize,
+}
+
+impl Span {
+    /// The bytes of transfers each of which follows the one before; there is at least one.
+    fn of(transfers: &[Transfer<'_>]) -> Self {
+        Self {
+            at: transfers[0].pages.as_ptr(),
+            offset_bytes: transfers[0].offset_bytes,
+            len_bytes: transfers.iter().map(|transfer| transfer.len_bytes).sum(),
+        }
+    }
+}
+
+/// Whether a transfer goes on where another ends, in the file and in memory.
+fn is_followed_by(one: &Transfer<'_>, next: &Transfer<'_>) -> bool {
+    let end = one.pages.as_ptr().as_ptr().wrapping_add(one.len_bytes);
+    end == next.pages.as_ptr().as_ptr()
+        && one.offset_bytes + one.len_bytes as u64 == next.offset_bytes
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Way {
     Read,
@@ -84,15 +121,11 @@ enum Way {
 
 impl Backing for FileBacking {
     fn read(&self, transfers: &mut [Transfer<'_>]) {
-        for transfer in transfers {
-            transfer.outcome = self.transfer(transfer, Way::Read).map_err(error);
-        }
+        self.transfer(transfers, Way::Read);
     }
 
     fn write(&self, transfers: &mut [Transfer<'_>]) {
-        for transfer in transfers {
-            transfer.outcome = self.transfer(transfer, Way::Write).map_err(error);
-        }
+        self.transfer(transfers, Way::Write);
     }
 
     fn sync(&self) -> Result<(), BackingError> {

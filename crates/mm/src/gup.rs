@@ -133,6 +133,25 @@ pub struct PinnedPages {
 }
 
 impl PinnedPages {
+    /// No page yet, of `pages` from `at` on. The caller is who holds them.
+    #[track_caller]
+    fn begin(space: &Arc<AddressSpace>, at: VirtAddr, pages: u32, pin: &Pin) -> Self {
+        let end = at.get().saturating_add(pages as usize * PAGE_SIZE);
+        let ticket = space.map.holders().add(Holder {
+            label: pin.label.clone(),
+            site: Location::caller(),
+            since_ns: space.map.now_ns(),
+            range: at.get()..end,
+        });
+        // INVARIANT: no frame yet.
+        Self {
+            space: Arc::clone(space),
+            at,
+            frames: Vec::with_capacity(pages as usize),
+            ticket,
+        }
+    }
+
     /// The first pinned address.
     #[must_use]
     pub const fn start(&self) -> VirtAddr {
@@ -171,19 +190,7 @@ pub fn pin_user_pages(
     pin: &Pin,
 ) -> Result<PinnedPages, PinError> {
     let at = at.page_start();
-    let end = at.get().saturating_add(pages as usize * PAGE_SIZE);
-    let ticket = space.map.holders().add(Holder {
-        label: pin.label.clone(),
-        site: Location::caller(),
-        since_ns: space.map.now_ns(),
-        range: at.get()..end,
-    });
-    let mut pinned = PinnedPages {
-        space: Arc::clone(space),
-        at,
-        frames: Vec::with_capacity(pages as usize),
-        ticket,
-    };
+    let mut pinned = PinnedPages::begin(space, at, pages, pin);
     // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
     if space.page_at(at).is_some() {
         for nth in 0..pages {
@@ -194,6 +201,26 @@ pub fn pin_user_pages(
         space.pin_file_pages(worker, at, pages, pin, &mut pinned.frames)?;
     }
     Ok(pinned)
+}
+
+/// Pins pages of one mapping that are all in RAM, and need nothing done to them (`gup_fast`). `None` if there is more to do, or
+/// to say, for [`pin_user_pages`]; nothing stays pinned then.
+#[track_caller]
+pub fn pin_user_pages_fast(
+    space: &Arc<AddressSpace>,
+    at: VirtAddr,
+    pages: u32,
+    pin: &Pin,
+) -> Option<PinnedPages> {
+    let at = at.page_start();
+    let mut pinned = PinnedPages::begin(space, at, pages, pin);
+    let frames = &mut pinned.frames;
+    // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
+    let all = match space.page_at(at) {
+        Some(first) => space.pin_present(first, pages, pin.access, frames),
+        None => space.pin_cached(at, pages, pin, frames),
+    };
+    all.map(|()| pinned)
 }
 
 /// The page `nth` pages after an address.
@@ -207,6 +234,60 @@ impl AddressSpace {
     #[must_use]
     pub fn holders(&self, range: &Range<usize>) -> Vec<Holder> {
         self.map.holders().of(range)
+    }
+
+    /// Pins pages of anonymous memory that are there, a block under one lock.
+    fn pin_present(
+        &self,
+        first: PageIndex,
+        pages: u32,
+        access: PinAccess,
+        frames: &mut Vec<Pfn>,
+    ) -> Option<()> {
+        let end = first.0.checked_add(pages)?;
+        if end > self.table.pages() {
+            return None;
+        }
+        let mut from = first.0;
+        while from < end {
+            let mut cursor = self.table.lock(PageIndex(from).block());
+            let run = from..end.min(cursor.pages().end);
+            if access == PinAccess::Write {
+                self.forget_kept(&mut cursor, run.clone());
+            }
+            for page in run.clone() {
+                let Pte::Present { frame, .. } = cursor.get(PageIndex(page)) else {
+                    return None;
+                };
+                self.map.frame(frame).try_pin().ok()?;
+                frames.push(frame);
+            }
+            from = run.end;
+        }
+        Some(())
+    }
+
+    /// Pins pages of a mapped file that are there.
+    fn pin_cached(
+        &self,
+        at: VirtAddr,
+        pages: u32,
+        pin: &Pin,
+        frames: &mut Vec<Pfn>,
+    ) -> Option<()> {
+        if pin.term == PinTerm::Long && pin.access == PinAccess::Write {
+            return None;
+        }
+        let (vma, cache) = self.files.at(at)?;
+        let first = vma.page_at(at)?;
+        let run = first..first.checked_add(pages)?;
+        if run.end > vma.file_pages().end {
+            return None;
+        }
+        for page in run.map(PageIndex) {
+            frames.push(cache.try_pin(page, pin.access)?);
+        }
+        Some(())
     }
 
     /// Pins pages of mapped files.

@@ -13,8 +13,9 @@ use super::{MIB, Scratch, compared, memory, seconds};
 use crate::bench::Effort;
 use crate::bench::table::{Row, Table, Want};
 
-/// Pages that are pinned in a round.
-const PAGES: usize = 16_384;
+/// Pages that are pinned in a round, and how often.
+const PAGES: usize = 8_192;
+const PASSES: usize = 8;
 /// How many of them at once.
 const RANGES: [usize; 3] = [1, 16, 512];
 
@@ -53,11 +54,13 @@ pub(super) fn measure(directory: &Path, effort: Effort) -> anyhow::Result<Table>
     })
 }
 
-/// Pins and unpins a range, so many pages at a time.
+/// Pins and unpins a range, so many pages at a time, several times.
 fn pin_all(memory: &Memory, range: &Range<usize>, count: usize) -> anyhow::Result<()> {
-    for at in range.clone().step_by(count * PAGE_SIZE) {
-        let pages = at..at + count * PAGE_SIZE;
-        drop(memory.space().pin_user_pages(pages, &Pin::WRITE)?);
+    for _ in 0..PASSES {
+        for at in range.clone().step_by(count * PAGE_SIZE) {
+            let pages = at..at + count * PAGE_SIZE;
+            drop(memory.space().pin_user_pages(pages, &Pin::WRITE)?);
+        }
     }
     Ok(())
 }
@@ -65,7 +68,7 @@ fn pin_all(memory: &Memory, range: &Range<usize>, count: usize) -> anyhow::Resul
 /// Nanoseconds for each page.
 fn per_page(act: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<f64> {
     #[allow(clippy::cast_precision_loss, reason = "a small number")]
-    Ok(seconds(act)? * 1e9 / PAGES as f64)
+    Ok(seconds(act)? * 1e9 / (PASSES * PAGES) as f64)
 }
 
 fn pinned(
@@ -80,7 +83,7 @@ fn pinned(
     compared(effort, (&what, "ns", Want::AtMost(0.5)), || {
         let ours = per_page(|| pin_all(memory, range, count))?;
         let theirs = per_page(|| {
-            let mut firsts = (0..PAGES).step_by(count);
+            let mut firsts = (0..PASSES).flat_map(|_| (0..PAGES).step_by(count));
             firsts.try_for_each(|first| peer.pin(first, count))
         })?;
         Ok((ours, theirs))
