@@ -24,6 +24,7 @@ use crate::policy::{Class, Queues};
 use crate::shared_mmu::SharedMmu;
 use crate::stats::Stats;
 
+mod ahead;
 mod barrier;
 mod dirty;
 mod entry;
@@ -36,6 +37,7 @@ mod shrink;
 mod truncate;
 mod writeback;
 
+pub use ahead::ReadAhead;
 pub use entry::{CachePage, Cached};
 pub use failure::Lost;
 pub use owner::FileNumber;

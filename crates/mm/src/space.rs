@@ -16,7 +16,7 @@ use pgmap_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::devices::Devices;
 use crate::files::Files;
 use crate::mmu::Mmu;
-use crate::page_table::{PageIndex, PageTable};
+use crate::page_table::{BLOCK_PAGES, PageIndex, PageTable};
 use crate::policy::Queues;
 use crate::pte::{Copy, Pte};
 use crate::readahead::{MAX_WINDOW, Readahead};
@@ -259,6 +259,8 @@ pub(crate) struct Areas {
 pub struct Worker {
     pub(crate) readahead: Readahead,
     pub(crate) file_readahead: Readahead,
+    /// Blocks of the file that the reader who has just faulted will want.
+    pub(crate) ahead: Range<u32>,
     pub(crate) pages: Box<[Page; MAX_WINDOW as usize]>,
     pub(crate) frames: FrameCache,
     pub(crate) write_back: WriteBack,
@@ -276,6 +278,7 @@ impl Worker {
         Self {
             readahead: Readahead::default(),
             file_readahead: Readahead::default(),
+            ahead: 0..0,
             pages,
             frames: FrameCache::new(),
             write_back: WriteBack::default(),
@@ -305,7 +308,7 @@ pub(crate) struct FrameCache {
 }
 
 impl FrameCache {
-    const SIZE: usize = MAX_WINDOW as usize;
+    const SIZE: usize = BLOCK_PAGES as usize;
 
     const fn new() -> Self {
         Self {

@@ -44,6 +44,8 @@ use crate::space::{AddressSpace, MapError};
 /// addresses only.
 const ROOM_FACTOR: u64 = 4;
 const ROOM_BYTES: u64 = 16 << 30;
+/// Between two looks whether somebody still uses a file that is being closed.
+const CLOSING: Duration = Duration::from_micros(50);
 /// Between two looks at a pin that somebody waits for.
 const PIN_POLL: Duration = Duration::from_micros(200);
 
@@ -123,6 +125,11 @@ impl Drop for Inner {
         // Nobody can be told of a failure any more: `File::sync_all` before is how to hear of it.
         self.cache.write_back(0..u32::MAX, OnPinned::Bounce);
         self.space.inner().files().close(&self.cache);
+        // Who is still reading ahead or writing back ends with that soon. Then the file is closed, and whoever opens it again does not
+        // find it locked.
+        while Arc::strong_count(&self.cache) > 1 {
+            std::thread::sleep(CLOSING);
+        }
     }
 }
 
@@ -184,7 +191,7 @@ impl Memory {
             stats: self.stats(),
         })?;
         let cache = Arc::new(cache);
-        self.start_flusher()
+        self.start_file_threads()
             .map_err(|error| no_memory(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN)))?;
         space.inner().files().open(Arc::clone(&cache));
         let seen = Mutex::new(cache.errors().sample());

@@ -22,6 +22,7 @@ mod file;
 mod flusher;
 mod memory;
 mod pager;
+mod reader;
 pub mod run;
 pub mod shared;
 mod space;

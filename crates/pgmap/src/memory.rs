@@ -1,5 +1,6 @@
 //! A RAM budget, devices, and the pager that moves pages between them.
 
+use core::mem;
 use core::ops::Range;
 use core::slice;
 use core::time::Duration;
@@ -18,6 +19,7 @@ use pgmap_sync::Mutex;
 
 use crate::device::Device;
 use crate::flusher;
+use crate::reader;
 use crate::pager::{Pager, Surroundings, kill_as_out_of_memory};
 use crate::space::{AddressSpace, MapError};
 
@@ -147,7 +149,7 @@ impl MemoryBuilder {
             space,
             pager,
             threads: Some(threads),
-            flusher: Mutex::new(None),
+            file_threads: Mutex::new(Vec::new()),
         })
     }
 }
@@ -171,7 +173,8 @@ pub struct Memory {
     space: Arc<AddressSpace>,
     pager: Arc<Pager>,
     threads: Option<[JoinHandle<()>; 2]>,
-    flusher: Mutex<Option<JoinHandle<()>>>,
+    /// Those that write files back, and read them ahead.
+    file_threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Memory {
@@ -204,11 +207,15 @@ impl Memory {
         &self.pager
     }
 
-    /// Starts to write dirty pages of files back, unless that has begun.
-    pub(crate) fn start_flusher(&self) -> std::io::Result<()> {
-        let mut flusher = self.flusher.lock();
-        if flusher.is_none() {
-            *flusher = Some(flusher::start(&self.pager)?);
+    /// Starts to write dirty pages of files back, and to read ahead, unless that has begun.
+    pub(crate) fn start_file_threads(&self) -> std::io::Result<()> {
+        let mut threads = self.file_threads.lock();
+        if threads.is_empty() {
+            threads.push(flusher::start(&self.pager)?);
+        }
+        // If one of these could not be started before, it is tried again.
+        while threads.len() <= reader::READERS {
+            threads.push(reader::start(&self.pager)?);
         }
         Ok(())
     }
@@ -243,8 +250,9 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         self.pager.stop();
-        let flusher = self.flusher.lock().take();
-        for thread in self.threads.take().into_iter().flatten().chain(flusher) {
+        let file_threads = mem::take(&mut *self.file_threads.lock());
+        let threads = self.threads.take().into_iter().flatten();
+        for thread in threads.chain(file_threads) {
             // A pager thread that panicked has ended the process already.
             let _ = thread.join();
         }

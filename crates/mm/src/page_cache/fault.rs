@@ -20,7 +20,8 @@ use crate::readahead::Plan;
 use crate::space::Worker;
 use crate::stats::Stats;
 
-/// Pages that a fault maps along with the faulting one, if they are in RAM: at most this many, itself included.
+/// Pages that a fault maps along with the faulting one, if they are in RAM: at most this many, itself included. For a long
+/// stream it is the rest of the block.
 const FAULT_AROUND: u32 = 16;
 
 impl PageCache {
@@ -35,6 +36,7 @@ impl PageCache {
         };
         let page = PageIndex(page);
         let plan = worker.file_readahead.plan(page);
+        worker.ahead = self.ahead_of(&plan);
         let outcome = self.serve(worker, page, &plan, at, access);
         worker.frames.give_all(&self.ram);
         outcome
@@ -52,7 +54,7 @@ impl PageCache {
             let mut cursor = self.table.lock(page.block());
             match cursor.get(page) {
                 CachePage::Cached(_) => {
-                    self.map_page(&mut cursor, page, at, access);
+                    self.map_page(&mut cursor, page, plan, at, access);
                     return Outcome::Resolved;
                 }
                 CachePage::Poisoned => return self.sigbus(&cursor, at),
@@ -71,7 +73,8 @@ impl PageCache {
             }
             let mapped = self.vmas.with(at, FileVma::file_pages);
             let wanted = mapped.unwrap_or(page.0..page.0 + 1);
-            self.read_in(&mut cursor, worker, page, &clip(plan.run(), &wanted));
+            let run = plan.forwards().map_or(plan.run(), rest);
+            self.read_in(&mut cursor, worker, page, &clip(run, &wanted));
         }
     }
 
@@ -136,6 +139,7 @@ impl PageCache {
         &self,
         cursor: &mut Cursor<'_, CachePage>,
         page: PageIndex,
+        plan: &Plan,
         at: VirtAddr,
         access: Access,
     ) {
@@ -151,17 +155,23 @@ impl PageCache {
             }
             Access::Read | Access::Write => {
                 Stats::add(&self.stats.faults_file, 1);
-                self.map_run(cursor, page, vma);
+                let around = page.0..page.0.saturating_add(FAULT_AROUND);
+                self.map_run(cursor, page, plan.forwards().map_or(around, rest), vma);
             }
         });
     }
 
     /// Maps a page at its place in a mapping, and the pages after it that may be mapped alike.
-    fn map_run(&self, cursor: &mut Cursor<'_, CachePage>, page: PageIndex, vma: &FileVma) {
+    fn map_run(
+        &self,
+        cursor: &mut Cursor<'_, CachePage>,
+        page: PageIndex,
+        around: Range<u32>,
+        vma: &FileVma,
+    ) {
         let Some(first) = cursor.get(page).cached() else {
             return;
         };
-        let around = page.0..page.0.saturating_add(FAULT_AROUND);
         let limit = clip(around, &clip(vma.file_pages(), &(0..self.size_pages())));
         let alike = |entry: CachePage| {
             let page = entry.cached();
@@ -208,6 +218,11 @@ impl PageCache {
         });
         Outcome::Resolved
     }
+}
+
+/// The pages from this one to the end of its block.
+const fn rest(page: PageIndex) -> Range<u32> {
+    page.0..page.block().pages().end
 }
 
 fn clip(range: Range<u32>, to: &Range<u32>) -> Range<u32> {
