@@ -12,6 +12,7 @@ use pgmap_core::addr::PAGE_SIZE;
 use pgmap_mm::backing::{Backing, BackingError, Transfer};
 use rustix::fs::{self, FallocateFlags, OFlags};
 use rustix::io::Errno;
+use rustix::mm::{Advice, madvise};
 
 /// What direct transfers begin and end at, in bytes: every device's block.
 const BLOCK: usize = PAGE_SIZE;
@@ -42,6 +43,9 @@ impl FileBacking {
     /// devices are fast at; if it fails, each is made alone.
     fn transfer(&self, transfers: &mut [Transfer<'_>], way: Way) {
         for group in transfers.chunk_by_mut(is_followed_by) {
+            if way == Way::Read {
+                Span::of(group).populate();
+            }
             if group.len() > 1 && self.transfer_one(&Span::of(group), way).is_ok() {
                 continue;
             }
@@ -102,6 +106,22 @@ impl Span {
             at: transfers[0].pages.as_ptr(),
             offset_bytes: transfers[0].offset_bytes,
             len_bytes: transfers.iter().map(|transfer| transfer.len_bytes).sum(),
+        }
+    }
+
+    /// Finds memory for all pages at once: while the kernel has them pinned for a transfer, it does so one by one.
+    fn populate(&self) {
+        if self.len_bytes > PAGE_SIZE {
+            let (at, len) = (self.at.as_ptr().cast(), self.len_bytes);
+            // If it fails, the transfer says why.
+            // SAFETY: the pages are memory that anybody may write at any time, and it changes none of their bytes.
+            let _ = unsafe {
+                madvise(
+                    at,
+                    len.next_multiple_of(PAGE_SIZE),
+                    Advice::LinuxPopulateWrite,
+                )
+            };
         }
     }
 }

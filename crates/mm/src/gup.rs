@@ -268,13 +268,7 @@ impl AddressSpace {
     }
 
     /// Pins pages of a mapped file that are there.
-    fn pin_cached(
-        &self,
-        at: VirtAddr,
-        pages: u32,
-        pin: &Pin,
-        frames: &mut Vec<Pfn>,
-    ) -> Option<()> {
+    fn pin_cached(&self, at: VirtAddr, pages: u32, pin: &Pin, frames: &mut Vec<Pfn>) -> Option<()> {
         if pin.term == PinTerm::Long && pin.access == PinAccess::Write {
             return None;
         }

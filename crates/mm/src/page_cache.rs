@@ -37,7 +37,8 @@ mod shrink;
 mod truncate;
 mod writeback;
 
-pub use ahead::ReadAhead;
+pub(crate) use ahead::GROUP_PAGES;
+pub use ahead::{Group, ReadAhead};
 pub use entry::{CachePage, Cached};
 pub use failure::Lost;
 pub use owner::FileNumber;

@@ -16,7 +16,8 @@ use pgmap_sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use crate::devices::Devices;
 use crate::files::Files;
 use crate::mmu::Mmu;
-use crate::page_table::{BLOCK_PAGES, PageIndex, PageTable};
+use crate::page_cache::GROUP_PAGES;
+use crate::page_table::{PageIndex, PageTable};
 use crate::policy::Queues;
 use crate::pte::{Copy, Pte};
 use crate::readahead::{MAX_WINDOW, Readahead};
@@ -259,7 +260,7 @@ pub(crate) struct Areas {
 pub struct Worker {
     pub(crate) readahead: Readahead,
     pub(crate) file_readahead: Readahead,
-    /// Blocks of the file that the reader who has just faulted will want.
+    /// Groups of the file's pages that the reader who has just faulted will want.
     pub(crate) ahead: Range<u32>,
     pub(crate) pages: Box<[Page; MAX_WINDOW as usize]>,
     pub(crate) frames: FrameCache,
@@ -308,7 +309,7 @@ pub(crate) struct FrameCache {
 }
 
 impl FrameCache {
-    const SIZE: usize = BLOCK_PAGES as usize;
+    const SIZE: usize = GROUP_PAGES as usize;
 
     const fn new() -> Self {
         Self {

@@ -19,8 +19,8 @@ use pgmap_sync::Mutex;
 
 use crate::device::Device;
 use crate::flusher;
-use crate::reader;
 use crate::pager::{Pager, Surroundings, kill_as_out_of_memory};
+use crate::reader;
 use crate::space::{AddressSpace, MapError};
 
 /// The least budget, in bytes: 1 MiB. Below it the pager's own batches would not fit.

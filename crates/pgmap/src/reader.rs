@@ -7,7 +7,6 @@ use core::time::Duration;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
-use pgmap_mm::page_table::BLOCK_PAGES;
 use pgmap_mm::reclaim::Caller;
 use pgmap_mm::space::Worker;
 
@@ -15,6 +14,8 @@ use crate::pager::Pager;
 
 /// How many threads.
 pub(crate) const READERS: usize = 2;
+/// Pages that are to leave if there is no room to read.
+const ROOM: usize = 512;
 /// Between two looks whether the pager ends.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -28,16 +29,16 @@ fn read(pager: &Pager) {
     let mut worker = Worker::new();
     let space = &pager.space;
     while !pager.stopping() {
-        let Some((file, block)) = space.files().ahead().next(LOOK) else {
+        let Some((file, group)) = space.files().ahead().next(LOOK) else {
             continue;
         };
         let Some(cache) = space.files().of(file) else {
             continue;
         };
         // If there is no room for it even then, whoever wants it reads what it needs.
-        if !cache.read_block(&mut worker, block) {
-            space.make_room(Caller::Reclaimer, 2 * BLOCK_PAGES as usize);
-            cache.read_block(&mut worker, block);
+        if !cache.read_group(&mut worker, group) {
+            space.make_room(Caller::Reclaimer, ROOM);
+            cache.read_group(&mut worker, group);
         }
     }
 }

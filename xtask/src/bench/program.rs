@@ -168,7 +168,10 @@ impl Bench {
 
     fn limited(&self, cpus: Cpus, limit: &Limit) -> anyhow::Result<Times> {
         let program = self.program.clone().into();
-        times(&run(cpus, limit.command([program, DATA.to_string().into()]))?)
+        times(&run(
+            cpus,
+            limit.command([program, DATA.to_string().into()]),
+        )?)
     }
 }
 

@@ -1,32 +1,42 @@
 //! Reading ahead: blocks of a file that a stream will want are read by other threads while its reader uses those before
 //! (the kernel's `page_cache_ra`).
 //!
-//! The fault path asks, and waits for nobody; whoever serves the [`ReadAhead`] reads a block at a time, under its cursor, as
-//! a fault would. What must never happen here: a page read in that is being truncated, which [`read_in`](PageCache::read_in)
-//! sees to; a file kept open by what is left in the queue.
+//! The fault path asks, and waits for nobody; whoever serves the [`ReadAhead`] reads a group of blocks at once, under the
+//! cursors of all of them. What must never happen here: a page read in that is being truncated (FLT-2); a file kept open by
+//! what is left in the queue.
 
+use core::array;
 use core::ops::Range;
 use core::time::Duration;
 
 use pgmap_sync::{Mutex, WaitQueue};
 
 use super::{CachePage, FileNumber, PageCache};
-use crate::page_table::{BLOCK_PAGES, BlockIndex, PageIndex};
+use crate::backing::Transfer;
+use crate::page_table::{BLOCK_PAGES, BlockIndex, Cursor, PageIndex};
 use crate::readahead::Plan;
 use crate::space::Worker;
 
 /// Streams that are read ahead of at the same time.
 const STREAMS: usize = 8;
-/// Blocks that are read ahead of a stream, at most: 2 MiB.
-const BLOCKS: u32 = 8;
+/// Blocks that are read at once: 1 MiB. A divisor of the number of locks.
+const GROUP_BLOCKS: u32 = 4;
+/// The same in pages.
+pub(crate) const GROUP_PAGES: u32 = GROUP_BLOCKS * BLOCK_PAGES;
+/// Groups that are read ahead of a stream, at most.
+const GROUPS: u32 = 3;
 /// What is read ahead of one stream is at most one part of so many of the RAM.
 const PART: u64 = 8;
 
-/// Blocks of a file that somebody will want.
+/// Blocks of a file that are read at once: those of so many pages, at a multiple of that.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Group(u32);
+
+/// Groups of a file that somebody will want.
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct Wanted {
     file: FileNumber,
-    blocks: Range<u32>,
+    groups: Range<u32>,
 }
 
 /// What is to be read ahead.
@@ -37,78 +47,102 @@ pub struct ReadAhead {
 }
 
 impl ReadAhead {
-    /// Asks for blocks of a file; they are forgotten if there are too many streams.
-    pub(crate) fn ask(&self, file: FileNumber, blocks: Range<u32>) {
+    /// Asks for groups of a file; they are forgotten if there are too many streams.
+    pub(crate) fn ask(&self, file: FileNumber, groups: Range<u32>) {
         let mut wanted = self.wanted.lock();
         let goes_on = |known: &&mut Wanted| {
             known.file == file
-                && known.blocks.start <= blocks.end
-                && blocks.start <= known.blocks.end
+                && known.groups.start <= groups.end
+                && groups.start <= known.groups.end
         };
         if let Some(known) = wanted.iter_mut().flatten().find(goes_on) {
-            known.blocks.start = known.blocks.start.max(blocks.start);
-            known.blocks.end = known.blocks.end.max(blocks.end);
+            known.groups.start = known.groups.start.max(groups.start);
+            known.groups.end = known.groups.end.max(groups.end);
         } else if let Some(free) = wanted.iter_mut().find(|place| place.is_none()) {
-            *free = Some(Wanted { file, blocks });
+            *free = Some(Wanted { file, groups });
         }
         drop(wanted);
         self.asked.wake_all();
     }
 
-    /// Waits for a block that is to be read, for so long at most.
-    pub fn next(&self, patience: Duration) -> Option<(FileNumber, BlockIndex)> {
+    /// Waits for a group that is to be read, for so long at most.
+    pub fn next(&self, patience: Duration) -> Option<(FileNumber, Group)> {
         let is_asked = || self.wanted.lock().iter().any(Option::is_some);
         self.asked.wait_until(Some(patience), is_asked);
         self.take()
     }
 
-    fn take(&self) -> Option<(FileNumber, BlockIndex)> {
+    fn take(&self) -> Option<(FileNumber, Group)> {
         let mut wanted = self.wanted.lock();
         let place = wanted.iter_mut().find(|place| place.is_some())?;
         let stream = place.as_mut()?;
-        let block = (stream.file, BlockIndex(stream.blocks.start));
-        stream.blocks.start += 1;
-        if stream.blocks.is_empty() {
+        let group = (stream.file, Group(stream.groups.start));
+        stream.groups.start += 1;
+        if stream.groups.is_empty() {
             *place = None;
         }
-        Some(block)
+        Some(group)
     }
 }
 
 impl PageCache {
-    /// The blocks that are worth reading before the stream of this plan wants them.
+    /// The groups that are worth reading before the stream of this plan wants them.
     pub(super) fn ahead_of(&self, plan: &Plan) -> Range<u32> {
-        let Some(block) = plan.forwards().map(|page| page.block().0) else {
+        let Some(page) = plan.forwards() else {
             return 0..0;
         };
-        let room = self.ram.limit() / PART / u64::from(BLOCK_PAGES);
-        let most = BLOCKS.min(u32::try_from(room).unwrap_or(BLOCKS));
-        let end = self.size_pages().div_ceil(BLOCK_PAGES);
-        block + 1..(block + 1).saturating_add(most).min(end)
+        let next = page.0 / GROUP_PAGES + 1;
+        let room = self.ram.limit() / PART / u64::from(GROUP_PAGES);
+        let most = GROUPS.min(u32::try_from(room).unwrap_or(GROUPS));
+        next..next
+            .saturating_add(most)
+            .min(self.size_pages().div_ceil(GROUP_PAGES))
     }
 
-    /// Reads what is not in RAM of a block, as far as there are frames. Says whether there were enough.
-    pub fn read_block(&self, worker: &mut Worker, block: BlockIndex) -> bool {
-        let pages = block.pages().start..block.pages().end.min(self.size_pages());
-        let is_absent = |page: &u32| self.peek(*page) == CachePage::Absent;
-        let mut enough = true;
-        // One look at each run is enough: what is dropped meanwhile nobody wants.
-        let mut from = pages.start;
-        while enough && let Some(page) = (from..pages.end).find(is_absent) {
-            from = page + 1;
-            let mut cursor = self.table.lock(block);
-            let still = cursor.get(PageIndex(page)) == CachePage::Absent;
-            if !still || page >= self.size_pages() || self.barrier.is_closed(page) {
-                continue;
-            }
-            let count = (pages.end - page) as usize;
-            enough = worker.frames.prepare(&self.ram, count) == count;
-            if enough {
-                self.read_in(&mut cursor, worker, PageIndex(page), &pages);
+    /// Reads what is not in RAM of a group, at once, if there are frames for it. Says whether there were. What cannot be read is
+    /// left to whoever wants it.
+    pub fn read_group(&self, worker: &mut Worker, group: Group) -> bool {
+        let blocks = group.0 * GROUP_BLOCKS..(group.0 + 1) * GROUP_BLOCKS;
+        let mut pages = blocks.start * BLOCK_PAGES..blocks.end * BLOCK_PAGES;
+        if !pages.any(|page| self.peek(page) == CachePage::Absent) {
+            return true;
+        }
+        // The locks of a group's blocks are neighbours, and nobody else has more than one: this order cannot deadlock.
+        let mut cursors: [_; GROUP_BLOCKS as usize] =
+            array::from_fn(|nth| self.table.lock(BlockIndex(blocks.start + nth as u32)));
+        let runs = cursors.each_ref().map(|cursor| self.absent_run(cursor));
+        let count = runs.iter().map(ExactSizeIterator::len).sum();
+        let enough = worker.frames.prepare(&self.ram, count) == count;
+        if enough {
+            let size_bytes = self.size_bytes();
+            let mut transfers = runs.each_ref().map(|run| {
+                let pages = self.mmu.pages(run.start, run.len());
+                Transfer::new(run.start, pages, size_bytes)
+            });
+            self.backing.read(&mut transfers);
+            for ((cursor, run), transfer) in cursors.iter_mut().zip(runs).zip(transfers) {
+                match transfer.outcome {
+                    _ if run.is_empty() => {}
+                    Ok(()) => self.enter(cursor, worker, &run),
+                    Err(_) => self.mmu.free(run.start, run.len()),
+                }
             }
         }
+        drop(cursors);
         worker.frames.give_all(&self.ram);
         enough
+    }
+
+    /// The first pages of a block that are not in RAM, and may be read in.
+    fn absent_run(&self, cursor: &Cursor<'_, CachePage>) -> Range<u32> {
+        let pages = cursor.pages();
+        let readable = |page: &u32| {
+            let absent = cursor.get(PageIndex(*page)) == CachePage::Absent;
+            absent && *page < self.size_pages() && !self.barrier.is_closed(*page)
+        };
+        let start = pages.clone().find(readable).unwrap_or(pages.end);
+        let end = (start..pages.end).find(|page| !readable(page));
+        start..end.unwrap_or(pages.end)
     }
 }
 
@@ -117,7 +151,7 @@ mod tests {
     use super::*;
 
     fn taken(ahead: &ReadAhead) -> Vec<(u32, u32)> {
-        let next = || ahead.take().map(|(file, block)| (file.0, block.0));
+        let next = || ahead.take().map(|(file, group)| (file.0, group.0));
         core::iter::from_fn(next).collect()
     }
 

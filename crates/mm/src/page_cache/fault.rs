@@ -106,6 +106,16 @@ impl PageCache {
             cursor.set(page, CachePage::Poisoned);
             return;
         };
+        self.enter(cursor, worker, &run);
+    }
+
+    /// Notes that pages of a block have been read in. The worker has frames for them.
+    pub(super) fn enter(
+        &self,
+        cursor: &mut Cursor<'_, CachePage>,
+        worker: &mut Worker,
+        run: &Range<u32>,
+    ) {
         for page in run.clone().map(PageIndex) {
             let frame = worker.frames.take();
             let owner = FilePage {
@@ -117,7 +127,7 @@ impl PageCache {
         }
         // Relaxed: a number that stands alone.
         self.cached.fetch_add(run.len() as u64, Ordering::Relaxed);
-        self.queue(page, Mapping::Unmapped);
+        self.queue(PageIndex(run.start), Mapping::Unmapped);
         Stats::add(&self.stats.file_pages_read, run.len() as u64);
     }
 

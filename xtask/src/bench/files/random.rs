@@ -31,9 +31,18 @@ pub(super) fn measure(root: &Path, directory: &Path, effort: Effort) -> anyhow::
         ACCESSES.to_string().into(),
     ];
     let (ram, budget) = ("--ram".into(), BUDGET.to_string().into());
-    let options = ["--quiet", "--device", "compressed:64M", "--map-files", "1M", "--"];
+    let options = [
+        "--quiet",
+        "--device",
+        "compressed:64M",
+        "--map-files",
+        "1M",
+        "--",
+    ];
     let managed = [pgmap.into(), "run".into(), ram, budget].into_iter();
-    let managed = managed.chain(options.map(OsString::from)).chain(read.clone());
+    let managed = managed
+        .chain(options.map(OsString::from))
+        .chain(read.clone());
     let managed: Vec<_> = managed.collect();
     let (mut library, mut run) = (Vec::new(), Vec::new());
     let (mut plain, mut advised) = (Vec::new(), Vec::new());

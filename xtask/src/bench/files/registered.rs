@@ -36,7 +36,11 @@ impl Registered {
 
     /// Registers and unregisters `count` pages from `first` on.
     pub(super) fn pin(&self, first: usize, count: usize) -> anyhow::Result<()> {
-        ensure!(first + count <= self.pages, "there are {} pages", self.pages);
+        ensure!(
+            first + count <= self.pages,
+            "there are {} pages",
+            self.pages
+        );
         let start = self.memory.address() + first * PAGE_SIZE;
         let buffer = libc::iovec {
             iov_base: ptr::with_exposed_provenance_mut(start),
