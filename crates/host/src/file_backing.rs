@@ -205,3 +205,63 @@ const fn error(errno: Errno) -> BackingError {
 fn last_errno() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pgmap_core::addr::Page;
+    use pgmap_mm::shared_mmu::Bounce;
+    use std::os::unix::fs::FileExt;
+
+    /// The pages of a file that a transfer begins at, and the places in memory of all of its pages.
+    type Runs = [(u32, Range<usize>); 4];
+    /// The second goes on where the first ends; the third does so in memory only, and the fourth in the file only.
+    const RUNS: Runs = [(0, 0..2), (2, 2..4), (5, 4..6), (7, 8..9)];
+
+    fn transfers<'a>(memory: &'a Bounce, runs: &Runs) -> [Transfer<'a>; 4] {
+        let transfer = |(first, places): &(u32, Range<usize>)| {
+            Transfer::new(*first, memory.pages(places.clone()), u64::MAX)
+        };
+        runs.each_ref().map(transfer)
+    }
+
+    /// Transfers that follow one another, or do not, bring each page to its place, and back.
+    #[test]
+    fn every_transfer_has_its_place() {
+        let file = tempfile::tempfile().unwrap();
+        // Each page of the file begins with another number.
+        let numbers: Vec<_> = (1..10u8).flat_map(|nth| [nth; PAGE_SIZE]).collect();
+        file.write_all_at(&numbers, 0).unwrap();
+        let backing = FileBacking::new(file);
+        let written = Bounce::new(9);
+        let mut all = [Transfer::new(0, written.pages(0..9), u64::MAX)];
+        backing.read(&mut all);
+        backing.punch(0..9 * PAGE_SIZE as u64).unwrap();
+        let mut out = transfers(&written, &RUNS);
+        backing.write(&mut out);
+        assert!(out.iter().all(|transfer| transfer.outcome.is_ok()));
+        let read = Bounce::new(9);
+        let mut back = transfers(&read, &RUNS);
+        backing.read(&mut back);
+        assert!(back.iter().all(|transfer| transfer.outcome.is_ok()));
+        for (_, places) in RUNS {
+            for place in places {
+                let (mut one, mut other) = (Page::ZERO, Page::ZERO);
+                written.pages(place..place + 1).copy_page(0, &mut one);
+                read.pages(place..place + 1).copy_page(0, &mut other);
+                assert!(one.0 == other.0 && one.0[0] != 0, "page {place}");
+            }
+        }
+    }
+
+    /// A request that fails says so for each of its transfers.
+    #[test]
+    fn a_failure_is_told_of_every_transfer() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let read_only = File::open(file.path()).unwrap();
+        let memory = Bounce::new(9);
+        let mut out = transfers(&memory, &RUNS);
+        FileBacking::new(read_only).write(&mut out);
+        assert!(out.iter().all(|transfer| transfer.outcome.is_err()));
+    }
+}

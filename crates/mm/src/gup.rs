@@ -256,9 +256,7 @@ impl AddressSpace {
                 self.forget_kept(&mut cursor, run.clone());
             }
             for page in run.clone() {
-                let Pte::Present { frame, .. } = cursor.get(PageIndex(page)) else {
-                    return None;
-                };
+                let frame = present(cursor.get(PageIndex(page)))?;
                 self.map.frame(frame).try_pin().ok()?;
                 frames.push(frame);
             }
@@ -373,6 +371,14 @@ impl AddressSpace {
             Pte::Poisoned => Err(PinError::Poisoned { at }),
             Pte::None | Pte::Staged { .. } | Pte::Device { .. } => Ok(None),
         }
+    }
+}
+
+/// The frame of a page that is there.
+const fn present(pte: Pte) -> Option<Pfn> {
+    match pte {
+        Pte::Present { frame, .. } => Some(frame),
+        Pte::None | Pte::Staged { .. } | Pte::Device { .. } | Pte::Poisoned => None,
     }
 }
 

@@ -5,7 +5,6 @@
 //! cursors of all of them. What must never happen here: a page read in that is being truncated (FLT-2); a file kept open by
 //! what is left in the queue.
 
-use core::array;
 use core::ops::Range;
 use core::time::Duration;
 
@@ -31,6 +30,13 @@ const PART: u64 = 8;
 /// Blocks of a file that are read at once: those of so many pages, at a multiple of that.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Group(u32);
+
+impl Group {
+    fn blocks(self) -> [BlockIndex; GROUP_BLOCKS as usize] {
+        let first = self.0 * GROUP_BLOCKS;
+        [0, 1, 2, 3].map(|nth| BlockIndex(first + nth))
+    }
+}
 
 /// Groups of a file that somebody will want.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -102,35 +108,44 @@ impl PageCache {
     /// Reads what is not in RAM of a group, at once, if there are frames for it. Says whether there were. What cannot be read is
     /// left to whoever wants it.
     pub fn read_group(&self, worker: &mut Worker, group: Group) -> bool {
-        let blocks = group.0 * GROUP_BLOCKS..(group.0 + 1) * GROUP_BLOCKS;
-        let mut pages = blocks.start * BLOCK_PAGES..blocks.end * BLOCK_PAGES;
+        let blocks = group.blocks();
+        let mut pages = blocks.iter().flat_map(|block| block.pages());
         if !pages.any(|page| self.peek(page) == CachePage::Absent) {
             return true;
         }
         // The locks of a group's blocks are neighbours, and nobody else has more than one: this order cannot deadlock.
-        let mut cursors: [_; GROUP_BLOCKS as usize] =
-            array::from_fn(|nth| self.table.lock(BlockIndex(blocks.start + nth as u32)));
+        let mut cursors = blocks.map(|block| self.table.lock(block));
         let runs = cursors.each_ref().map(|cursor| self.absent_run(cursor));
         let count = runs.iter().map(ExactSizeIterator::len).sum();
         let enough = worker.frames.prepare(&self.ram, count) == count;
         if enough {
-            let size_bytes = self.size_bytes();
-            let mut transfers = runs.each_ref().map(|run| {
-                let pages = self.mmu.pages(run.start, run.len());
-                Transfer::new(run.start, pages, size_bytes)
-            });
-            self.backing.read(&mut transfers);
-            for ((cursor, run), transfer) in cursors.iter_mut().zip(runs).zip(transfers) {
-                match transfer.outcome {
-                    _ if run.is_empty() => {}
-                    Ok(()) => self.enter(cursor, worker, &run),
-                    Err(_) => self.mmu.free(run.start, run.len()),
-                }
-            }
+            self.read_runs(&mut cursors, worker, &runs);
         }
         drop(cursors);
         worker.frames.give_all(&self.ram);
         enough
+    }
+
+    /// Reads a run of pages of each block. The worker has frames for them.
+    fn read_runs(
+        &self,
+        cursors: &mut [Cursor<'_, CachePage>; GROUP_BLOCKS as usize],
+        worker: &mut Worker,
+        runs: &[Range<u32>; GROUP_BLOCKS as usize],
+    ) {
+        let size_bytes = self.size_bytes();
+        let mut transfers = runs.each_ref().map(|run| {
+            let pages = self.mmu.pages(run.start, run.len());
+            Transfer::new(run.start, pages, size_bytes)
+        });
+        self.backing.read(&mut transfers);
+        let read = cursors.iter_mut().zip(runs).zip(transfers);
+        for ((cursor, run), transfer) in read.filter(|((_, run), _)| !run.is_empty()) {
+            match transfer.outcome {
+                Ok(()) => self.enter(cursor, worker, run),
+                Err(_) => self.mmu.free(run.start, run.len()),
+            }
+        }
     }
 
     /// The first pages of a block that are not in RAM, and may be read in.
