@@ -266,3 +266,21 @@ fn a_closed_file_can_be_opened_again_at_once() {
         map.write(PAGE, &(round + 1).to_le_bytes());
     }
 }
+
+/// Pages that a sequential writer has not reached yet hold what the file holds, and so does the file when they are written.
+#[test]
+fn a_sequential_writer_changes_nothing_that_it_has_not_reached() {
+    let Some(memory) = memory() else { return };
+    let scratch = numbered("writer", 1024);
+    let file = memory.open(&scratch.0).unwrap();
+    let map = map(&memory, &file);
+    for page in 0..500 {
+        map.write(page * PAGE, &(page as u64 + 7).to_le_bytes());
+    }
+    file.sync_all().unwrap();
+    for page in 0..1024 {
+        let expected = if page < 500 { page + 7 } else { page };
+        assert_eq!(scratch.word(page), expected as u64);
+        assert_eq!(word(&map, page), expected as u64);
+    }
+}

@@ -155,6 +155,12 @@ impl PageCache {
     ) {
         match access {
             Access::Read => {}
+            // Who has written so many pages in a row is let write the next ones, too: at worst they are written as they are.
+            Access::Write if plan.forwards().is_some() => {
+                let next = page.0..page.0.saturating_add(FAULT_AROUND);
+                let next = clip(next, &clip(rest(page), &(0..self.size_pages())));
+                next.for_each(|page| self.set_dirty(cursor, PageIndex(page)));
+            }
             Access::Write | Access::WriteProtected => self.set_dirty(cursor, page),
         }
         // Nothing to do if the mapping is gone: so is the access.
