@@ -5,6 +5,7 @@
 
 mod counts;
 mod device;
+mod files;
 mod floor;
 mod nbd;
 mod overhead;
@@ -14,9 +15,10 @@ mod program;
 mod table;
 mod zram;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::bail;
+use anyhow::{Context, bail, ensure};
 
 use table::Table;
 
@@ -41,12 +43,13 @@ const QUICK: Effort = Effort {
 type Group = fn(&Path, Effort) -> anyhow::Result<Vec<Table>>;
 
 /// The groups, by the names that the command line knows.
-const GROUPS: [(&str, Group); 5] = [
+const GROUPS: [(&str, Group); 6] = [
     ("counts", |_, effort| counts::measure(effort)),
     ("pages", |_, effort| pages::measure(effort)),
     ("program", program::measure),
     ("nbd", nbd::measure),
     ("pmem", |_, effort| pmem::measure(effort)),
+    ("files", files::measure),
 ];
 
 /// Measures, prints tables, and with `--write` puts them into the document.
@@ -59,7 +62,7 @@ pub(crate) fn bench(root: &Path, arguments: &[String]) -> anyhow::Result<()> {
             name if GROUPS.iter().any(|(known, _)| *known == name) => only.push(name),
             other => {
                 bail!(
-                    "bench [--quick] [--write] [counts] [pages] [program] [nbd] [pmem]: what is \"{other}\"?"
+                    "bench [--quick] [--write] [counts] [pages] [program] [nbd] [pmem] [files]: what is \"{other}\"?"
                 )
             }
         }
@@ -87,4 +90,27 @@ pub(crate) fn bench(root: &Path, arguments: &[String]) -> anyhow::Result<()> {
         )?;
     }
     Ok(())
+}
+
+/// Where programs are built, and files made.
+fn directory(root: &Path) -> anyhow::Result<PathBuf> {
+    let target = std::env::var_os("CARGO_TARGET_DIR");
+    let target = target.map_or_else(|| root.join("target"), |target| root.join(target));
+    let directory = target.join("bench");
+    std::fs::create_dir_all(&directory)?;
+    Ok(directory)
+}
+
+/// Builds a program of `tests/programs`.
+fn compile(root: &Path, directory: &Path, name: &str) -> anyhow::Result<PathBuf> {
+    let program = directory.join(name);
+    let source = root.join("tests/programs").join(format!("{name}.c"));
+    let built = Command::new("gcc")
+        .arg("-O2")
+        .arg("-o")
+        .arg(&program)
+        .arg(source)
+        .status();
+    ensure!(built.context("gcc")?.success(), "gcc failed");
+    Ok(program)
 }

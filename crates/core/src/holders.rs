@@ -5,7 +5,6 @@
 //! registers frames.
 
 use alloc::borrow::Cow;
-use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 use core::ops::Range;
 use core::panic::Location;
@@ -52,31 +51,70 @@ pub struct FrameHolder {
     pub frames: PfnRange,
 }
 
+/// A place in a register, and the number of who was given it.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    nth: usize,
+    number: u64,
+}
+
+/// Places that are used again: a pin of one page is to cost no allocation here.
 #[derive(Debug)]
 struct Registry<H> {
     next: u64,
-    holders: BTreeMap<u64, H>,
+    places: Vec<Option<(u64, H)>>,
+    free: Vec<usize>,
 }
 
 impl<H> Default for Registry<H> {
     fn default() -> Self {
         Self {
             next: 0,
-            holders: BTreeMap::new(),
+            places: Vec::new(),
+            free: Vec::new(),
         }
     }
 }
 
 impl<H: Clone> Registry<H> {
-    fn add(&mut self, holder: H) -> u64 {
+    fn add(&mut self, holder: H) -> Place {
         self.next += 1;
-        self.holders.insert(self.next, holder);
-        self.next
+        let number = self.next;
+        let nth = self.free.pop().unwrap_or(self.places.len());
+        match self.places.get_mut(nth) {
+            Some(place) => *place = Some((number, holder)),
+            None => self.places.push(Some((number, holder))),
+        }
+        Place { nth, number }
     }
 
-    fn of(&self, overlaps: impl Fn(&H) -> bool) -> Vec<H> {
-        let found = self.holders.values().filter(|holder| overlaps(holder));
-        found.cloned().collect()
+    /// Nothing if the place is somebody else's by now.
+    fn remove(&mut self, place: Place) -> Option<(u64, H)> {
+        let given = self.places.get_mut(place.nth)?;
+        let removed = given.take_if(|(number, _)| *number == place.number)?;
+        self.free.push(place.nth);
+        Some(removed)
+    }
+
+    fn remove_all(&mut self, gone: impl Fn(&H) -> bool) {
+        for (nth, place) in self.places.iter_mut().enumerate() {
+            if place.take_if(|(_, holder)| gone(holder)).is_some() {
+                self.free.push(nth);
+            }
+        }
+    }
+
+    /// Those who are wanted, oldest first.
+    fn sorted(&self, wanted: impl Fn(&H) -> bool) -> Vec<&(u64, H)> {
+        let all = self.places.iter().flatten();
+        let mut found: Vec<_> = all.filter(|(_, holder)| wanted(holder)).collect();
+        found.sort_unstable_by_key(|(number, _)| *number);
+        found
+    }
+
+    fn of(&self, wanted: impl Fn(&H) -> bool) -> Vec<H> {
+        let found = self.sorted(wanted).into_iter();
+        found.map(|(_, holder)| holder.clone()).collect()
     }
 }
 
@@ -90,7 +128,7 @@ pub struct Holders {
 /// A holder's place in the register.
 #[derive(Debug)]
 #[must_use = "a holder stays registered until `remove`"]
-pub struct Ticket(u64);
+pub struct Ticket(Place);
 
 /// Of which holders somebody has been told: of those up to this one.
 #[derive(Debug, Default)]
@@ -107,7 +145,7 @@ impl Told {
 /// The place in the register of somebody who holds a device's pages.
 #[derive(Debug)]
 #[must_use = "a holder stays registered until `remove_frames`"]
-pub struct FrameTicket(u64);
+pub struct FrameTicket(Place);
 
 impl Holders {
     /// Registers a holder until [`remove`](Self::remove).
@@ -117,7 +155,9 @@ impl Holders {
 
     /// Forgets a holder.
     pub fn remove(&self, ticket: &Ticket) {
-        self.registry.lock().holders.remove(&ticket.0);
+        let removed = self.registry.lock().remove(ticket.0);
+        // Not under the lock.
+        drop(removed);
     }
 
     /// Who holds any of these addresses, oldest first.
@@ -136,21 +176,22 @@ impl Holders {
     #[must_use]
     pub fn older_than(&self, since_ns: u64, told: &mut Told) -> Vec<Holder> {
         let registry = self.registry.lock();
-        let newer = registry.holders.range(told.0 + 1..);
-        let old = newer.take_while(|(_, holder)| holder.since_ns < since_ns);
-        let old = old.map(|(number, holder)| {
-            told.0 = *number;
-            holder.clone()
-        });
-        old.collect()
+        let old = registry.sorted(|holder| holder.since_ns < since_ns);
+        let untold = old.into_iter().filter(|(number, _)| *number > told.0);
+        let untold: Vec<_> = untold.cloned().collect();
+        drop(registry);
+        if let Some((last, _)) = untold.last() {
+            told.0 = *last;
+        }
+        untold.into_iter().map(|(_, holder)| holder).collect()
     }
 
     /// Whether anybody holds any of these addresses.
     #[must_use]
     pub fn has_any_of(&self, range: &Range<usize>) -> bool {
         let registry = self.registry.lock();
-        let mut holders = registry.holders.values();
-        holders.any(|holder| overlaps(holder, range))
+        let mut holders = registry.places.iter().flatten();
+        holders.any(|(_, holder)| overlaps(holder, range))
     }
 
     /// Registers a holder of a device's pages until [`remove_frames`](Self::remove_frames).
@@ -160,14 +201,14 @@ impl Holders {
 
     /// Forgets a holder of a device's pages.
     pub fn remove_frames(&self, ticket: &FrameTicket) {
-        self.frames.lock().holders.remove(&ticket.0);
+        let removed = self.frames.lock().remove(ticket.0);
+        drop(removed);
     }
 
     /// Forgets all who have any of these frames: they were revoked. Their tickets mean nothing from here on.
     pub fn revoke_frames(&self, range: PfnRange) {
-        let mut registry = self.frames.lock();
-        let kept = |holder: &FrameHolder| !holder.frames.intersects(range);
-        registry.holders.retain(|_, holder| kept(holder));
+        let gone = |holder: &FrameHolder| holder.frames.intersects(range);
+        self.frames.lock().remove_all(gone);
     }
 
     /// Who holds any of these frames of devices, oldest first.
@@ -180,4 +221,26 @@ impl Holders {
 
 const fn overlaps(holder: &Holder, range: &Range<usize>) -> bool {
     holder.range.start < range.end && range.start < holder.range.end
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// REF-7: holders are listed oldest first, whatever places they were given; who was revoked takes nobody else's place away.
+    #[test]
+    fn holders_are_listed_oldest_first() {
+        let mut registry = Registry::default();
+        let first = registry.add(1);
+        let _second = registry.add(2);
+        assert_eq!(registry.remove(first), Some((1, 1)));
+        let third = registry.add(3);
+        assert_eq!(third.nth, first.nth);
+        assert_eq!(registry.of(|_| true), [2, 3]);
+        assert_eq!(registry.remove(first), None);
+        registry.remove_all(|holder| *holder == 2);
+        assert_eq!(registry.of(|_| true), [3]);
+        registry.add(4);
+        assert_eq!(registry.places.len(), 2);
+    }
 }

@@ -3,6 +3,8 @@
 //! Only the end of the file, which is seldom a whole block, goes through the kernel's cache.
 
 use core::ops::Range;
+use core::ptr::NonNull;
+use core::slice;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -10,6 +12,7 @@ use pgmap_core::addr::PAGE_SIZE;
 use pgmap_mm::backing::{Backing, BackingError, Transfer};
 use rustix::fs::{self, FallocateFlags, OFlags};
 use rustix::io::Errno;
+use rustix::mm::{Advice, madvise};
 
 /// What direct transfers begin and end at, in bytes: every device's block.
 const BLOCK: usize = PAGE_SIZE;
@@ -36,27 +39,39 @@ impl FileBacking {
         self.direct.is_some()
     }
 
-    fn transfer(&self, transfer: &Transfer<'_>, way: Way) -> Result<(), Errno> {
-        let whole = transfer.len_bytes / BLOCK * BLOCK;
-        let direct = self.direct.as_ref().map(AsRawFd::as_raw_fd);
-        let file = self.file.as_raw_fd();
-        Self::move_bytes(transfer, way, 0..whole, direct.unwrap_or(file))?;
-        Self::move_bytes(transfer, way, whole..transfer.len_bytes, file)
+    /// Makes all transfers. Those that follow one another, in the file and in memory, are one request, as large ones are what
+    /// devices are fast at; if it fails, each is made alone.
+    fn transfer(&self, transfers: &mut [Transfer<'_>], way: Way) {
+        for group in transfers.chunk_by_mut(is_followed_by) {
+            if way == Way::Read {
+                Span::of(group).populate();
+            }
+            if group.len() > 1 && self.transfer_one(&Span::of(group), way).is_ok() {
+                continue;
+            }
+            for transfer in group {
+                let span = Span::of(slice::from_ref(transfer));
+                transfer.outcome = self.transfer_one(&span, way).map_err(error);
+            }
+        }
     }
 
-    fn move_bytes(
-        transfer: &Transfer<'_>,
-        way: Way,
-        mut bytes: Range<usize>,
-        fd: i32,
-    ) -> Result<(), Errno> {
+    fn transfer_one(&self, span: &Span, way: Way) -> Result<(), Errno> {
+        let whole = span.len_bytes / BLOCK * BLOCK;
+        let direct = self.direct.as_ref().map(AsRawFd::as_raw_fd);
+        let file = self.file.as_raw_fd();
+        Self::move_bytes(span, way, 0..whole, direct.unwrap_or(file))?;
+        Self::move_bytes(span, way, whole..span.len_bytes, file)
+    }
+
+    fn move_bytes(span: &Span, way: Way, mut bytes: Range<usize>, fd: i32) -> Result<(), Errno> {
         while !bytes.is_empty() {
-            let at = transfer.pages.as_ptr().as_ptr().wrapping_add(bytes.start);
-            let offset = transfer.offset_bytes + bytes.start as u64;
+            let at = span.at.as_ptr().wrapping_add(bytes.start);
+            let offset = span.offset_bytes + bytes.start as u64;
             let offset = libc::off_t::try_from(offset).map_err(|_| Errno::FBIG)?;
             let len = bytes.len();
             let moved = match way {
-                // SAFETY: the bytes are some of `pages`, which may be written by anybody at any time.
+                // SAFETY: the bytes are those of some transfers' pages, which may be written by anybody at any time.
                 Way::Read => unsafe { libc::pread(fd, at.cast(), len, offset) },
                 // SAFETY: and read.
                 Way::Write => unsafe { libc::pwrite(fd, at.cast(), len, offset) },
@@ -76,6 +91,48 @@ impl FileBacking {
     }
 }
 
+/// Bytes in memory, and their place in the file.
+#[derive(Debug)]
+struct Span {
+    at: NonNull<u8>,
+    offset_bytes: u64,
+    len_bytes: usize,
+}
+
+impl Span {
+    /// The bytes of transfers each of which follows the one before; there is at least one.
+    fn of(transfers: &[Transfer<'_>]) -> Self {
+        Self {
+            at: transfers[0].pages.as_ptr(),
+            offset_bytes: transfers[0].offset_bytes,
+            len_bytes: transfers.iter().map(|transfer| transfer.len_bytes).sum(),
+        }
+    }
+
+    /// Finds memory for all pages at once: while the kernel has them pinned for a transfer, it does so one by one.
+    fn populate(&self) {
+        if self.len_bytes > PAGE_SIZE {
+            let (at, len) = (self.at.as_ptr().cast(), self.len_bytes);
+            // If it fails, the transfer says why.
+            // SAFETY: the pages are memory that anybody may write at any time, and it changes none of their bytes.
+            let _ = unsafe {
+                madvise(
+                    at,
+                    len.next_multiple_of(PAGE_SIZE),
+                    Advice::LinuxPopulateWrite,
+                )
+            };
+        }
+    }
+}
+
+/// Whether a transfer goes on where another ends, in the file and in memory.
+fn is_followed_by(one: &Transfer<'_>, next: &Transfer<'_>) -> bool {
+    let end = one.pages.as_ptr().as_ptr().wrapping_add(one.len_bytes);
+    end == next.pages.as_ptr().as_ptr()
+        && one.offset_bytes + one.len_bytes as u64 == next.offset_bytes
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Way {
     Read,
@@ -84,15 +141,11 @@ enum Way {
 
 impl Backing for FileBacking {
     fn read(&self, transfers: &mut [Transfer<'_>]) {
-        for transfer in transfers {
-            transfer.outcome = self.transfer(transfer, Way::Read).map_err(error);
-        }
+        self.transfer(transfers, Way::Read);
     }
 
     fn write(&self, transfers: &mut [Transfer<'_>]) {
-        for transfer in transfers {
-            transfer.outcome = self.transfer(transfer, Way::Write).map_err(error);
-        }
+        self.transfer(transfers, Way::Write);
     }
 
     fn sync(&self) -> Result<(), BackingError> {
@@ -151,4 +204,64 @@ const fn error(errno: Errno) -> BackingError {
 
 fn last_errno() -> Errno {
     Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pgmap_core::addr::Page;
+    use pgmap_mm::shared_mmu::Bounce;
+    use std::os::unix::fs::FileExt;
+
+    /// The pages of a file that a transfer begins at, and the places in memory of all of its pages.
+    type Runs = [(u32, Range<usize>); 4];
+    /// The second goes on where the first ends; the third does so in memory only, and the fourth in the file only.
+    const RUNS: Runs = [(0, 0..2), (2, 2..4), (5, 4..6), (7, 8..9)];
+
+    fn transfers<'a>(memory: &'a Bounce, runs: &Runs) -> [Transfer<'a>; 4] {
+        let transfer = |(first, places): &(u32, Range<usize>)| {
+            Transfer::new(*first, memory.pages(places.clone()), u64::MAX)
+        };
+        runs.each_ref().map(transfer)
+    }
+
+    /// Transfers that follow one another, or do not, bring each page to its place, and back.
+    #[test]
+    fn every_transfer_has_its_place() {
+        let file = tempfile::tempfile().unwrap();
+        // Each page of the file begins with another number.
+        let numbers: Vec<_> = (1..10u8).flat_map(|nth| [nth; PAGE_SIZE]).collect();
+        file.write_all_at(&numbers, 0).unwrap();
+        let backing = FileBacking::new(file);
+        let written = Bounce::new(9);
+        let mut all = [Transfer::new(0, written.pages(0..9), u64::MAX)];
+        backing.read(&mut all);
+        backing.punch(0..9 * PAGE_SIZE as u64).unwrap();
+        let mut out = transfers(&written, &RUNS);
+        backing.write(&mut out);
+        assert!(out.iter().all(|transfer| transfer.outcome.is_ok()));
+        let read = Bounce::new(9);
+        let mut back = transfers(&read, &RUNS);
+        backing.read(&mut back);
+        assert!(back.iter().all(|transfer| transfer.outcome.is_ok()));
+        for (_, places) in RUNS {
+            for place in places {
+                let (mut one, mut other) = (Page::ZERO, Page::ZERO);
+                written.pages(place..place + 1).copy_page(0, &mut one);
+                read.pages(place..place + 1).copy_page(0, &mut other);
+                assert!(one.0 == other.0 && one.0[0] != 0, "page {place}");
+            }
+        }
+    }
+
+    /// A request that fails says so for each of its transfers.
+    #[test]
+    fn a_failure_is_told_of_every_transfer() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let read_only = File::open(file.path()).unwrap();
+        let memory = Bounce::new(9);
+        let mut out = transfers(&memory, &RUNS);
+        FileBacking::new(read_only).write(&mut out);
+        assert!(out.iter().all(|transfer| transfer.outcome.is_err()));
+    }
 }

@@ -6,6 +6,7 @@
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::mem;
 
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_core::memcg::Memcg;
@@ -14,7 +15,7 @@ use pgmap_sync::atomic::{AtomicU32, Ordering};
 
 use crate::discard::Pinned;
 use crate::fault::{Access, Outcome};
-use crate::page_cache::{FileNumber, FileVma, PageCache};
+use crate::page_cache::{FileNumber, FileVma, PageCache, ReadAhead};
 use crate::reclaim::Caller;
 use crate::space::{AddressSpace, BATCH, Worker};
 
@@ -27,6 +28,7 @@ const DIRTY_BLOCKS: u32 = 4;
 #[derive(Debug, Default)]
 pub struct Files {
     open: Mutex<Vec<Arc<PageCache>>>,
+    ahead: ReadAhead,
     /// The number that the next file gets.
     next: AtomicU32,
     /// By first address.
@@ -41,8 +43,15 @@ impl Files {
         FileNumber(self.next.fetch_add(1, Ordering::Relaxed) & (u32::MAX >> 1))
     }
 
+    /// What is to be read ahead.
+    #[must_use]
+    pub const fn ahead(&self) -> &ReadAhead {
+        &self.ahead
+    }
+
     /// The open file with this number.
-    pub(crate) fn of(&self, number: FileNumber) -> Option<Arc<PageCache>> {
+    #[must_use]
+    pub fn of(&self, number: FileNumber) -> Option<Arc<PageCache>> {
         let open = self.open.lock();
         open.iter().find(|cache| cache.number() == number).cloned()
     }
@@ -191,6 +200,10 @@ impl AddressSpace {
         }
         loop {
             let outcome = cache.fault(worker, at, access);
+            let ahead = mem::replace(&mut worker.ahead, 0..0);
+            if !ahead.is_empty() {
+                self.files.ahead.ask(cache.number(), ahead);
+            }
             let wants_more = outcome == Outcome::NoMemory;
             if !wants_more || self.make_room_for(&cache, Caller::FaultHandler) == 0 {
                 return outcome;

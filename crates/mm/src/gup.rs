@@ -195,6 +195,37 @@ pub struct PinnedPages {
 }
 
 impl PinnedPages {
+    /// No page yet, of `pages` from `at` on. The caller is who holds them.
+    #[track_caller]
+    fn begin(space: &Arc<AddressSpace>, at: VirtAddr, pages: u32, pin: &Pin) -> Self {
+        let end = at.get().saturating_add(pages as usize * PAGE_SIZE);
+        let ticket = space.map.holders().add(Holder {
+            label: pin.label.clone(),
+            site: Location::caller(),
+            since_ns: space.map.now_ns(),
+            range: at.get()..end,
+        });
+        let whose = if space.page_at(at).is_some() {
+            Whose::Anonymous
+        } else if space.dax.at(at).is_some() {
+            Whose::Device
+        } else {
+            Whose::File
+        };
+        // INVARIANT: no frame yet.
+        Self {
+            space: Arc::clone(space),
+            at,
+            pages,
+            frames: Vec::new(),
+            access: pin.access,
+            whose,
+            dax: Vec::new(),
+            files: Vec::new(),
+            ticket,
+        }
+    }
+
     /// What the pages were pinned for.
     #[must_use]
     pub const fn access(&self) -> PinAccess {
@@ -250,34 +281,10 @@ pub fn pin_user_pages(
     pin: &Pin,
 ) -> Result<PinnedPages, PinError> {
     let at = at.page_start();
-    let end = at.get().saturating_add(pages as usize * PAGE_SIZE);
     let site = Location::caller();
-    let ticket = space.map.holders().add(Holder {
-        label: pin.label.clone(),
-        site,
-        since_ns: space.map.now_ns(),
-        range: at.get()..end,
-    });
-    let whose = if space.page_at(at).is_some() {
-        Whose::Anonymous
-    } else if space.dax.at(at).is_some() {
-        Whose::Device
-    } else {
-        Whose::File
-    };
-    let mut pinned = PinnedPages {
-        space: Arc::clone(space),
-        at,
-        pages,
-        frames: Vec::new(),
-        access: pin.access,
-        whose,
-        dax: Vec::new(),
-        files: Vec::new(),
-        ticket,
-    };
+    let mut pinned = PinnedPages::begin(space, at, pages, pin);
     // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
-    match whose {
+    match pinned.whose {
         Whose::Anonymous => {
             pinned.frames.reserve_exact(pages as usize);
             for nth in 0..pages {
@@ -297,6 +304,35 @@ pub fn pin_user_pages(
     Ok(pinned)
 }
 
+/// Pins pages of one mapping, for a short time, that are all in RAM and need nothing done to them (`gup_fast`). `None` if there is
+/// more to do, or to say, for [`pin_user_pages`]; nothing stays pinned then.
+#[track_caller]
+pub fn pin_user_pages_fast(
+    space: &Arc<AddressSpace>,
+    at: VirtAddr,
+    pages: u32,
+    pin: &Pin,
+) -> Option<PinnedPages> {
+    if pin.term == PinTerm::Long {
+        return None;
+    }
+    let at = at.page_start();
+    let mut pinned = PinnedPages::begin(space, at, pages, pin);
+    pinned.frames.reserve_exact(pages as usize);
+    // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
+    match pinned.whose {
+        Whose::Anonymous => {
+            let first = space.page_at(at)?.0;
+            for page in (first..first.checked_add(pages)?).map(PageIndex) {
+                pinned.frames.push(space.pin_fast(page, pin.access)?);
+            }
+        }
+        Whose::File => space.pin_cached(at, pages, pin.access, &mut pinned)?,
+        Whose::Device => return None,
+    }
+    Some(pinned)
+}
+
 /// The page `nth` pages after an address.
 fn nth_page(at: VirtAddr, nth: u32) -> Result<VirtAddr, PinError> {
     at.checked_add(nth as usize * PAGE_SIZE)
@@ -308,6 +344,28 @@ impl AddressSpace {
     #[must_use]
     pub fn holders(&self, range: &Range<usize>) -> Vec<Holder> {
         self.map.holders().of(range)
+    }
+
+    /// Pins pages of a mapped file that are there.
+    fn pin_cached(
+        &self,
+        at: VirtAddr,
+        pages: u32,
+        access: PinAccess,
+        pinned: &mut PinnedPages,
+    ) -> Option<()> {
+        let (vma, cache) = self.files.at(at)?;
+        let first = vma.page_at(at)?;
+        let run = first..first.checked_add(pages)?;
+        let may_not = access == PinAccess::Write && vma.access == VmaAccess::Read;
+        if may_not || run.end > vma.file_pages().end {
+            return None;
+        }
+        for page in run.map(PageIndex) {
+            pinned.frames.push(cache.try_pin(page, access)?);
+        }
+        pinned.files.push(cache);
+        Some(())
     }
 
     /// Pins pages of mapped files.

@@ -25,6 +25,7 @@ use crate::policy::{Class, Queues};
 use crate::shared_mmu::SharedMmu;
 use crate::stats::Stats;
 
+mod ahead;
 mod barrier;
 mod dirty;
 mod entry;
@@ -37,6 +38,8 @@ mod shrink;
 mod truncate;
 mod writeback;
 
+pub(crate) use ahead::GROUP_PAGES;
+pub use ahead::{Group, ReadAhead};
 pub use entry::{CachePage, Cached};
 pub use failure::Lost;
 pub use owner::FileNumber;

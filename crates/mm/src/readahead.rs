@@ -54,6 +54,12 @@ impl Plan {
         self.window >= LONG_WINDOW
     }
 
+    /// The page, if the stream goes forwards, and has been sequential for so long.
+    #[must_use]
+    pub fn forwards(&self) -> Option<PageIndex> {
+        (self.step == 1 && self.is_sequential()).then_some(PageIndex(self.page))
+    }
+
     /// How many pages the plan covers.
     #[must_use]
     pub const fn window(&self) -> u32 {

@@ -17,6 +17,7 @@ use crate::dax::DaxVmas;
 use crate::devices::Devices;
 use crate::files::Files;
 use crate::mmu::Mmu;
+use crate::page_cache::GROUP_PAGES;
 use crate::page_table::{PageIndex, PageTable};
 use crate::policy::Queues;
 use crate::pte::{Copy, Pte};
@@ -262,6 +263,8 @@ pub(crate) struct Areas {
 pub struct Worker {
     pub(crate) readahead: Readahead,
     pub(crate) file_readahead: Readahead,
+    /// Groups of the file's pages that the reader who has just faulted will want.
+    pub(crate) ahead: Range<u32>,
     pub(crate) pages: Box<[Page; MAX_WINDOW as usize]>,
     pub(crate) frames: FrameCache,
     pub(crate) write_back: WriteBack,
@@ -279,6 +282,7 @@ impl Worker {
         Self {
             readahead: Readahead::default(),
             file_readahead: Readahead::default(),
+            ahead: 0..0,
             pages,
             frames: FrameCache::new(),
             write_back: WriteBack::default(),
@@ -308,7 +312,7 @@ pub(crate) struct FrameCache {
 }
 
 impl FrameCache {
-    const SIZE: usize = MAX_WINDOW as usize;
+    const SIZE: usize = GROUP_PAGES as usize;
 
     const fn new() -> Self {
         Self {

@@ -47,6 +47,9 @@ use crate::space::{AddressSpace, MapError};
 /// addresses only.
 const ROOM_FACTOR: u64 = 4;
 const ROOM_BYTES: u64 = 16 << 30;
+/// Between two looks whether somebody still uses a file that is being closed.
+const CLOSING: Duration = Duration::from_micros(50);
+const CLOSING_LOOKS: u32 = 1000;
 /// Between two looks at a pin that somebody waits for.
 const PIN_POLL: Duration = Duration::from_micros(200);
 
@@ -126,6 +129,14 @@ pub(crate) struct Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.space.inner().files().close(&self.cache);
+        // Who is still reading ahead or writing back ends with that soon. Then the file is closed, and whoever opens it again does not
+        // find it locked, unless pins keep it.
+        for _ in 0..CLOSING_LOOKS {
+            if Arc::strong_count(&self.cache) == 1 {
+                break;
+            }
+            std::thread::sleep(CLOSING);
+        }
     }
 }
 
@@ -254,7 +265,7 @@ impl Memory {
             stats: self.stats(),
         })?;
         let cache = Arc::new(cache);
-        self.start_flusher(None)
+        self.start_file_threads()
             .map_err(|error| no_memory(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN)))?;
         space.inner().files().open(Arc::clone(&cache));
         let seen = Mutex::new(cache.errors().sample());

@@ -25,6 +25,7 @@ pub mod io;
 mod memory;
 mod old_pins;
 mod pager;
+mod reader;
 pub mod run;
 pub mod shared;
 mod space;

@@ -1,5 +1,6 @@
 //! A RAM budget, devices, and the pager that moves pages between them.
 
+use core::mem;
 use core::ops::Range;
 use core::slice;
 use core::time::Duration;
@@ -21,6 +22,7 @@ use crate::device::Device;
 use crate::flusher;
 use crate::old_pins::OldPins;
 use crate::pager::{Pager, Surroundings, kill_as_out_of_memory};
+use crate::reader;
 use crate::space::{AddressSpace, MapError};
 
 /// The least budget, in bytes: 1 MiB. Below it the pager's own batches would not fit.
@@ -158,7 +160,7 @@ impl MemoryBuilder {
             space,
             pager,
             threads: Some(threads),
-            flusher: Mutex::new(None),
+            file_threads: Mutex::new(Vec::new()),
         };
         if let Some(old_pins) = self.old_pins {
             memory.start_flusher(Some(old_pins))?;
@@ -186,7 +188,8 @@ pub struct Memory {
     space: Arc<AddressSpace>,
     pager: Arc<Pager>,
     threads: Option<[JoinHandle<()>; 2]>,
-    flusher: Mutex<Option<JoinHandle<()>>>,
+    /// Those that write files back, and read them ahead.
+    file_threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 impl Memory {
@@ -228,10 +231,21 @@ impl Memory {
     }
 
     /// Starts to write dirty pages of files back, and to look for old pins if that is wanted, unless that has begun.
-    pub(crate) fn start_flusher(&self, old_pins: Option<OldPins>) -> std::io::Result<()> {
-        let mut flusher = self.flusher.lock();
-        if flusher.is_none() {
-            *flusher = Some(flusher::start(&self.pager, &self.space, old_pins)?);
+    fn start_flusher(&self, old_pins: Option<OldPins>) -> std::io::Result<()> {
+        let mut threads = self.file_threads.lock();
+        if threads.is_empty() {
+            threads.push(flusher::start(&self.pager, &self.space, old_pins)?);
+        }
+        Ok(())
+    }
+
+    /// Starts to write dirty pages of files back, and to read ahead, unless that has begun.
+    pub(crate) fn start_file_threads(&self) -> std::io::Result<()> {
+        self.start_flusher(None)?;
+        let mut threads = self.file_threads.lock();
+        // If one of these could not be started before, it is tried again.
+        while threads.len() <= reader::READERS {
+            threads.push(reader::start(&self.pager)?);
         }
         Ok(())
     }
@@ -273,8 +287,9 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         self.pager.stop();
-        let flusher = self.flusher.lock().take();
-        for thread in self.threads.take().into_iter().flatten().chain(flusher) {
+        let file_threads = mem::take(&mut *self.file_threads.lock());
+        let threads = self.threads.take().into_iter().flatten();
+        for thread in threads.chain(file_threads) {
             // A pager thread that panicked has ended the process already.
             let _ = thread.join();
         }

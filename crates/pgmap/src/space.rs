@@ -15,7 +15,7 @@ use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_core::holders::Holder;
 use pgmap_host::mmu::{Children, HostMmu, Inherit};
 use pgmap_mm::discard::Pinned;
-use pgmap_mm::gup::{Pin, PinError, PinnedPages, pin_user_pages};
+use pgmap_mm::gup::{Pin, PinError, PinnedPages, pin_user_pages, pin_user_pages_fast};
 use pgmap_mm::space::Worker;
 use pgmap_mm::vma::Vmas;
 use pgmap_sync::Mutex;
@@ -388,6 +388,9 @@ impl AddressSpace {
         let pages = range.end.saturating_sub(start.get()).div_ceil(PAGE_SIZE);
         let pages = u32::try_from(pages).ok().filter(|pages| *pages > 0);
         let pages = pages.ok_or(PinError::BadAddress { at: start })?;
+        if let Some(pinned) = pin_user_pages_fast(&self.inner, start, pages, pin) {
+            return Ok(pinned);
+        }
         let began = Instant::now();
         let could_be_had = u64::from(pages) <= self.inner.ram().limit();
         let mut worker = self.take_worker();

@@ -279,3 +279,84 @@ fn the_last_pin_writes_back() {
     drop(pins);
     assert_eq!(scratch.word(0), 77);
 }
+
+/// FLT-2: what is punched while it is being read ahead is zeros for ever, and what is not punched is read.
+#[test]
+fn what_is_punched_is_not_read_ahead() {
+    const GROUP: usize = 256;
+    let Some(memory) = memory() else { return };
+    for round in 0..20 {
+        let scratch = numbered("ahead", 8 * GROUP);
+        let file = memory.open(&scratch.0).unwrap();
+        let map = map(&memory, &file);
+        // A reader of the first group: those behind it are read by others now.
+        for page in 0..64 + round {
+            assert_eq!(word(&map, page), page as u64);
+        }
+        let punched = GROUP..2 * GROUP;
+        let bytes = (punched.start * PAGE) as u64..(punched.end * PAGE) as u64;
+        file.punch(bytes, Duration::from_secs(5)).unwrap();
+        for page in 0..8 * GROUP {
+            let expected = if punched.contains(&page) { 0 } else { page };
+            assert_eq!(word(&map, page), expected as u64, "page {page}");
+        }
+    }
+}
+
+/// A sequential reader finds pages in RAM that it has not asked for.
+#[test]
+fn a_sequential_reader_is_read_ahead_of() {
+    let Some(memory) = memory() else { return };
+    let scratch = numbered("sequential", 1024);
+    let file = memory.open(&scratch.0).unwrap();
+    let map = map(&memory, &file);
+    for page in 0..64 {
+        word(&map, page);
+    }
+    let began = std::time::Instant::now();
+    // The whole of the next group, which no fault reads along.
+    while file.pages().0 < 256 && began.elapsed() < Duration::from_secs(10) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    assert!(file.pages().0 >= 256, "{:?}", file.pages());
+}
+
+/// A file that is closed while others read it ahead, or write it back, can be opened again at once.
+#[test]
+fn a_closed_file_can_be_opened_again_at_once() {
+    let Some(memory) = memory() else { return };
+    let scratch = numbered("again", 1024);
+    for round in 0..200u64 {
+        let file = memory.open(&scratch.0).unwrap();
+        let map = map(&memory, &file);
+        for page in 0..64 {
+            assert_eq!(
+                word(&map, page),
+                if page == 1 && round > 0 {
+                    round
+                } else {
+                    page as u64
+                }
+            );
+        }
+        map.write(PAGE, &(round + 1).to_le_bytes());
+    }
+}
+
+/// Pages that a sequential writer has not reached yet hold what the file holds, and so does the file when they are written.
+#[test]
+fn a_sequential_writer_changes_nothing_that_it_has_not_reached() {
+    let Some(memory) = memory() else { return };
+    let scratch = numbered("writer", 1024);
+    let file = memory.open(&scratch.0).unwrap();
+    let map = map(&memory, &file);
+    for page in 0..500 {
+        map.write(page * PAGE, &(page as u64 + 7).to_le_bytes());
+    }
+    file.sync_all().unwrap();
+    for page in 0..1024 {
+        let expected = if page < 500 { page + 7 } else { page };
+        assert_eq!(scratch.word(page), expected as u64);
+        assert_eq!(word(&map, page), expected as u64);
+    }
+}

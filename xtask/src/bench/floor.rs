@@ -4,6 +4,7 @@
 //! Layouts and numbers are those of the kernel's user interface (`linux/userfaultfd.h`).
 
 use core::ffi::c_void;
+use core::ops::Range;
 use core::ptr;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::thread;
@@ -163,7 +164,23 @@ pub(crate) unsafe fn touch(at: usize) {
     core::hint::black_box(unsafe { (at as *const u8).read_volatile() });
 }
 
-/// A part of a file, mapped for reading.
+/// Reads every word of a range.
+///
+/// # Safety
+///
+/// The addresses are mapped, and their bytes are nobody's `&mut`; they are whole words.
+pub(crate) unsafe fn sum(range: Range<usize>) -> u64 {
+    let words = range.start as *const u64;
+    let word = |nth| {
+        // SAFETY: by this function's contract it is inside of the mapping.
+        let word = unsafe { words.add(nth) };
+        // SAFETY: mapped, readable and aligned, by this function's contract.
+        unsafe { word.read() }
+    };
+    (0..range.len() / 8).map(word).fold(0, u64::wrapping_add)
+}
+
+/// A part of a file, mapped.
 ///
 /// # Invariants
 ///
@@ -175,25 +192,39 @@ pub(crate) struct Mapped {
 
 impl Mapped {
     pub(crate) fn new(file: BorrowedFd<'_>, offset: u64, bytes: u64) -> anyhow::Result<Self> {
+        Self::with(file, offset, bytes, ProtFlags::READ)
+    }
+
+    /// A mapping that may be written, too.
+    pub(crate) fn to_write(file: BorrowedFd<'_>, bytes: u64) -> anyhow::Result<Self> {
+        Self::with(file, 0, bytes, ProtFlags::READ | ProtFlags::WRITE)
+    }
+
+    fn with(
+        file: BorrowedFd<'_>,
+        offset: u64,
+        bytes: u64,
+        protection: ProtFlags,
+    ) -> anyhow::Result<Self> {
         let len = usize::try_from(bytes)?;
         anyhow::ensure!(len.is_multiple_of(8), "{len} bytes are no whole words");
-        let (protection, flags) = (ProtFlags::READ, MapFlags::SHARED);
+        let flags = MapFlags::SHARED;
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
         let start = unsafe { mmap(ptr::null_mut(), len, protection, flags, file, offset) }?;
         // INVARIANT: just mapped.
         Ok(Self { start, len })
     }
 
+    /// The first address.
+    pub(crate) fn address(&self) -> usize {
+        self.start as usize
+    }
+
     /// Reads every word.
     pub(crate) fn sum(&self) -> u64 {
-        let words = self.start.cast::<u64>();
-        let word = |nth| {
-            // SAFETY: by the type invariant it is inside of the mapping.
-            let word = unsafe { words.add(nth) };
-            // SAFETY: mapped, readable and aligned; nobody has a reference to it.
-            unsafe { word.read() }
-        };
-        (0..self.len / 8).map(word).fold(0, u64::wrapping_add)
+        let start = self.address();
+        // SAFETY: by the type invariant it is our mapping, of whole words; nobody has a reference to it.
+        unsafe { sum(start..start + self.len) }
     }
 }
 

@@ -2,7 +2,6 @@
 //! zram under a limit of the same size.
 
 use std::ffi::OsString;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -25,6 +24,8 @@ const PHASES: [(&str, f64); 4] = [
     ("random write", 1.2),
 ];
 const MIB: u64 = 1 << 20;
+/// Bytes of swap that the peer has.
+const SWAP: u64 = 4 << 30;
 
 /// Microseconds per access, for each phase.
 type Times = [f64; PHASES.len()];
@@ -62,23 +63,12 @@ pub(super) struct Bench {
 
 impl Bench {
     fn new(root: &Path) -> anyhow::Result<Self> {
-        let target = std::env::var_os("CARGO_TARGET_DIR");
-        let target = target.map_or_else(|| root.join("target"), |target| root.join(target));
-        let directory = target.join("bench");
-        fs::create_dir_all(&directory)?;
-        let program = directory.join("bench_access");
-        let source = root.join("tests/programs/bench_access.c");
-        let built = Command::new("gcc")
-            .arg("-O2")
-            .arg("-o")
-            .arg(&program)
-            .arg(source)
-            .status();
-        ensure!(built.context("gcc")?.success(), "gcc failed");
+        let directory = super::directory(root)?;
+        let program = super::compile(root, &directory, "bench_access")?;
         crate::cargo(&["build", "--release", "--quiet"].map(str::to_owned))?;
         Ok(Self {
             program,
-            pgmap: target.join("release/pgmap"),
+            pgmap: directory.with_file_name("release").join("pgmap"),
             report: directory.join("report.json"),
         })
     }
@@ -94,7 +84,7 @@ impl Bench {
         let mut missing = None;
         for _ in 0..effort.program_rounds {
             ours.push(self.managed(cpus, budget)?);
-            match Limit::set(budget)? {
+            match Limit::set(budget, Some(SWAP))? {
                 Peer::Ready(limit) => theirs.push(self.limited(cpus, &limit)?),
                 Peer::Missing(reason) => missing = Some(reason),
             }
@@ -177,17 +167,11 @@ impl Bench {
     }
 
     fn limited(&self, cpus: Cpus, limit: &Limit) -> anyhow::Result<Times> {
-        const ENTER: &str = r#"echo $$ >"$1" && shift && exec "$@""#;
-        let command: [OsString; 7] = [
-            "sh".into(),
-            "-c".into(),
-            ENTER.into(),
-            "sh".into(),
-            limit.members.clone().into(),
-            self.program.clone().into(),
-            DATA.to_string().into(),
-        ];
-        times(&run(cpus, command)?)
+        let program = self.program.clone().into();
+        times(&run(
+            cpus,
+            limit.command([program, DATA.to_string().into()]),
+        )?)
     }
 }
 

@@ -1,24 +1,23 @@
-//! The peer: kernel swap on zram with lz4, under a cgroup's memory limit.
+//! The peer: the kernel under a cgroup's memory limit, with swap on zram with lz4 if that is wanted.
 //!
 //! A shell script sets it up and waits; it puts everything back when its input ends, however this process ends. What must
 //! never happen here: swap or a cgroup that stays behind.
 
+use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 use anyhow::Context;
 
-/// Bytes of swap.
-const SWAP_BYTES: u64 = 4 << 30;
 const SCRIPT: &str = include_str!("zram.sh");
 
-/// A memory limit with swap behind it, until it is dropped.
+/// A memory limit, until it is dropped.
 #[derive(Debug)]
 pub(crate) struct Limit {
     keeper: Child,
     /// Who writes its process number there is limited.
-    pub(crate) members: PathBuf,
+    members: PathBuf,
 }
 
 /// Whether the peer can be had here.
@@ -30,11 +29,11 @@ pub(crate) enum Peer {
 }
 
 impl Limit {
-    /// Sets a limit of `bytes` bytes up.
-    pub(crate) fn set(bytes: u64) -> anyhow::Result<Peer> {
+    /// Sets a limit of `bytes` bytes up, with so many bytes of swap behind it.
+    pub(crate) fn set(bytes: u64, swap_bytes: Option<u64>) -> anyhow::Result<Peer> {
         let mut keeper = Command::new("bash")
             .args(["-c", SCRIPT, "zram.sh"])
-            .args([bytes.to_string(), SWAP_BYTES.to_string()])
+            .args([bytes, swap_bytes.unwrap_or(0)].map(|bytes| bytes.to_string()))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -53,6 +52,14 @@ impl Limit {
                 Ok(Peer::Missing(reason.to_owned()))
             }
         }
+    }
+
+    /// A command, as it is to be run under the limit.
+    pub(crate) fn command(&self, command: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+        const ENTER: &str = r#"echo $$ >"$1" && shift && exec "$@""#;
+        let shell = ["sh", "-c", ENTER, "sh"].map(OsString::from);
+        let members = [self.members.clone().into()];
+        shell.into_iter().chain(members).chain(command).collect()
     }
 }
 

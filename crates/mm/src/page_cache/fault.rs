@@ -22,7 +22,8 @@ use crate::seeded_bug::{self, SeededBug};
 use crate::space::Worker;
 use crate::stats::Stats;
 
-/// Pages that a fault maps along with the faulting one, if they are in RAM: at most this many, itself included.
+/// Pages that a fault maps along with the faulting one, if they are in RAM: at most this many, itself included. For a long
+/// stream it is the rest of the block.
 const FAULT_AROUND: u32 = 16;
 
 impl PageCache {
@@ -37,6 +38,7 @@ impl PageCache {
         };
         let page = PageIndex(page);
         let plan = worker.file_readahead.plan(page);
+        worker.ahead = self.ahead_of(&plan);
         let outcome = self.serve(worker, page, &plan, at, access);
         worker.frames.give_all(&self.ram);
         outcome
@@ -54,7 +56,7 @@ impl PageCache {
             let mut cursor = self.table.lock(page.block());
             match cursor.get(page) {
                 CachePage::Cached(_) => {
-                    self.map_page(&mut cursor, page, at, access);
+                    self.map_page(&mut cursor, page, plan, at, access);
                     return Outcome::Resolved;
                 }
                 CachePage::Poisoned => return self.sigbus(&cursor, at),
@@ -73,7 +75,8 @@ impl PageCache {
             }
             let mapped = self.vmas.with(at, FileVma::file_pages);
             let wanted = mapped.unwrap_or(page.0..page.0 + 1);
-            self.read_in(&mut cursor, worker, page, &clip(plan.run(), &wanted));
+            let run = plan.forwards().map_or(plan.run(), rest);
+            self.read_in(&mut cursor, worker, page, &clip(run, &wanted));
         }
     }
 
@@ -124,6 +127,16 @@ impl PageCache {
             return;
         };
         self.uncharge(charged - run.len());
+        self.enter(cursor, worker, &run);
+    }
+
+    /// Notes that pages of a block have been read in. The worker has frames for them.
+    pub(super) fn enter(
+        &self,
+        cursor: &mut Cursor<'_, CachePage>,
+        worker: &mut Worker,
+        run: &Range<u32>,
+    ) {
         for page in run.clone().map(PageIndex) {
             let frame = worker.frames.take();
             let owner = FilePage {
@@ -135,7 +148,7 @@ impl PageCache {
         }
         // Relaxed: a number that stands alone.
         self.cached.fetch_add(run.len() as u64, Ordering::Relaxed);
-        self.queue(page, Mapping::Unmapped);
+        self.queue(PageIndex(run.start), Mapping::Unmapped);
         Stats::add(&self.stats.file_pages_read, run.len() as u64);
     }
 
@@ -157,11 +170,18 @@ impl PageCache {
         &self,
         cursor: &mut Cursor<'_, CachePage>,
         page: PageIndex,
+        plan: &Plan,
         at: VirtAddr,
         access: Access,
     ) {
         match access {
             Access::Read => {}
+            // Who has written so many pages in a row is let write the next ones, too: at worst they are written as they are.
+            Access::Write if plan.forwards().is_some() => {
+                let next = page.0..page.0.saturating_add(FAULT_AROUND);
+                let next = clip(next, &clip(rest(page), &(0..self.size_pages())));
+                next.for_each(|page| self.set_dirty(cursor, PageIndex(page)));
+            }
             Access::Write | Access::WriteProtected => self.set_dirty(cursor, page),
         }
         // Nothing to do if the mapping is gone: so is the access.
@@ -172,17 +192,23 @@ impl PageCache {
             }
             Access::Read | Access::Write => {
                 Stats::add(&self.stats.faults_file, 1);
-                self.map_run(cursor, page, vma);
+                let around = page.0..page.0.saturating_add(FAULT_AROUND);
+                self.map_run(cursor, page, plan.forwards().map_or(around, rest), vma);
             }
         });
     }
 
     /// Maps a page at its place in a mapping, and the pages after it that may be mapped alike.
-    fn map_run(&self, cursor: &mut Cursor<'_, CachePage>, page: PageIndex, vma: &FileVma) {
+    fn map_run(
+        &self,
+        cursor: &mut Cursor<'_, CachePage>,
+        page: PageIndex,
+        around: Range<u32>,
+        vma: &FileVma,
+    ) {
         let Some(first) = cursor.get(page).cached() else {
             return;
         };
-        let around = page.0..page.0.saturating_add(FAULT_AROUND);
         let limit = clip(around, &clip(vma.file_pages(), &(0..self.size_pages())));
         let alike = |entry: CachePage| {
             let page = entry.cached();
@@ -233,6 +259,11 @@ impl PageCache {
         });
         Outcome::Resolved
     }
+}
+
+/// The pages from this one to the end of its block.
+const fn rest(page: PageIndex) -> Range<u32> {
+    page.0..page.block().pages().end
 }
 
 fn clip(range: Range<u32>, to: &Range<u32>) -> Range<u32> {

@@ -45,7 +45,7 @@ impl PageCache {
     }
 
     /// Pins a page that is there, without a lock; `None` if that takes more.
-    fn try_pin(&self, page: PageIndex, access: PinAccess) -> Option<Pfn> {
+    pub(crate) fn try_pin(&self, page: PageIndex, access: PinAccess) -> Option<Pfn> {
         let frame = self.table.peek(page).cached()?.frame;
         self.map.frame(frame).try_pin().ok()?;
         // From here on nobody can claim the frame; what was done before we see. The barrier comes first: who finds it open has

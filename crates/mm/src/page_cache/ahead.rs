@@ -1,0 +1,202 @@
+//! Reading ahead: blocks of a file that a stream will want are read by other threads while its reader uses those before
+//! (the kernel's `page_cache_ra`).
+//!
+//! The fault path asks, and waits for nobody; whoever serves the [`ReadAhead`] reads a group of blocks at once, under the
+//! cursors of all of them. What must never happen here: a page read in that is being truncated (FLT-2); a file kept open by
+//! what is left in the queue.
+
+use core::ops::Range;
+use core::time::Duration;
+
+use pgmap_sync::{Mutex, WaitQueue};
+
+use super::{CachePage, FileNumber, PageCache};
+use crate::backing::Transfer;
+use crate::page_table::{BLOCK_PAGES, BlockIndex, Cursor, PageIndex};
+use crate::readahead::Plan;
+use crate::space::Worker;
+
+/// Streams that are read ahead of at the same time.
+const STREAMS: usize = 8;
+/// Blocks that are read at once: 1 MiB. A divisor of the number of locks.
+const GROUP_BLOCKS: u32 = 4;
+/// The same in pages.
+pub(crate) const GROUP_PAGES: u32 = GROUP_BLOCKS * BLOCK_PAGES;
+/// Groups that are read ahead of a stream, at most.
+const GROUPS: u32 = 3;
+/// What is read ahead of one stream is at most one part of so many of the RAM.
+const PART: u64 = 8;
+
+/// Blocks of a file that are read at once: those of so many pages, at a multiple of that.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Group(u32);
+
+impl Group {
+    fn blocks(self) -> [BlockIndex; GROUP_BLOCKS as usize] {
+        let first = self.0 * GROUP_BLOCKS;
+        [0, 1, 2, 3].map(|nth| BlockIndex(first + nth))
+    }
+}
+
+/// Groups of a file that somebody will want.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Wanted {
+    file: FileNumber,
+    groups: Range<u32>,
+}
+
+/// What is to be read ahead.
+#[derive(Debug, Default)]
+pub struct ReadAhead {
+    wanted: Mutex<[Option<Wanted>; STREAMS]>,
+    asked: WaitQueue,
+}
+
+impl ReadAhead {
+    /// Asks for groups of a file; they are forgotten if there are too many streams.
+    pub(crate) fn ask(&self, file: FileNumber, groups: Range<u32>) {
+        let mut wanted = self.wanted.lock();
+        let goes_on = |known: &&mut Wanted| {
+            known.file == file
+                && known.groups.start <= groups.end
+                && groups.start <= known.groups.end
+        };
+        if let Some(known) = wanted.iter_mut().flatten().find(goes_on) {
+            known.groups.start = known.groups.start.max(groups.start);
+            known.groups.end = known.groups.end.max(groups.end);
+        } else if let Some(free) = wanted.iter_mut().find(|place| place.is_none()) {
+            *free = Some(Wanted { file, groups });
+        }
+        drop(wanted);
+        self.asked.wake_all();
+    }
+
+    /// Waits for a group that is to be read, for so long at most.
+    pub fn next(&self, patience: Duration) -> Option<(FileNumber, Group)> {
+        let is_asked = || self.wanted.lock().iter().any(Option::is_some);
+        self.asked.wait_until(Some(patience), is_asked);
+        self.take()
+    }
+
+    fn take(&self) -> Option<(FileNumber, Group)> {
+        let mut wanted = self.wanted.lock();
+        let place = wanted.iter_mut().find(|place| place.is_some())?;
+        let stream = place.as_mut()?;
+        let group = (stream.file, Group(stream.groups.start));
+        stream.groups.start += 1;
+        if stream.groups.is_empty() {
+            *place = None;
+        }
+        Some(group)
+    }
+}
+
+impl PageCache {
+    /// The groups that are worth reading before the stream of this plan wants them.
+    pub(super) fn ahead_of(&self, plan: &Plan) -> Range<u32> {
+        let Some(page) = plan.forwards() else {
+            return 0..0;
+        };
+        let next = page.0 / GROUP_PAGES + 1;
+        let room = self.ram.limit() / PART / u64::from(GROUP_PAGES);
+        let most = GROUPS.min(u32::try_from(room).unwrap_or(GROUPS));
+        next..next
+            .saturating_add(most)
+            .min(self.size_pages().div_ceil(GROUP_PAGES))
+    }
+
+    /// Reads what is not in RAM of a group, at once, if there are frames for it. Says whether there were. What cannot be read is
+    /// left to whoever wants it.
+    pub fn read_group(&self, worker: &mut Worker, group: Group) -> bool {
+        let blocks = group.blocks();
+        let mut pages = blocks.iter().flat_map(|block| block.pages());
+        if !pages.any(|page| self.peek(page) == CachePage::Absent) {
+            return true;
+        }
+        // The locks of a group's blocks are neighbours, and nobody else has more than one: this order cannot deadlock.
+        let mut cursors = blocks.map(|block| self.table.lock(block));
+        let runs = cursors.each_ref().map(|cursor| self.absent_run(cursor));
+        let count = runs.iter().map(ExactSizeIterator::len).sum();
+        let enough = worker.frames.prepare(&self.ram, count) == count;
+        let charged = self.charge(count);
+        // A group that is at its limit reads what it needs, and nothing ahead.
+        if enough && charged == count {
+            self.read_runs(&mut cursors, worker, &runs);
+        } else {
+            self.uncharge(charged);
+        }
+        drop(cursors);
+        worker.frames.give_all(&self.ram);
+        enough
+    }
+
+    /// Reads a run of pages of each block. The worker has frames for them, and they are charged.
+    fn read_runs(
+        &self,
+        cursors: &mut [Cursor<'_, CachePage>; GROUP_BLOCKS as usize],
+        worker: &mut Worker,
+        runs: &[Range<u32>; GROUP_BLOCKS as usize],
+    ) {
+        let size_bytes = self.size_bytes();
+        let mut transfers = runs.each_ref().map(|run| {
+            let pages = self.mmu.pages(run.start, run.len());
+            Transfer::new(run.start, pages, size_bytes)
+        });
+        self.backing.read(&mut transfers);
+        let read = cursors.iter_mut().zip(runs).zip(transfers);
+        for ((cursor, run), transfer) in read.filter(|((_, run), _)| !run.is_empty()) {
+            if transfer.outcome.is_ok() {
+                self.enter(cursor, worker, run);
+            } else {
+                self.mmu.free(run.start, run.len());
+                self.uncharge(run.len());
+            }
+        }
+    }
+
+    /// The first pages of a block that are not in RAM, and may be read in.
+    fn absent_run(&self, cursor: &Cursor<'_, CachePage>) -> Range<u32> {
+        let pages = cursor.pages();
+        let readable = |page: &u32| {
+            let absent = cursor.get(PageIndex(*page)) == CachePage::Absent;
+            absent && *page < self.size_pages() && !self.barrier.is_closed(*page)
+        };
+        let start = pages.clone().find(readable).unwrap_or(pages.end);
+        let end = (start..pages.end).find(|page| !readable(page));
+        start..end.unwrap_or(pages.end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn taken(ahead: &ReadAhead) -> Vec<(u32, u32)> {
+        let next = || ahead.take().map(|(file, group)| (file.0, group.0));
+        core::iter::from_fn(next).collect()
+    }
+
+    /// What a stream asks for again is read once, and what it has passed is not read at all.
+    #[test]
+    fn a_stream_that_goes_on_is_one_request() {
+        let ahead = ReadAhead::default();
+        ahead.ask(FileNumber(1), 1..4);
+        ahead.ask(FileNumber(1), 2..5);
+        ahead.ask(FileNumber(1), 5..6);
+        assert_eq!(taken(&ahead), [(1, 5)]);
+        ahead.ask(FileNumber(1), 2..5);
+        ahead.ask(FileNumber(2), 3..4);
+        ahead.ask(FileNumber(1), 3..6);
+        assert_eq!(taken(&ahead), [(1, 3), (1, 4), (1, 5), (2, 3)]);
+    }
+
+    /// Streams that find no place are not read ahead of, and no harm is done.
+    #[test]
+    fn too_many_streams_are_forgotten() {
+        let ahead = ReadAhead::default();
+        for file in 0..20 {
+            ahead.ask(FileNumber(file), 0..1);
+        }
+        assert_eq!(taken(&ahead).len(), STREAMS);
+    }
+}

@@ -1,0 +1,193 @@
+//! Whole files read and written, and what pins cost an `fsync`.
+
+use core::hint::black_box;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use pgmap::{FileMapping, Memory, Pin, Prot, Writeback};
+use pgmap_core::addr::PAGE_SIZE;
+
+use super::{MIB, REQUEST, Scratch, compared, memory, seconds};
+use crate::bench::Effort;
+use crate::bench::floor::{Mapped, sum};
+use crate::bench::table::{Row, Table, Want};
+
+/// Bytes of the file.
+const BYTES: u64 = 256 * MIB;
+/// Dirty pages that are made durable.
+const SYNCED: usize = 1000;
+
+pub(super) fn measure(directory: &Path, effort: Effort) -> anyhow::Result<Table> {
+    let scratch = Scratch::new(directory, BYTES)?;
+    // So large that the flusher leaves the pages alone that are to be written.
+    let large = memory(16 * BYTES)?;
+    let small = memory(BYTES / 4)?;
+    let whole = usize::try_from(BYTES)?;
+    let rows = vec![
+        cold(&large, "read, cold", REQUEST, &scratch, effort)?,
+        cold(
+            &large,
+            "the same, beside `O_DIRECT` into fresh memory",
+            whole,
+            &scratch,
+            effort,
+        )?,
+        cold(
+            &small,
+            "read, cold, 4 x the budget",
+            REQUEST,
+            &scratch,
+            effort,
+        )?,
+        warm(&large, &scratch, effort)?,
+        writeback(&large, &scratch, effort)?,
+        writer(&small, &scratch, effort)?,
+        pinned_sync(&large, &scratch, effort)?,
+    ];
+    Ok(Table {
+        title: "Streams".to_owned(),
+        against: "peer",
+        rows,
+        notes: vec![format!(
+            "A file of {} MiB; medians of {} rounds. The peers: `O_DIRECT` requests of 1 MiB, one at a time, for what is cold or \
+             written; the kernel's mapping of the cached file for what is warm; the same `fsync` without pins.",
+            BYTES / MIB,
+            effort.rounds
+        )],
+    })
+}
+
+/// Milliseconds.
+fn milliseconds(act: impl FnOnce() -> anyhow::Result<()>) -> anyhow::Result<f64> {
+    Ok(seconds(act)? * 1e3)
+}
+
+/// So many bytes from a page's beginning on. Fresh memory is that of the zeros that nobody has touched.
+fn aligned(memory: &mut [u8], len: usize) -> &mut [u8] {
+    let skip = memory.as_ptr().align_offset(PAGE_SIZE);
+    &mut memory[skip..skip + len]
+}
+
+/// Reads the file, into as much memory, again and again.
+fn read_direct(file: &File, into: usize) -> anyhow::Result<f64> {
+    let mut memory = vec![0; into + PAGE_SIZE];
+    let buffer = aligned(&mut memory, into);
+    milliseconds(|| {
+        for (offset, nth) in (0..BYTES).step_by(REQUEST).zip(0..) {
+            let at = nth * REQUEST % into;
+            file.read_exact_at(&mut buffer[at..at + REQUEST], offset)?;
+        }
+        Ok(())
+    })
+}
+
+fn write_direct(file: &File) -> anyhow::Result<f64> {
+    let mut memory = vec![1; REQUEST + PAGE_SIZE];
+    let buffer = aligned(&mut memory, REQUEST);
+    milliseconds(|| {
+        let mut offsets = (0..BYTES).step_by(REQUEST);
+        Ok(offsets.try_for_each(|offset| file.write_all_at(buffer, offset))?)
+    })
+}
+
+/// Reads every word of a mapping.
+fn read_all(map: &FileMapping<'_>) -> anyhow::Result<f64> {
+    milliseconds(|| {
+        // SAFETY: the mapping lives during the call, and its bytes are read and nothing else.
+        black_box(unsafe { sum(map.range()) });
+        Ok(())
+    })
+}
+
+/// Writes a word of every page.
+fn dirty(map: &FileMapping<'_>, pages: usize) {
+    for page in 0..pages {
+        map.write(page * PAGE_SIZE, &(page as u64).to_le_bytes());
+    }
+}
+
+/// Beside requests into so many bytes of memory.
+fn cold(
+    memory: &Memory,
+    what: &str,
+    into: usize,
+    scratch: &Scratch,
+    effort: Effort,
+) -> anyhow::Result<Row> {
+    let direct = scratch.open_direct()?;
+    compared(effort, (what, "ms", Want::AtMost(1.3)), || {
+        let file = memory.open(&scratch.0)?;
+        let map = memory.space().map_file(&file, 0..BYTES, Prot::ReadWrite)?;
+        Ok((read_all(&map)?, read_direct(&direct, into)?))
+    })
+}
+
+fn warm(memory: &Memory, scratch: &Scratch, effort: Effort) -> anyhow::Result<Row> {
+    let file = memory.open(&scratch.0)?;
+    let ours = memory.space().map_file(&file, 0..BYTES, Prot::ReadWrite)?;
+    let plain = scratch.open()?;
+    let theirs = Mapped::new(plain.as_fd(), 0, BYTES)?;
+    read_all(&ours)?;
+    theirs.sum();
+    let row = compared(effort, ("read, warm", "ms", Want::AtMost(1.3)), || {
+        let theirs = milliseconds(|| {
+            black_box(theirs.sum());
+            Ok(())
+        })?;
+        Ok((read_all(&ours)?, theirs))
+    });
+    drop(theirs);
+    scratch.drop_cache()?;
+    row
+}
+
+/// Dirty pages of the whole file, written by who asks for it.
+fn writeback(memory: &Memory, scratch: &Scratch, effort: Effort) -> anyhow::Result<Row> {
+    let direct = scratch.open_direct()?;
+    let file = memory.open(&scratch.0)?;
+    let map = memory.space().map_file(&file, 0..BYTES, Prot::ReadWrite)?;
+    let want = ("dirty pages written back", "ms", Want::AtMost(1.11));
+    compared(effort, want, || {
+        dirty(&map, map.len_bytes() / PAGE_SIZE);
+        let ours = milliseconds(|| {
+            file.sync_range(0..BYTES, Writeback::Background)?;
+            Ok(())
+        })?;
+        Ok((ours, write_direct(&direct)?))
+    })
+}
+
+/// A program that writes to every page of a file that is larger than the budget, until all of it is in the file.
+fn writer(memory: &Memory, scratch: &Scratch, effort: Effort) -> anyhow::Result<Row> {
+    let direct = scratch.open_direct()?;
+    let want = ("read and written, 4 x the budget", "ms", Want::AtMost(1.3));
+    compared(effort, want, || {
+        let file = memory.open(&scratch.0)?;
+        let map = memory.space().map_file(&file, 0..BYTES, Prot::ReadWrite)?;
+        let ours = milliseconds(|| {
+            dirty(&map, map.len_bytes() / PAGE_SIZE);
+            Ok(file.sync_all()?)
+        })?;
+        let theirs = read_direct(&direct, REQUEST)? + write_direct(&direct)?;
+        Ok((ours, theirs + milliseconds(|| Ok(direct.sync_data()?))?))
+    })
+}
+
+fn pinned_sync(memory: &Memory, scratch: &Scratch, effort: Effort) -> anyhow::Result<Row> {
+    let file = memory.open(&scratch.0)?;
+    let map = memory.space().map_file(&file, 0..BYTES, Prot::ReadWrite)?;
+    let start = map.range().start;
+    let want = ("fsync, 1,000 dirty pages pinned", "ms", Want::AtMost(2.0));
+    compared(effort, want, || {
+        dirty(&map, SYNCED);
+        let theirs = milliseconds(|| Ok(file.sync_all()?))?;
+        dirty(&map, SYNCED);
+        let pages = start..start + SYNCED * PAGE_SIZE;
+        let pins = memory.space().pin_user_pages(pages, &Pin::WRITE)?;
+        let ours = milliseconds(|| Ok(file.sync_all()?))?;
+        drop(pins);
+        Ok((ours, theirs))
+    })
+}
