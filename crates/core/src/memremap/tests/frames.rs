@@ -4,6 +4,7 @@ use super::*;
 use crate::addr::Page;
 use crate::driver::{CoherentOps, DeviceError, P2pDmaOps};
 use crate::holders::Who;
+use crate::zone::Zone;
 use pgmap_sync::WaitQueue;
 
 /// A device that counts which of its pages are freed.
@@ -185,6 +186,47 @@ fn a_compound_page_is_its_head() {
     let device = generic(&map, range(1024, 2048), Order::Base);
     device.get_page(inner).unwrap();
     assert_eq!((map.frame(head).refs(), map.frame(inner).refs()), (0, 1));
+}
+
+/// MAP-1: each type of memory gives frames to all of its ranges: they are in the resource tree, found by number, of the device's
+/// zone and of its type, until it is removed.
+#[test]
+fn each_type_gives_frames_to_all_of_its_ranges() {
+    let kinds = [
+        MemoryType::Private(Arc::new(Counting::default())),
+        MemoryType::Coherent(Arc::new(Freed::default())),
+        MemoryType::FsDax(Arc::new(WaitQueue::new())),
+        MemoryType::Generic,
+        MemoryType::P2pDma(Arc::new(Freed::default())),
+    ];
+    let lines = |map: &MemoryMap| map.iomem().to_string().lines().count();
+    for kind in kinds {
+        let (map, name) = (map(16384), kind.name());
+        let ram = map.add_ram(512).unwrap();
+        let ranges = [range(1024, 512), range(4096, 1024)];
+        let device = map.memremap_pages(&ranges, kind).unwrap();
+        assert_eq!(device.ranges(), ranges, "{name}");
+        for inside in [1024, 1535, 4096, 5119] {
+            let found = map.get_dev_pagemap(Pfn::from_u32(inside));
+            assert!(
+                found.is_some_and(|guard| ranges.iter().all(|range| guard.covers(range.start())))
+            );
+            let zone = ram.zone_of(Pfn::from_u32(inside));
+            assert_eq!(zone, Some(Zone::Device), "{name}");
+        }
+        for outside in [1023, 1536, 4095, 5120] {
+            assert!(map.get_dev_pagemap(Pfn::from_u32(outside)).is_none());
+        }
+        // Each range has a line of its own.
+        assert_eq!(lines(&map), 3, "{name}");
+        let Ok(drained) = device.kill().drain(None) else {
+            panic!("{name}: nobody uses it");
+        };
+        drained.remove();
+        assert!(map.get_dev_pagemap(Pfn::from_u32(1024)).is_none());
+        assert_eq!(lines(&map), 1, "{name}");
+        assert!(map.memremap_pages(&ranges, MemoryType::Generic).is_ok());
+    }
 }
 
 /// REF-3: the last put of each kind of page does what its kind demands, once.
