@@ -23,7 +23,7 @@ pub(crate) fn print(text: &[u8]) -> anyhow::Result<()> {
     print_on(text).map(|_reader| ())
 }
 
-/// As [`print`], for what goes on until nobody reads it.
+/// As [`print()`], for what goes on until nobody reads it.
 pub(crate) fn print_on(text: &[u8]) -> anyhow::Result<Reader> {
     let written = stdout().write_all(text).and_then(|()| stdout().flush());
     match written {
