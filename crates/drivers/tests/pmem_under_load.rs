@@ -168,7 +168,7 @@ fn under_load(text: &str) {
     let answered = load.answered.load(Ordering::Acquire);
     let refused = load.refused.load(Ordering::Acquire);
     eprintln!("{text}: gone {gone}, held {held}, answered {answered}, refused {refused}");
-    assert!(gone > 10 && answered > 100 && refused > 0);
+    assert!(gone > 0 && answered > 100 && refused > 0);
     let pmem = load.pmem();
     assert!(pmem.holds().is_empty());
     pmem.unbind(&Patience::new(None), Afterwards::Keep, |_| ())

@@ -131,8 +131,12 @@ impl Pmem {
             afterwards,
             drained: None,
         };
-        if !patience.wait_for(|left| self.queue.freeze(left)) {
-            return Err(UnbindError::Held(self.holders(self.queue.in_flight(), 0)));
+        while !patience.wait_for(|left| self.queue.freeze(left)) {
+            let holders = self.holders(self.queue.in_flight(), 0);
+            // Who is in the way is named; if that has ended meanwhile, nobody is.
+            if holders.in_flight > 0 {
+                return Err(UnbindError::Held(holders));
+            }
         }
         // Who asks again knows what is lost.
         if let Err(errno) = self.medium.flush()
@@ -144,16 +148,32 @@ impl Pmem {
         if let Some(dax) = &self.dax {
             let killed = dax.pagemap.clone().kill();
             ask(&self.holds());
-            match dax.drain(killed, patience, afterwards) {
-                Ok(drained) => unbinding.drained = Some(drained),
-                Err(still) => {
-                    let holders = self.holders(0, still.users);
-                    let _alive = still.killed.resurrect();
-                    return Err(UnbindError::Held(holders));
-                }
-            }
+            unbinding.drained = Some(self.drain(dax, killed, patience, afterwards)?);
         }
         Ok(unbinding)
+    }
+
+    /// Waits for who uses the frames. If time is up before, they are named, and the device lives again.
+    fn drain(
+        &self,
+        dax: &Dax,
+        mut killed: Killed,
+        patience: &Patience<'_>,
+        afterwards: Afterwards,
+    ) -> Result<Drained, UnbindError> {
+        loop {
+            let still = match dax.drain(killed, patience, afterwards) {
+                Ok(drained) => return Ok(drained),
+                Err(still) => still,
+            };
+            let holders = self.holders(0, still.users);
+            // As above: nobody is in the way who cannot be named.
+            if holders.references > 0 || !holders.holds.is_empty() {
+                let _alive = still.killed.resurrect();
+                return Err(UnbindError::Held(holders));
+            }
+            killed = still.killed;
+        }
     }
 
     fn begin(&self) -> Result<(), UnbindError> {
