@@ -256,6 +256,16 @@ impl PageCache {
         }
     }
 
+    /// The parts of a range of pages in blocks that were ever used, in order.
+    fn used_parts(&self, range: &Range<u32>) -> impl Iterator<Item = Range<u32>> {
+        let (start, end) = (range.start, range.end);
+        let first = self.table.next_used(PageIndex(start).block());
+        let next = |block: &BlockIndex| self.table.next_used(BlockIndex(block.0 + 1));
+        let blocks = core::iter::successors(first, next).map(BlockIndex::pages);
+        let inside = blocks.take_while(move |pages| pages.start < end);
+        inside.map(move |pages| pages.start.max(start)..pages.end.min(end))
+    }
+
     /// Puts the pages of a block up for reclaim, if it has any.
     fn queue(&self, page: PageIndex, mapping: Mapping) {
         match mapping {

@@ -94,12 +94,6 @@ impl PageCache {
         self.vmas.0.lock().retain(|other| other != vma);
     }
 
-    /// How many mappings there are.
-    #[must_use]
-    pub fn vma_count(&self) -> usize {
-        self.vmas.0.lock().len()
-    }
-
     /// Removes every mapping of these pages: they are shown nowhere (`try_to_unmap`).
     pub(super) fn unmap_pages(&self, pages: &Range<u32>) {
         self.vmas.each(pages, |at, count| {

@@ -14,7 +14,7 @@ use pgmap_sync::atomic::{Ordering, spin_loop};
 use super::entry::State;
 use super::{CachePage, Cached, PageCache, pages_of};
 use crate::backing::BackingError;
-use crate::page_table::{BLOCK_PAGES, BlockIndex, Cursor, PageIndex};
+use crate::page_table::{BLOCK_PAGES, Cursor, PageIndex};
 #[cfg(shuttle)]
 use crate::seeded_bug::{self, SeededBug};
 
@@ -193,7 +193,7 @@ impl PageCache {
         if seeded_bug::has(SeededBug::TruncateEndIsNothing) && range.end == self.table.pages() {
             return None;
         }
-        self.used(range).find(|page| {
+        self.used_parts(range).flatten().find(|page| {
             let cursor = self.table.lock(PageIndex(*page).block());
             let Some(cached) = cursor.get(PageIndex(*page)).cached() else {
                 return false;
@@ -203,37 +203,10 @@ impl PageCache {
         })
     }
 
-    /// The pages of a range in blocks that were ever used.
-    fn used(&self, range: &Range<u32>) -> impl Iterator<Item = u32> {
-        let range = range.clone();
-        let first = self.table.next_used(PageIndex(range.start).block());
-        let next = |block: &BlockIndex| self.table.next_used(BlockIndex(block.0 + 1));
-        let blocks = core::iter::successors(first, next);
-        blocks
-            .map(BlockIndex::pages)
-            .take_while({
-                let end = range.end;
-                move |pages| pages.start < end
-            })
-            .flatten()
-            .skip_while({
-                let start = range.start;
-                move |page| *page < start
-            })
-            .take_while(move |page| *page < range.end)
-    }
-
     /// Drops the pages of a closed range that nobody has pinned.
     fn drop_pages(&self, range: &Range<u32>) {
-        let mut from = PageIndex(range.start).block();
-        while let Some(block) = self.table.next_used(from) {
-            let pages = block.pages();
-            let pages = pages.start.max(range.start)..pages.end.min(range.end);
-            if pages.start >= range.end {
-                break;
-            }
+        for pages in self.used_parts(range) {
             self.drop_block(&pages);
-            from = BlockIndex(block.0 + 1);
         }
         // Those that are not cached may answer with SIGBUS, and are to be looked at again.
         self.unmap_pages(range);

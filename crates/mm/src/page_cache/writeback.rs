@@ -469,17 +469,10 @@ impl PageCache {
             let entry = self.peek(page).cached();
             !entry.is_some_and(Cached::is_under_writeback)
         };
-        let mut from = PageIndex(range.start).block();
-        while let Some(block) = self.table.next_used(from) {
-            let pages = block.pages();
-            let pages = pages.start.max(range.start)..pages.end.min(range.end);
-            if pages.start >= range.end {
-                break;
-            }
+        for pages in self.used_parts(&range) {
             for page in pages.filter(|page| !is_written(*page)) {
                 self.written.wait_until(None, || is_written(page));
             }
-            from = BlockIndex(block.0 + 1);
         }
     }
 }
