@@ -14,12 +14,19 @@ const INTERVAL: u32 = 64;
 /// The field of `/proc/.../stat` that has the CPU, counted from the one after the name.
 const PROCESSOR_FIELD: usize = 36;
 
+/// What a thread is confined to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Near {
+    On(usize),
+    Off(usize),
+}
+
 /// Where the calling thread runs.
 #[derive(Debug)]
 pub struct Placement {
     allowed: Option<CpuSet>,
-    /// The CPU that the thread follows or avoids.
-    current: Option<usize>,
+    /// Where the thread was confined to.
+    current: Option<Near>,
     followed: u32,
     faults: u32,
 }
@@ -42,7 +49,9 @@ impl Placement {
 
     /// Notes a fault of a thread, and now and then moves the calling thread to that thread's CPU.
     pub fn follow(&mut self, tid: u32) {
-        let Some(allowed) = &self.allowed else { return };
+        if !self.has_choice() {
+            return;
+        }
         self.faults += 1;
         if self.faults < INTERVAL && self.followed == tid {
             return;
@@ -52,33 +61,54 @@ impl Placement {
             return;
         }
         (self.faults, self.followed) = (0, tid);
-        let Some(cpu) = cpu_of(tid).filter(|cpu| allowed.is_set(*cpu)) else {
-            return;
-        };
-        if self.current != Some(cpu) {
-            let mut set = CpuSet::new();
-            set.set(cpu);
-            self.current = sched_setaffinity(None, &set).ok().map(|()| cpu);
+        if let Some(cpu) = cpu_of(tid) {
+            self.confine(Near::On(cpu));
         }
     }
 
     /// Notes a request of another process, and now and then moves the calling thread to the CPU of that process's first
     /// thread.
     pub fn follow_process(&mut self, pid: u32) {
+        if let Some(cpu) = self.look(pid) {
+            self.confine(Near::On(cpu));
+        }
+    }
+
+    /// Notes a request of another process that goes on meanwhile, and now and then moves the calling thread off the CPU of
+    /// that process's first thread.
+    pub fn avoid_process(&mut self, pid: u32) {
+        if let Some(cpu) = self.look(pid) {
+            self.confine(Near::Off(cpu));
+        }
+    }
+
+    /// The CPU of a process's first thread, if it is time to look.
+    fn look(&mut self, pid: u32) -> Option<usize> {
         self.faults += 1;
-        if self.faults < INTERVAL {
-            return;
+        if self.faults < INTERVAL || !self.has_choice() {
+            return None;
         }
         self.faults = 0;
+        cpu_in(format_args!("/proc/{pid}/stat\0"))
+    }
+
+    fn confine(&mut self, to: Near) {
         let Some(allowed) = &self.allowed else { return };
-        let cpu = cpu_in(format_args!("/proc/{pid}/stat\0"));
-        let Some(cpu) = cpu.filter(|cpu| allowed.is_set(*cpu)) else {
-            return;
+        let set = match to {
+            Near::On(cpu) if !allowed.is_set(cpu) => return,
+            Near::On(cpu) => {
+                let mut set = CpuSet::new();
+                set.set(cpu);
+                set
+            }
+            Near::Off(cpu) => {
+                let mut set = *allowed;
+                set.unset(cpu);
+                set
+            }
         };
-        if self.current != Some(cpu) {
-            let mut set = CpuSet::new();
-            set.set(cpu);
-            self.current = sched_setaffinity(None, &set).ok().map(|()| cpu);
+        if self.current != Some(to) {
+            self.current = sched_setaffinity(None, &set).ok().map(|()| to);
         }
     }
 
@@ -91,26 +121,31 @@ impl Placement {
         }
     }
 
+    /// Whether there is more than one CPU to run on.
+    #[must_use]
+    pub const fn has_choice(&self) -> bool {
+        self.allowed.is_some()
+    }
+
     /// Whether the thread keeps off one of two CPUs that its process has.
     #[must_use]
     pub fn is_one_of_two(&self) -> bool {
-        self.current.is_some() && self.allowed.is_some_and(|allowed| allowed.count() == 2)
+        matches!(self.current, Some(Near::Off(_)))
+            && self.allowed.is_some_and(|allowed| allowed.count() == 2)
     }
 
     /// The CPU to which [`follow`](Self::follow) has moved the thread, if it has.
     #[must_use]
     pub const fn current(&self) -> Option<usize> {
-        self.current
+        match self.current {
+            Some(Near::On(cpu)) => Some(cpu),
+            Some(Near::Off(_)) | None => None,
+        }
     }
 
     /// Keeps the calling thread off a CPU, where another thread is busier.
     pub fn avoid(&mut self, cpu: usize) {
-        let Some(allowed) = &self.allowed else { return };
-        if self.current != Some(cpu) {
-            let mut set = *allowed;
-            set.unset(cpu);
-            self.current = sched_setaffinity(None, &set).ok().map(|()| cpu);
-        }
+        self.confine(Near::Off(cpu));
     }
 }
 

@@ -12,6 +12,7 @@ mod handshake;
 mod input;
 mod option;
 mod output;
+mod pace;
 mod proto;
 mod reading;
 mod server;

@@ -51,6 +51,14 @@ impl Input {
         Ok(())
     }
 
+    /// Receives what there is. Says whether there was anything.
+    pub(super) fn try_receive(&mut self, socket: &Socket) -> Result<bool, End> {
+        self.make_room();
+        let received = socket.try_receive(&mut self.bytes[self.end..])?;
+        self.end += received.unwrap_or(0);
+        Ok(received.is_some())
+    }
+
     /// Receives what there is of a request's head, and nothing that comes after. Says whether there was anything.
     pub(super) fn try_receive_head(&mut self, socket: &Socket) -> Result<bool, End> {
         self.make_room();

@@ -1,7 +1,10 @@
 //! The requests of one client, answered one after the other, in order.
 //!
-//! Replies are gathered as long as the next request is here already, and sent before we wait for one. What must never
+//! Replies are gathered, by groups that `pace` knows, and sent before we wait for a request. What must never
 //! happen here: waiting for the client with a request of the device under way, longer than `reading` allows.
+
+use core::time::Duration;
+use std::time::Instant;
 
 use pgmap_drivers::block::{Access, BlockDevice, Direct, Zeros};
 use pgmap_host::affinity::Placement;
@@ -13,6 +16,7 @@ use super::failure::{Failure, WireError};
 use super::handshake::{Agreed, Metadata, Replies};
 use super::input::Input;
 use super::output::{MOST_COPIED, Output};
+use super::pace::{Behind, Pace};
 use super::proto::{ALLOCATION_ID, Command, MOST_PAYLOAD, Request, command_flag};
 use super::socket::{End, More, Socket, broken};
 use super::status::{Most, block_status};
@@ -26,6 +30,8 @@ const FOLLOWED: usize = 32 << 10;
 const DIRECT: u64 = 32 << 10;
 /// A write's pieces end at multiples of this, so that blocks are written whole.
 const BLOCK: u64 = 4096;
+/// How long replies are held for more of them: what a client needs for two or three requests.
+const HELD: Duration = Duration::from_micros(6);
 
 /// What became of a request; the session ends if the connection did.
 pub(super) type Outcome = Result<Result<(), Failure>, End>;
@@ -45,6 +51,7 @@ pub(super) struct Session<'a> {
     /// The client's process, if it is on this machine.
     peer: Option<u32>,
     placement: Placement,
+    pace: Pace,
     unflushed: bool,
     expected: Expected<'a>,
 }
@@ -76,6 +83,7 @@ impl<'a> Session<'a> {
             stopping,
             peer,
             placement: Placement::new(),
+            pace: Pace::new(),
             unflushed: false,
             expected: Expected::Anything,
         }
@@ -115,10 +123,8 @@ impl<'a> Session<'a> {
     }
 
     /// Short requests that come one by one are answered on the client's CPU: waking across CPUs costs more than doing two
-    /// things at a time gains. A client that does not wait for its replies keeps both CPUs busy.
+    /// things at a time gains. A client that does not wait for its replies is busy meanwhile, and keeps its CPU.
     fn follow(&mut self, request: &Request) {
-        let Some(pid) = self.peer else { return };
-        let is_short = usize::try_from(request.length).is_ok_and(|len| len < FOLLOWED);
         let payload = match request.command {
             Command::Write => usize::try_from(request.length).unwrap_or(usize::MAX),
             Command::Read
@@ -130,10 +136,17 @@ impl<'a> Session<'a> {
             | Command::BlockStatus
             | Command::Unknown(_) => 0,
         };
-        if is_short && self.input.len() <= payload {
-            self.placement.follow_process(pid);
+        self.pace.note(if self.input.len() > payload {
+            Behind::More
         } else {
-            self.placement.release();
+            Behind::Nothing
+        });
+        let Some(pid) = self.peer else { return };
+        let is_short = usize::try_from(request.length).is_ok_and(|len| len < FOLLOWED);
+        match (is_short, self.pace.is_pipelining()) {
+            (true, false) => self.placement.follow_process(pid),
+            (true, true) => self.placement.avoid_process(pid),
+            (false, _) => self.placement.release(),
         }
     }
 
@@ -154,6 +167,9 @@ impl<'a> Session<'a> {
     /// Waits for a request, with all replies sent.
     fn next(&mut self) -> Result<Request, End> {
         loop {
+            if self.pace.is_group() {
+                self.flush_replies()?;
+            }
             if let Some(request) = self.input.request() {
                 return request;
             }
@@ -162,12 +178,39 @@ impl<'a> Session<'a> {
             {
                 continue;
             }
-            self.output.flush(&mut self.stream, More::Nothing)?;
+            if self.holds_replies()? {
+                continue;
+            }
+            self.flush_replies()?;
             match self.expected {
                 Expected::Anything => self.input.receive(&mut self.stream)?,
                 Expected::LongWrite(socket) => socket.wait_readable()?,
             }
         }
+    }
+
+    fn flush_replies(&mut self) -> Result<(), End> {
+        self.pace.sent();
+        self.output.flush(&mut self.stream, More::Nothing)
+    }
+
+    /// Holds the replies for a moment if more requests are likely to come. Says whether one did.
+    fn holds_replies(&mut self) -> Result<bool, End> {
+        let (Some(socket), Expected::Anything) = (self.stream.plain(), self.expected) else {
+            return Ok(false);
+        };
+        if !self.pace.is_worth_waiting() || !self.placement.has_choice() {
+            return Ok(false);
+        }
+        let begin = Instant::now();
+        while begin.elapsed() < HELD {
+            core::hint::spin_loop();
+        }
+        let received = self.input.try_receive(socket)?;
+        if !received {
+            self.pace.waited_in_vain();
+        }
+        Ok(received)
     }
 
     /// Whether a request may be tried.
