@@ -31,6 +31,8 @@ mod dirty;
 mod entry;
 mod failure;
 mod fault;
+#[cfg(all(test, loom))]
+mod model;
 mod owner;
 mod pin;
 mod rmap;

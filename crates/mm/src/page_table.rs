@@ -236,7 +236,7 @@ impl<E: Entry> Cursor<'_, E> {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
     use pgmap_core::addr::Pfn;

@@ -174,7 +174,7 @@ impl Age {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
     use pgmap_core::platform::HeapPlatform;

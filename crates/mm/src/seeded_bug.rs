@@ -1,5 +1,5 @@
 //! Bugs on purpose, for the lab: each proves that an exploration of interleavings can fail. Only built with
-//! `--cfg shuttle`; a thread's model begins without one.
+//! `--cfg shuttle`, and for some `--cfg loom`; a thread's model begins without one.
 
 use core::cell::Cell;
 
