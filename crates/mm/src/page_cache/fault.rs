@@ -17,7 +17,7 @@ use crate::fault::{Access, Outcome};
 use crate::mmu::{Protect, Stop};
 use crate::page_table::{Cursor, PageIndex};
 use crate::readahead::Plan;
-#[cfg(shuttle)]
+#[cfg(any(loom, shuttle))]
 use crate::seeded_bug::{self, SeededBug};
 use crate::space::Worker;
 use crate::stats::Stats;
@@ -82,7 +82,7 @@ impl PageCache {
 
     /// Whether a page is not to be read in now, as it is about to be truncated. Exact under its cursor.
     fn is_closed_to_reads(&self, page: u32) -> bool {
-        #[cfg(shuttle)]
+        #[cfg(any(loom, shuttle))]
         if seeded_bug::has(SeededBug::ReadIgnoresTheBarrier) {
             return false;
         }

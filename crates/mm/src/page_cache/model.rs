@@ -1,7 +1,7 @@
 //! Pins against those who take a page away, in every order that the machine's memory allows (loom).
 //!
 //! The real page cache, with as little below it as it can do with: a memory that knows whether its page was given back, and a
-//! file of zeros. The lab explores longer scenarios; there every atomic access is sequentially consistent, here none is.
+//! file. The lab explores longer scenarios; there every atomic access is sequentially consistent, here none is.
 //!
 //! ```text
 //! RUSTFLAGS="--cfg loom" cargo test -p pgmap-mm --release --lib
@@ -23,8 +23,9 @@ use pgmap_core::memremap::MemoryMap;
 use pgmap_core::platform::HeapPlatform;
 use pgmap_sync::atomic::{AtomicBool, Ordering};
 
-use super::{CacheParts, FileNumber, NotPinned, OnPinned, PageCache};
+use super::{CacheParts, FileNumber, FileVma, NotPinned, OnPinned, PageCache, VmaAccess};
 use crate::backing::{Backing, BackingError, Transfer};
+use crate::fault::{Access, Outcome};
 use crate::gup::PinAccess;
 use crate::mmu::{Progress, Protect};
 use crate::page_table::PageIndex;
@@ -98,12 +99,19 @@ unsafe impl SharedMmu for Memory {
     }
 }
 
-/// A file of zeros.
-#[derive(Debug)]
-struct Zeros;
+/// A file that knows whether it was punched, and whether what was read last was read before.
+#[derive(Debug, Default)]
+struct File {
+    // Relaxed, both: a cursor or a closed range is to order them.
+    punched: AtomicBool,
+    read_old: AtomicBool,
+}
 
-impl Backing for Zeros {
-    fn read(&self, _: &mut [Transfer<'_>]) {}
+impl Backing for File {
+    fn read(&self, _: &mut [Transfer<'_>]) {
+        let old = !self.punched.load(Ordering::Relaxed);
+        self.read_old.store(old, Ordering::Relaxed);
+    }
 
     fn write(&self, _: &mut [Transfer<'_>]) {}
 
@@ -116,40 +124,49 @@ impl Backing for Zeros {
     }
 
     fn punch(&self, _: Range<u64>) -> Result<(), BackingError> {
+        self.punched.store(true, Ordering::Relaxed);
         Ok(())
     }
 }
 
-/// A page cache with one frame, in which the first of the file's two pages is.
+/// A page cache with one frame.
 struct Model {
     cache: PageCache,
     memory: Arc<Memory>,
+    file: Arc<File>,
 }
 
 impl Model {
-    fn new(access: PinAccess) -> Arc<Self> {
+    fn new() -> Arc<Self> {
         let map = MemoryMap::new(&HeapPlatform, 1).unwrap();
         let memory = Arc::new(Memory {
             bytes: Bounce::new(PAGES),
             uses: [UnsafeCell::new(()), UnsafeCell::new(())],
             removed: AtomicBool::new(false),
         });
+        let file = Arc::new(File::default());
         let cache = PageCache::new(CacheParts {
             platform: &HeapPlatform,
             number: FileNumber(1),
             ram: Arc::new(map.add_ram(1).unwrap()),
             map,
             mmu: Arc::clone(&memory) as _,
-            backing: Arc::new(Zeros),
+            backing: Arc::clone(&file) as _,
             memcg: None,
             size_bytes: (PAGES * PAGE_SIZE) as u64,
             most_pages: PAGES as u32,
             stats: Box::leak(Box::default()),
         });
-        let model = Arc::new(Self {
+        Arc::new(Self {
             cache: cache.unwrap(),
             memory,
-        });
+            file,
+        })
+    }
+
+    /// The same, with the first page in RAM.
+    fn with_page(access: PinAccess) -> Arc<Self> {
+        let model = Self::new();
         assert_eq!(model.read(0, access), Ok(()));
         model
     }
@@ -194,7 +211,7 @@ fn give_up(_: u32) -> ControlFlow<()> {
 
 /// A page is cut off, and its frame is another page's at once.
 fn pin_against_punch() {
-    let model = Model::new(PinAccess::Read);
+    let model = Model::with_page(PinAccess::Read);
     let pinner = model.pin(PinAccess::Read);
     if model.cache.punch(0..PAGE_SIZE as u64, give_up).is_ok() {
         let entry = model.cache.peek(0);
@@ -220,9 +237,47 @@ fn a_pin_that_ignores_a_truncation_is_found() {
     explore(pin_against_punch);
 }
 
+/// A page is read in while it is punched.
+fn read_against_punch() {
+    let model = Model::new();
+    let at = VirtAddr::new(1 << 30);
+    model.cache.add_vma(FileVma {
+        at,
+        first: 0,
+        pages: 1,
+        access: VmaAccess::Read,
+    });
+    let reader = {
+        let model = Arc::clone(&model);
+        thread::spawn(move || model.cache.fault(&mut Worker::new(), at, Access::Read))
+    };
+    let punched = model.cache.punch(0..PAGE_SIZE as u64, give_up);
+    assert_eq!(reader.join().unwrap(), Outcome::Resolved);
+    let old = model.file.read_old.load(Ordering::Relaxed);
+    let there = model.cache.peek(0).cached().is_some();
+    assert!(
+        !(punched.is_ok() && there && old),
+        "removed bytes stay away"
+    );
+}
+
+/// FLT-2: what was read before a truncation closed its range is dropped by it.
+#[test]
+fn a_read_and_a_truncation_exclude_each_other() {
+    explore(read_against_punch);
+}
+
+/// FLT-2: `remove-stale-source`.
+#[test]
+#[should_panic = "removed bytes stay away"]
+fn a_read_that_ignores_a_truncation_is_found() {
+    seed(SeededBug::ReadIgnoresTheBarrier);
+    explore(read_against_punch);
+}
+
 /// A page is evicted.
 fn pin_against_evict() {
-    let model = Model::new(PinAccess::Read);
+    let model = Model::with_page(PinAccess::Read);
     let pinner = model.pin(PinAccess::Read);
     model.cache.shrink(1);
     pinner.join().unwrap();
@@ -244,7 +299,7 @@ fn an_eviction_that_looks_first_is_found() {
 
 /// A dirty page is written back.
 fn pin_against_clean() {
-    let model = Model::new(PinAccess::Write);
+    let model = Model::with_page(PinAccess::Write);
     let pinner = model.pin(PinAccess::Write);
     model.cache.write_back(0..1, OnPinned::Skip);
     pinner.join().unwrap();
