@@ -15,7 +15,7 @@ use core::ops::ControlFlow;
 use std::sync::Arc;
 
 use explore::explore;
-use files::{NINES, PAGE, SOUND, full_machine, machine, pin, spawn, word_of};
+use files::{NEXT_BLOCK, NINES, PAGE, SOUND, full_machine, machine, pin, spawn, word_of};
 use pgmap_lab::file_machine::word;
 use pgmap_lab::machine::Signal;
 use pgmap_mm::gup::Pin;
@@ -271,16 +271,18 @@ fn removed_bytes_stay_away() {
 
 /// A page of a block that nobody has touched is read in while it is cut off, and does not come back with the file (FLT-2).
 fn first_faults_against_truncate() {
-    let (machine, vma) = full_machine(2, 65 * PAGE);
+    let start = NEXT_BLOCK as usize * PAGE;
+    let end = (start + PAGE) as u64;
+    let (machine, vma) = full_machine(2, start + PAGE);
     let reader = spawn(&machine, move |machine| {
-        let _ = machine.cpu().load(word(&vma, 64, 0));
+        let _ = machine.cpu().load(word(&vma, NEXT_BLOCK, 0));
     });
     let give_up = |_| ControlFlow::Break(());
-    assert_eq!(machine.cache.set_len(64 * PAGE as u64, give_up), Ok(()));
-    assert_eq!(machine.cache.set_len(65 * PAGE as u64, give_up), Ok(()));
+    assert_eq!(machine.cache.set_len(start as u64, give_up), Ok(()));
+    assert_eq!(machine.cache.set_len(end, give_up), Ok(()));
     reader.join().unwrap();
     let mut cpu = machine.cpu();
-    let found = cpu.load(word(&vma, 64, 0));
+    let found = cpu.load(word(&vma, NEXT_BLOCK, 0));
     assert_eq!(found, Ok(0), "removed bytes stay away");
     drop(cpu);
     machine.assert_empty();

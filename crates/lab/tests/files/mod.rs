@@ -9,6 +9,7 @@ use pgmap_lab::file_machine::{FileCpu, FileMachine, FileSetup};
 use pgmap_lab::shared_memory::{self, ModelSharedMmu};
 use pgmap_mm::gup::{Pin, PinError, PinnedPages};
 use pgmap_mm::page_cache::FileVma;
+use pgmap_mm::page_table::BLOCK_PAGES;
 use shuttle::thread;
 
 /// Bytes in a page.
@@ -17,8 +18,10 @@ pub(crate) const PAGE: usize = PAGE_SIZE;
 pub(crate) const NINES: u64 = u64::from_ne_bytes([9; 8]);
 /// A disk that does what it says.
 pub(crate) const SOUND: Flaw = Flaw::None;
-/// Pages that the file may have: two blocks.
-const MOST_PAGES: u32 = 128;
+/// The first page of the file's second block.
+pub(crate) const NEXT_BLOCK: u32 = BLOCK_PAGES;
+/// Pages that the file may have: two groups of four blocks.
+const MOST_PAGES: u32 = 8 * BLOCK_PAGES;
 
 /// A machine whose file has `bytes` bytes, all of them 0, and is mapped as a whole.
 pub(crate) fn machine(frames: u64, bytes: usize, flaw: Flaw) -> (Arc<FileMachine>, FileVma) {
