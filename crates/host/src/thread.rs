@@ -11,7 +11,10 @@ pub const STACK_BYTES: usize = 256 * 1024;
 /// # Errors
 ///
 /// What the machine answers if it has no room for another thread.
-pub fn spawn<F: FnOnce() + Send + 'static>(name: &str, run: F) -> io::Result<JoinHandle<()>> {
+pub fn spawn<T: Send + 'static>(
+    name: &str,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
     let _blocked = SignalsBlocked::new();
     Builder::new()
         .name(name.to_owned())

@@ -7,11 +7,12 @@ use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::mem;
+use core::time::Duration;
 
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_core::memcg::Memcg;
-use pgmap_sync::Mutex;
 use pgmap_sync::atomic::{AtomicU32, Ordering};
+use pgmap_sync::{Mutex, WaitQueue};
 
 use crate::discard::Pinned;
 use crate::fault::{Access, Outcome};
@@ -19,6 +20,8 @@ use crate::page_cache::{FileNumber, FileVma, PageCache, ReadAhead};
 use crate::reclaim::Caller;
 use crate::space::{AddressSpace, BATCH, Worker};
 
+/// One frame of so many may have bytes that only RAM has, before they are written in the background.
+const MANY: u64 = 10;
 /// One frame of so many may have bytes that only RAM has, before who writes has to wait.
 const DIRTY: u64 = 3;
 /// Blocks of pages that who writes has to write back then.
@@ -29,6 +32,8 @@ const DIRTY_BLOCKS: u32 = 4;
 pub struct Files {
     open: Mutex<Vec<Arc<PageCache>>>,
     ahead: ReadAhead,
+    /// Who writes in the background waits here.
+    dirtied: WaitQueue,
     /// The number that the next file gets.
     next: AtomicU32,
     /// By first address.
@@ -211,9 +216,19 @@ impl AddressSpace {
         }
     }
 
-    /// Who makes too many pages dirty writes some back, instead of leaving that to the flusher (`balance_dirty_pages`).
+    /// Waits until so many pages of files are dirty that they should be written, for so long at most. Says whether they are.
+    pub fn wait_for_dirty(&self, patience: Duration) -> bool {
+        let is_time = || self.files.dirty_pages() > self.ram.limit() / MANY;
+        self.files.dirtied.wait_until(Some(patience), is_time)
+    }
+
+    /// Who makes many pages dirty calls the flusher; who makes too many dirty writes some back (`balance_dirty_pages`).
     fn balance_dirty(&self, cache: &PageCache) {
-        if self.files.dirty_pages() > self.ram.limit() / DIRTY {
+        let (dirty, limit) = (self.files.dirty_pages(), self.ram.limit());
+        if dirty > limit / MANY {
+            self.files.dirtied.wake_all();
+        }
+        if dirty > limit / DIRTY {
             cache.write_some(DIRTY_BLOCKS);
         }
     }

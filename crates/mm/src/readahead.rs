@@ -71,6 +71,8 @@ impl Plan {
 struct Stream {
     /// The last page that faulted.
     page: u32,
+    /// The end of those that were mapped with it.
+    end: u32,
     /// Pages from one access to the next; 0 while unknown.
     step: i64,
     window: u32,
@@ -83,7 +85,13 @@ impl Stream {
         if self.window == 0 {
             return None;
         }
-        let delta = i64::from(page) - i64::from(self.page);
+        // Behind what was mapped is where a stream forwards goes on, if nothing is left out.
+        let goes_on = page == self.end && matches!(self.step, 0 | 1);
+        let delta = if goes_on {
+            1
+        } else {
+            i64::from(page) - i64::from(self.page)
+        };
         if self.step == 0 {
             // The second fault fixes the step.
             return (delta != 0 && delta.abs() <= MAX_STRIDE).then_some((delta, 1));
@@ -122,6 +130,7 @@ impl Readahead {
             let window = (window * 2).clamp(FIRST_WINDOW, MAX_WINDOW);
             *stream = Stream {
                 page,
+                end: page.saturating_add(1),
                 step,
                 window,
                 used: self.clock,
@@ -139,6 +148,7 @@ impl Readahead {
             let window = if step.abs() == 1 { FIRST_WINDOW } else { 1 };
             *stream = Stream {
                 page,
+                end: page.saturating_add(1),
                 step,
                 window,
                 used: self.clock,
@@ -147,6 +157,7 @@ impl Readahead {
         }
         let fresh = Stream {
             page,
+            end: page.saturating_add(1),
             step: 0,
             window: 1,
             used: self.clock,
@@ -158,6 +169,14 @@ impl Readahead {
             page,
             step: 0,
             window: 1,
+        }
+    }
+
+    /// Notes that all pages before `end` were mapped with the page of a plan.
+    pub fn reached(&mut self, plan: &Plan, end: u32) {
+        let mut streams = self.streams.iter_mut();
+        if let Some(stream) = streams.find(|stream| stream.page == plan.page) {
+            stream.end = end;
         }
     }
 }
@@ -206,6 +225,22 @@ mod tests {
         let run = fault(&mut readahead, 999).run();
         assert_eq!(run, 996..1000);
         assert_eq!(fault(&mut readahead, 995).run(), 988..996);
+    }
+
+    /// A stream whose faults map more than it asked for is a stream forwards all the same, and keeps its window.
+    #[test]
+    fn what_is_mapped_along_does_not_end_a_stream() {
+        let mut readahead = Readahead::default();
+        let mut page = 1000;
+        let mut windows = Vec::new();
+        for _ in 0..6 {
+            let plan = fault(&mut readahead, page);
+            windows.push(plan.window());
+            page += 64;
+            readahead.reached(&plan, page);
+        }
+        assert_eq!(windows, [1, 4, 8, 16, 32, 32]);
+        assert!(fault(&mut readahead, page).forwards().is_some());
     }
 
     /// A stride is followed after its third fault, without the pages between.

@@ -42,6 +42,7 @@ use rustix::io::Errno;
 
 use crate::memory::{Memory, PLATFORM};
 use crate::space::{AddressSpace, MapError};
+use crate::writer::write_back;
 
 /// How long a file may become while it is open: so many times as long as it is, and this many bytes at least. It costs
 /// addresses only.
@@ -326,11 +327,11 @@ impl File<'_> {
         let range = start..page(bytes.end.div_ceil(PAGE_SIZE as u64)).max(start);
         let (cache, began) = (&self.inner.cache, Instant::now());
         let written = match writeback {
-            Writeback::Background => cache.write_back(range, OnPinned::Skip),
-            Writeback::Integrity => cache.write_back(range, OnPinned::Bounce),
+            Writeback::Background => write_back(cache, range, OnPinned::Skip),
+            Writeback::Integrity => write_back(cache, range, OnPinned::Bounce),
             Writeback::IntegrityAfterPins(patience) => {
                 let mut wait = |_| keep_waiting(began, patience);
-                cache.write_back(range, OnPinned::Wait(&mut wait))
+                write_back(cache, range, OnPinned::Wait(&mut wait))
             }
         };
         if writeback != Writeback::Background {

@@ -6,19 +6,19 @@
 use core::time::Duration;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use pgmap_mm::page_cache::OnPinned;
 
 use crate::old_pins::OldPins;
 use crate::pager::Pager;
 use crate::space::AddressSpace;
+use crate::writer::write_back;
 
 /// Pages are written after this long, however few they are.
 const PERIOD: Duration = Duration::from_secs(1);
-/// How often the flusher looks whether there are many.
+/// How often the flusher looks at pins and mappings. There may be so many dirty pages that it is called at once.
 const LOOK: Duration = Duration::from_millis(20);
-/// One page of so many that may be in RAM is dirty: then writing begins at once.
-const MANY: u64 = 10;
 
 /// Starts the thread; it ends with the pager.
 pub(crate) fn start(
@@ -31,27 +31,29 @@ pub(crate) fn start(
 }
 
 fn flush(pager: &Pager, space: &AddressSpace, mut old_pins: Option<OldPins>) {
-    let mut idle = Duration::ZERO;
+    let mut written = Instant::now();
     while !pager.stopping() {
-        thread::park_timeout(LOOK);
-        idle += LOOK;
+        let is_called = space.inner().wait_for_dirty(LOOK);
         space.end_lingering();
         if let Some(old_pins) = &mut old_pins {
             old_pins.look(space);
         }
-        let space = space.inner();
-        let dirty = space.files().dirty_pages();
-        if dirty == 0 || (dirty < space.ram().limit() / MANY && idle < PERIOD) {
+        if !is_called && written.elapsed() < PERIOD {
             continue;
         }
-        idle = Duration::ZERO;
-        write_all(space);
+        written = Instant::now();
+        if write_all(space.inner()) == 0 {
+            // What is dirty is pinned, or cannot be written: trying again at once is not worth a CPU.
+            thread::park_timeout(LOOK);
+        }
     }
 }
 
-/// Writes what is dirty in each file, pinned pages excepted.
-fn write_all(space: &pgmap_mm::space::AddressSpace) {
-    for cache in space.files().all() {
-        cache.write_back(0..u32::MAX, OnPinned::Skip);
-    }
+/// Writes what is dirty in each file, pinned pages excepted. Says how many pages it wrote.
+fn write_all(space: &pgmap_mm::space::AddressSpace) -> u64 {
+    let files = space.files().all();
+    let written = files
+        .iter()
+        .map(|cache| write_back(cache, 0..u32::MAX, OnPinned::Skip).pages);
+    written.sum()
 }

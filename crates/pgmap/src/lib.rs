@@ -29,6 +29,7 @@ mod reader;
 pub mod run;
 pub mod shared;
 mod space;
+mod writer;
 
 pub use dax::{DaxMapping, MapDaxError};
 pub use device::{Device, open_backing};

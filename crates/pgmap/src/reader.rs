@@ -13,7 +13,7 @@ use pgmap_mm::space::Worker;
 use crate::pager::Pager;
 
 /// How many threads.
-pub(crate) const READERS: usize = 2;
+pub(crate) const READERS: usize = 3;
 /// Pages that are to leave if there is no room to read.
 const ROOM: usize = 512;
 /// Between two looks whether the pager ends.

@@ -23,7 +23,7 @@ const GROUP_BLOCKS: u32 = 4;
 /// The same in pages.
 pub(crate) const GROUP_PAGES: u32 = GROUP_BLOCKS * BLOCK_PAGES;
 /// Groups that are read ahead of a stream, at most.
-const GROUPS: u32 = 3;
+const GROUPS: u32 = 6;
 /// What is read ahead of one stream is at most one part of so many of the RAM.
 const PART: u64 = 8;
 

@@ -1,5 +1,7 @@
 //! Which blocks have dirty pages: one bit each, so that writeback looks at no others.
 
+use core::ops::Range;
+
 use pgmap_core::platform::{OutOfAddressSpace, Platform};
 use pgmap_core::vmemmap::ZeroedSlice;
 use pgmap_sync::atomic::{AtomicU64, Ordering};
@@ -39,6 +41,17 @@ impl DirtyBlocks {
     pub(super) fn clear(&self, block: BlockIndex) {
         let (word, bit) = self.word(block);
         word.fetch_and(!bit, Ordering::Relaxed);
+    }
+
+    /// The dirty block in the middle of those of a range, if there are at least so many.
+    pub(super) fn middle(&self, range: &Range<u32>, least: usize) -> Option<BlockIndex> {
+        let first = self.next(BlockIndex(range.start));
+        let dirty = || {
+            core::iter::successors(first, |block| self.next(BlockIndex(block.0 + 1)))
+                .take_while(|block| block.0 < range.end)
+        };
+        let count = dirty().count();
+        (count >= least).then(|| dirty().nth(count / 2)).flatten()
     }
 
     /// The first block at or after `from` that may have dirty pages.

@@ -56,7 +56,8 @@ impl PageCache {
             let mut cursor = self.table.lock(page.block());
             match cursor.get(page) {
                 CachePage::Cached(_) => {
-                    self.map_page(&mut cursor, page, plan, at, access);
+                    let end = self.map_page(&mut cursor, page, plan, at, access);
+                    worker.file_readahead.reached(plan, end);
                     return Outcome::Resolved;
                 }
                 CachePage::Poisoned => return self.sigbus(&cursor, at),
@@ -165,7 +166,7 @@ impl PageCache {
         good
     }
 
-    /// Maps a page that is in RAM, or lets it be written.
+    /// Maps a page that is in RAM, or lets it be written. Answers the end of the pages that are mapped then.
     fn map_page(
         &self,
         cursor: &mut Cursor<'_, CachePage>,
@@ -173,7 +174,7 @@ impl PageCache {
         plan: &Plan,
         at: VirtAddr,
         access: Access,
-    ) {
+    ) -> u32 {
         match access {
             Access::Read => {}
             // Who has written so many pages in a row is let write the next ones, too: at worst they are written as they are.
@@ -185,29 +186,31 @@ impl PageCache {
             Access::Write | Access::WriteProtected => self.set_dirty(cursor, page),
         }
         // Nothing to do if the mapping is gone: so is the access.
-        self.vmas.with(at, |vma| match access {
+        let end = self.vmas.with(at, |vma| match access {
             Access::WriteProtected => {
                 Stats::add(&self.stats.faults_file_write, 1);
                 self.mmu.unprotect(at, 1);
+                page.0 + 1
             }
             Access::Read | Access::Write => {
                 Stats::add(&self.stats.faults_file, 1);
                 let around = page.0..page.0.saturating_add(FAULT_AROUND);
-                self.map_run(cursor, page, plan.forwards().map_or(around, rest), vma);
+                self.map_run(cursor, page, plan.forwards().map_or(around, rest), vma)
             }
         });
+        end.unwrap_or(page.0)
     }
 
-    /// Maps a page at its place in a mapping, and the pages after it that may be mapped alike.
+    /// Maps a page at its place in a mapping, and the pages after it that may be mapped alike. Answers where they end.
     fn map_run(
         &self,
         cursor: &mut Cursor<'_, CachePage>,
         page: PageIndex,
         around: Range<u32>,
         vma: &FileVma,
-    ) {
+    ) -> u32 {
         let Some(first) = cursor.get(page).cached() else {
-            return;
+            return page.0;
         };
         let limit = clip(around, &clip(vma.file_pages(), &(0..self.size_pages())));
         let alike = |entry: CachePage| {
@@ -248,6 +251,7 @@ impl PageCache {
                 self.mmu.wake(at, 1);
             }
         }
+        run.end
     }
 
     /// Answers an access with SIGBUS: there is no such page, or its bytes are lost (FLT-1).

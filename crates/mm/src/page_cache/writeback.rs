@@ -15,7 +15,7 @@ use pgmap_sync::atomic::Ordering;
 use super::entry::{State, Writeback};
 use super::{CachePage, Cached, PageCache};
 use crate::backing::{BackingError, Transfer};
-use crate::page_table::{BlockIndex, Cursor, PageIndex};
+use crate::page_table::{BLOCK_PAGES, BlockIndex, Cursor, PageIndex};
 #[cfg(shuttle)]
 use crate::seeded_bug::{self, SeededBug};
 use crate::shared_mmu::{Bounce, SharedPages};
@@ -25,6 +25,9 @@ use crate::stats::Stats;
 const RUNS: usize = 16;
 /// Copies of pinned pages that are written at once.
 const COPIES: usize = 64;
+
+/// Dirty blocks that two threads write faster than one: 16 MiB.
+const SHARED_BLOCKS: usize = 64;
 
 /// What becomes of pages that somebody has pinned, and that may change while they are written.
 pub enum OnPinned<'a> {
@@ -202,6 +205,15 @@ impl PageCache {
             self.wait_for_writeback(range);
         }
         batch.written
+    }
+
+    /// The middle of the dirty pages of a range, if they are so many that two threads are faster than one to write them.
+    #[must_use]
+    pub fn dirty_middle(&self, range: &Range<u32>) -> Option<u32> {
+        let end = range.end.min(self.size_pages());
+        let blocks = range.start / BLOCK_PAGES..end.div_ceil(BLOCK_PAGES);
+        let middle = self.dirty_blocks.middle(&blocks, SHARED_BLOCKS)?;
+        Some(middle.pages().start)
     }
 
     /// Writes the dirty pages of some blocks, those excepted that somebody has pinned (WB-1). The next call goes on where this one
