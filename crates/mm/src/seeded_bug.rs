@@ -54,6 +54,24 @@ pub enum SeededBug {
     ExtendIgnoresFaults,
     /// A page that is lost while it is written is forgotten before it has been (WB-6).
     FailureIgnoresWriteback,
+    /// Who reads ahead looks what is not in RAM, and takes the cursors afterwards: bytes that were stored meanwhile are lost.
+    ReadAheadLooksFirst,
+    /// Who reads ahead takes the cursors of some groups in another order: two wait for each other.
+    ReadersLockBackwards,
+    /// What the file could not give is read ahead as zeros.
+    ReadAheadTrustsTheFile,
+    /// What was charged for pages that are not read ahead after all stays charged (HMM-8).
+    ReadAheadKeepsTheCharge,
+    /// A fault is answered at an address that shows another page of the file by now: that one is made writable, or SIGBUS.
+    FaultTrustsTheAddress,
+    /// A page is mapped at addresses that are not the file's any more.
+    FaultOutlivesTheMapping,
+    /// Mappings that may only be read are left where pages are taken away: they show memory that is somebody else's.
+    WalkSkipsReaders,
+    /// A mapping's pins are looked for before it is taken out, and one comes in between.
+    UnmapLooksForPinsFirst,
+    /// A file is written back for the last time before those who have it pinned know that it was: their bytes are lost.
+    ReleaseWritesFirst,
 }
 
 std::thread_local! {

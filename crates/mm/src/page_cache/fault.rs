@@ -60,9 +60,9 @@ impl PageCache {
                     worker.file_readahead.reached(plan, end);
                     return Outcome::Resolved;
                 }
-                CachePage::Poisoned => return self.sigbus(&cursor, at),
+                CachePage::Poisoned => return self.sigbus(&cursor, page, at),
                 CachePage::Absent if page.0 >= self.size_pages() => {
-                    return self.sigbus(&cursor, at);
+                    return self.sigbus(&cursor, page, at);
                 }
                 CachePage::Absent => {}
             }
@@ -74,7 +74,7 @@ impl PageCache {
             if !self.has_room(worker) {
                 return Outcome::NoMemory;
             }
-            let mapped = self.vmas.with(at, FileVma::file_pages);
+            let mapped = self.vmas.with_page(at, page, FileVma::file_pages);
             let wanted = mapped.unwrap_or(page.0..page.0 + 1);
             let run = plan.forwards().map_or(plan.run(), rest);
             self.read_in(&mut cursor, worker, page, &clip(run, &wanted));
@@ -82,7 +82,7 @@ impl PageCache {
     }
 
     /// Whether a page is not to be read in now, as it is about to be truncated. Exact under its cursor.
-    fn is_closed_to_reads(&self, page: u32) -> bool {
+    pub(super) fn is_closed_to_reads(&self, page: u32) -> bool {
         #[cfg(any(loom, shuttle))]
         if seeded_bug::has(SeededBug::ReadIgnoresTheBarrier) {
             return false;
@@ -186,7 +186,7 @@ impl PageCache {
             Access::Write | Access::WriteProtected => self.set_dirty(cursor, page),
         }
         // Nothing to do if the mapping is gone: so is the access.
-        let end = self.vmas.with(at, |vma| match access {
+        let end = self.vmas.with_page(at, page, |vma| match access {
             Access::WriteProtected => {
                 Stats::add(&self.stats.faults_file_write, 1);
                 self.mmu.unprotect(at, 1);
@@ -255,8 +255,8 @@ impl PageCache {
     }
 
     /// Answers an access with SIGBUS: there is no such page, or its bytes are lost (FLT-1).
-    fn sigbus(&self, _cursor: &Cursor<'_, CachePage>, at: VirtAddr) -> Outcome {
-        self.vmas.with(at, |_| {
+    fn sigbus(&self, _cursor: &Cursor<'_, CachePage>, page: PageIndex, at: VirtAddr) -> Outcome {
+        self.vmas.with_page(at, page, |_| {
             if self.mmu.poison(at, 1).done == 0 {
                 self.mmu.wake(at, 1);
             }
