@@ -54,6 +54,10 @@ pub enum SeededBug {
     ExtendIgnoresFaults,
     /// A page that is lost while it is written is forgotten before it has been (WB-6).
     FailureIgnoresWriteback,
+    /// A pin takes the lock that is held while all mappings of a page are looked at (WB-7, `mkclean-abba`).
+    PinLocksTheMappings,
+    /// A truncation waits for pins with its range closed, so that who has them waits for the truncation (WB-7).
+    TruncateWaitsClosed,
     /// Who reads ahead looks what is not in RAM, and takes the cursors afterwards: bytes that were stored meanwhile are lost.
     ReadAheadLooksFirst,
     /// Who reads ahead takes the cursors of some groups in another order: two wait for each other.

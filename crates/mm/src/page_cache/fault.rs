@@ -68,7 +68,7 @@ impl PageCache {
             }
             if self.is_closed_to_reads(page.0) {
                 drop(cursor);
-                self.wait_for_resize();
+                self.barrier.wait_while_closed(page.0);
                 continue;
             }
             if !self.has_room(worker) {

@@ -98,10 +98,12 @@ impl PageCache {
             return Err(NotPinned::BeyondTheEnd);
         }
         loop {
+            #[cfg(shuttle)]
+            let _walked = seeded_bug::has(SeededBug::PinLocksTheMappings).then(|| self.vmas.lock());
             let mut cursor = self.table.lock(page.block());
             if self.barrier.is_closed(page.0) {
                 drop(cursor);
-                self.wait_for_resize();
+                self.barrier.wait_while_closed(page.0);
                 continue;
             }
             match cursor.get(page) {

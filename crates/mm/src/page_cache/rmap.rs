@@ -61,6 +61,11 @@ impl FileVma {
 pub(super) struct FileVmas(Mutex<Vec<FileVma>>);
 
 impl FileVmas {
+    #[cfg(shuttle)]
+    pub(super) fn lock(&self) -> pgmap_sync::MutexGuard<'_, Vec<FileVma>> {
+        self.0.lock()
+    }
+
     /// Calls `act` with the mapping at an address, unless there is none any more.
     pub(super) fn with<R>(&self, at: VirtAddr, act: impl FnOnce(&FileVma) -> R) -> Option<R> {
         let vmas = self.0.lock();
