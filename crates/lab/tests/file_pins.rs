@@ -121,6 +121,42 @@ fn a_reclaim_that_strips_pinned_pages_is_found() {
     explore(pins_against_evict);
 }
 
+/// Reclaim that has found pages pinned finds them again when they are not.
+fn reclaim_against_pins() {
+    let (machine, vma) = machine(4, 2 * PAGE, SOUND);
+    let mut cpu = machine.cpu();
+    assert_eq!(cpu.store(word(&vma, 0, 0), 1), Ok(()));
+    let device = spawn(&machine, move |machine| {
+        let mut cpu = machine.cpu();
+        let pinned = pin(&mut cpu, word(&vma, 1, 0), &Pin::WRITE);
+        thread::yield_now();
+        drop(pinned);
+    });
+    for _ in 0..3 {
+        machine.cache.shrink(2);
+    }
+    device.join().unwrap();
+    machine.cache.shrink(2);
+    let left = machine.cache.cached_pages();
+    assert_eq!(left, 0, "what was pinned can leave afterwards");
+    drop(cpu);
+    machine.assert_empty();
+}
+
+/// WB-4: a page's place in the lists survives a pin.
+#[test]
+fn what_was_pinned_can_leave_afterwards() {
+    explore(reclaim_against_pins);
+}
+
+/// WB-4: pinned pages are dropped from the lists.
+#[test]
+#[should_panic = "what was pinned can leave afterwards"]
+fn a_reclaim_that_forgets_pinned_pages_is_found() {
+    seed(SeededBug::ReclaimForgetsPinned);
+    explore(reclaim_against_pins);
+}
+
 /// What a device wrote reaches the file, whatever was cleaned meanwhile (GUP-4).
 fn pins_against_clean() {
     let (machine, vma) = machine(4, PAGE, SOUND);

@@ -32,6 +32,8 @@ pub enum SeededBug {
     ClaimLooksFirst,
     /// Reclaim takes from a pinned page what it needs to be written (`ext4-1899`).
     ReclaimStripsPinned,
+    /// Reclaim forgets a block whose pages it has found pinned (WB-4).
+    ReclaimForgetsPinned,
     /// One mapping of a page is protected, and the page counts as clean (`mkclean-two-vmas`).
     MkcleanStopsAtTheFirst,
     /// Writeback in the background waits for pins (`mkclean-wait`).
