@@ -236,7 +236,8 @@ impl<E: Entry> Cursor<'_, E> {
     }
 }
 
-#[cfg(all(test, not(any(loom, shuttle))))]
+#[cfg(test)]
+#[cfg(not(any(loom, shuttle)))]
 mod tests {
     use super::*;
     use pgmap_core::addr::Pfn;

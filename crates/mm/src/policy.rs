@@ -174,7 +174,8 @@ impl Age {
     }
 }
 
-#[cfg(all(test, not(any(loom, shuttle))))]
+#[cfg(test)]
+#[cfg(not(any(loom, shuttle)))]
 mod tests {
     use super::*;
     use pgmap_core::platform::HeapPlatform;

@@ -122,15 +122,12 @@ impl PageCache {
             return true;
         }
         #[cfg(shuttle)]
-        let looked = blocks.map(|block| self.absent_run(&self.table.lock(block)));
+        let looked = seeded_bug::has(SeededBug::ReadAheadLooksFirst)
+            .then(|| blocks.map(|block| self.absent_run(&self.table.lock(block))));
         let mut cursors = self.lock_group(group);
         let runs = cursors.each_ref().map(|cursor| self.absent_run(cursor));
         #[cfg(shuttle)]
-        let runs = if seeded_bug::has(SeededBug::ReadAheadLooksFirst) {
-            looked
-        } else {
-            runs
-        };
+        let runs = looked.unwrap_or(runs);
         let count = runs.iter().map(ExactSizeIterator::len).sum();
         let enough = worker.frames.prepare(&self.ram, count) == count;
         let charged = self.charge(count);
