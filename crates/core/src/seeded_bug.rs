@@ -14,6 +14,8 @@ pub enum SeededBug {
     DrainDoesNotWait,
     /// A frozen queue is taken for empty without waiting for the requests under way (PMEM-2).
     FreezeDoesNotWait,
+    /// A group's limit is looked at, and then pages are charged: two get the room of one (HMM-8).
+    ChargeLooksFirst,
 }
 
 std::thread_local! {

@@ -6,8 +6,10 @@ use core::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
+use pgmap_core::memcg::Memcg;
 use pgmap_core::platform::HeapPlatform;
 use pgmap_mm::backing::{Backing as _, BackingError};
+use pgmap_mm::discard::Pinned;
 use pgmap_mm::errseq::Seen;
 use pgmap_mm::fault::{Access, Outcome};
 use pgmap_mm::gup::{Pin, PinError, PinnedPages, pin_user_pages};
@@ -29,6 +31,8 @@ pub struct FileSetup {
     pub frames: u64,
     /// Pages that the file may ever have.
     pub most_pages: u32,
+    /// What its pages are charged to.
+    pub memcg: Option<Arc<Memcg>>,
     /// The memory of its pages.
     pub memory: Arc<ModelSharedMmu>,
     /// The file.
@@ -71,7 +75,7 @@ impl FileMachine {
             mmu: Arc::clone(&setup.memory) as _,
             size_bytes: setup.disk.written().len() as u64,
             backing: Arc::clone(&setup.disk) as _,
-            memcg: None,
+            memcg: setup.memcg,
             most_pages: setup.most_pages,
             stats: space.stats(),
         })?);
@@ -94,22 +98,44 @@ impl FileMachine {
         }
     }
 
-    /// Maps pages of the file at the place of the mapping that is `nth`.
+    /// Maps pages of the file at the place of the mapping that is `nth`, to be read and written.
     #[must_use]
     pub fn map(&self, nth: usize, pages: &Range<u32>) -> FileVma {
+        self.map_for(nth, pages, VmaAccess::ReadWrite)
+    }
+
+    /// Maps pages of the file at the place of the mapping that is `nth`.
+    #[must_use]
+    pub fn map_for(&self, nth: usize, pages: &Range<u32>, access: VmaAccess) -> FileVma {
         let vma = FileVma {
             at: VirtAddr::new((nth + 1) * MAPPINGS),
             first: pages.start,
             pages: pages.end - pages.start,
-            access: VmaAccess::ReadWrite,
+            access,
         };
         self.memory.add_vma(vma);
         self.machine.space.files().map(&self.cache, vma);
         vma
     }
 
+    /// Ends a mapping, unless somebody has pages there pinned.
+    ///
+    /// # Errors
+    ///
+    /// [`Pinned`]; then it is as it was.
+    pub fn unmap_unpinned(&self, vma: &FileVma) -> Result<(), Pinned> {
+        self.memory.leave_vma(vma);
+        let unmapped = self.machine.space.unmap_file(vma);
+        match unmapped {
+            Ok(()) => self.memory.remove_vma(vma),
+            Err(_) => self.memory.keep_vma(vma),
+        }
+        unmapped
+    }
+
     /// Ends a mapping.
     pub fn unmap(&self, vma: &FileVma) {
+        self.memory.leave_vma(vma);
         self.machine.space.files().unmap(vma);
         self.memory.remove_vma(vma);
     }
@@ -136,6 +162,9 @@ impl FileMachine {
         assert_eq!(cut, Ok(()), "a pin has leaked");
         assert_eq!(self.cache.cached_pages(), 0, "cached pages have leaked");
         assert_eq!(self.cache.dirty_pages(), 0, "dirty pages have leaked");
+        let memcg = self.cache.memcg();
+        let charged = memcg.map_or(0, |memcg| memcg.charged_pages());
+        assert_eq!(charged, 0, "charges have leaked");
         assert_eq!(self.memory.pages_in_use(), 0, "pages of memory have leaked");
         self.machine.assert_empty();
     }
@@ -196,6 +225,7 @@ impl FileCpu {
         for _ in 0..PATIENCE {
             match self.machine.memory.store(at, word) {
                 Ok(()) => return Ok(()),
+                Err(_) if self.machine.memory.is_read_only(at) => return Err(Signal::Segv),
                 Err(fault) => self.serve(at, fault, Access::Write)?,
             }
         }

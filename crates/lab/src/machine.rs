@@ -20,6 +20,8 @@ use crate::model::{Fault, ModelMmu};
 
 /// Where managed memory begins.
 const BASE: VirtAddr = VirtAddr::new(1 << 30);
+/// Spare frames: a fork may want all pages in RAM, while one's frame is on its way to the free list.
+const SPARE: u64 = 1;
 /// Faults that one access may take before we say that it never ends, and times that it asks for memory.
 pub(crate) const PATIENCE: u32 = 1000;
 
@@ -89,10 +91,10 @@ impl Machine {
     ///
     /// [`SetupError`] if it is too large.
     pub fn new(setup: Setup) -> Result<Arc<Self>, SetupError> {
-        let ram_end = setup.frames.next_multiple_of(SUBSECTION_FRAMES);
+        let ram_end = (setup.frames + SPARE).next_multiple_of(SUBSECTION_FRAMES);
         let max_frames = ram_end + setup.devices.len() as u64 * SUBSECTION_FRAMES;
         let map = MemoryMap::new(&HeapPlatform, max_frames)?;
-        let ram = map.add_ram(setup.frames)?;
+        let ram = map.add_ram_with_spare(setup.frames, SPARE)?;
         let pgmaps = setup
             .devices
             .iter()

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use pgmap_core::addr::{PAGE_SIZE, Page, VirtAddr};
 use pgmap_mm::mmu::{Progress, Protect, Stop};
-use pgmap_mm::page_cache::FileVma;
+use pgmap_mm::page_cache::{FileVma, VmaAccess};
 use pgmap_mm::shared_mmu::{SharedMmu, SharedPages};
 use pgmap_sync::Mutex;
 
@@ -45,6 +45,12 @@ enum Mapping {
     Poison,
 }
 
+impl Mapping {
+    fn shows(self, page: u32) -> bool {
+        matches!(self, Self::Page { page: shown, .. } if shown == page)
+    }
+}
+
 /// The memory of one page of the file.
 #[derive(Clone, Copy, Default, Debug)]
 struct Body {
@@ -56,6 +62,8 @@ struct Body {
 #[derive(Debug, Default)]
 struct Tables {
     vmas: Vec<FileVma>,
+    /// Those of them that are about to be unmapped.
+    leaving: Vec<FileVma>,
     mapped: BTreeMap<VirtAddr, Mapping>,
     bodies: Vec<Body>,
     refusals: Vec<(Operation, Stop)>,
@@ -75,7 +83,21 @@ impl Tables {
 
     fn is_mapped(&self, page: u32) -> bool {
         let mut mappings = self.mapped.values();
-        mappings.any(|mapping| matches!(mapping, Mapping::Page { page: at, .. } if *at == page))
+        mappings.any(|mapping| mapping.shows(page))
+    }
+
+    /// Takes a page from the mappings that `mm` may have forgotten, and the program has not let go of yet.
+    fn zap(&mut self, page: u32) {
+        let leaving = &self.leaving;
+        self.mapped.retain(|at, mapping| {
+            let stays = leaving.iter().all(|vma| vma.page_at(*at).is_none());
+            stays || !mapping.shows(page)
+        });
+    }
+
+    fn is_read_only(&self, at: VirtAddr) -> bool {
+        let mut vmas = self.vmas.iter();
+        vmas.any(|vma| vma.access == VmaAccess::Read && vma.page_at(at).is_some())
     }
 
     fn writable(&self, at: VirtAddr) -> Result<u32, Fault> {
@@ -83,7 +105,7 @@ impl Tables {
             Some(Mapping::Page {
                 page,
                 protect: Protect::ReadWrite,
-            }) => Ok(*page),
+            }) if !self.is_read_only(at) => Ok(*page),
             Some(Mapping::Page { .. }) => Err(Fault::WriteProtected),
             Some(Mapping::Poison) => Err(Fault::Poisoned),
             None => Err(Fault::Missing),
@@ -122,11 +144,28 @@ impl ModelSharedMmu {
         self.tables.lock().vmas.push(vma);
     }
 
+    /// Says that `mm` is about to forget a mapping: from then on it shows what the memory shows, as every mapping of a memory
+    /// file does.
+    pub fn leave_vma(&self, vma: &FileVma) {
+        self.tables.lock().leaving.push(*vma);
+    }
+
+    /// Says that `mm` has not forgotten a mapping.
+    pub fn keep_vma(&self, vma: &FileVma) {
+        self.tables.lock().leaving.retain(|other| other != vma);
+    }
+
     /// Ends a mapping, after `mm` has forgotten it.
     pub fn remove_vma(&self, vma: &FileVma) {
         let mut tables = self.tables.lock();
+        tables.leaving.retain(|other| other != vma);
         tables.vmas.retain(|other| other != vma);
         tables.mapped.retain(|at, _| vma.page_at(*at).is_none());
+    }
+
+    /// Whether an address may not be written, whatever is mapped there.
+    pub fn is_read_only(&self, at: VirtAddr) -> bool {
+        self.tables.lock().is_read_only(at)
     }
 
     /// The program reads the word at an address.
@@ -258,6 +297,7 @@ unsafe impl SharedMmu for ModelSharedMmu {
     fn protect(&self, at: VirtAddr, count: usize) -> Progress {
         each(count, |nth| {
             let mut tables = self.tables.lock();
+            tables.page_at(nth_page(at, nth));
             if let Some(stop) = tables.refusal(Operation::Protect) {
                 return Err(stop);
             }
@@ -272,7 +312,9 @@ unsafe impl SharedMmu for ModelSharedMmu {
 
     fn unprotect(&self, at: VirtAddr, count: usize) {
         for at in (0..count).map(|nth| nth_page(at, nth)) {
-            if let Some(Mapping::Page { protect, .. }) = self.tables.lock().mapped.get_mut(&at) {
+            let mut tables = self.tables.lock();
+            tables.page_at(at);
+            if let Some(Mapping::Page { protect, .. }) = tables.mapped.get_mut(&at) {
                 *protect = Protect::ReadWrite;
             }
         }
@@ -281,6 +323,7 @@ unsafe impl SharedMmu for ModelSharedMmu {
     fn unmap(&self, at: VirtAddr, count: usize) {
         for at in (0..count).map(|nth| nth_page(at, nth)) {
             let mut tables = self.tables.lock();
+            tables.page_at(at);
             if self.flaw != Flaw::NeverUnmaps {
                 tables.mapped.remove(&at);
             }
@@ -291,6 +334,7 @@ unsafe impl SharedMmu for ModelSharedMmu {
         each(count, |nth| {
             let at = nth_page(at, nth);
             let mut tables = self.tables.lock();
+            tables.page_at(at);
             if tables.mapped.contains_key(&at) {
                 return Err(Stop::Exists);
             }
@@ -307,6 +351,7 @@ unsafe impl SharedMmu for ModelSharedMmu {
     fn free(&self, first: u32, count: usize) {
         for page in (first..).take(count) {
             let mut tables = self.tables.lock();
+            tables.zap(page);
             assert!(
                 !tables.is_mapped(page) || self.flaw == Flaw::NeverUnmaps,
                 "the memory of page {page} was given back while it was mapped"

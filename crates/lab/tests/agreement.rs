@@ -103,7 +103,8 @@ fn run(machine: Arc<Machine>, steps: Vec<Step>) {
 }
 
 proptest! {
-    /// With room for everything on the devices no access ever fails, unless a device lost its bytes.
+    /// With room for everything on the devices no access ever fails, unless a device lost its bytes. What comes by DMA through a pin
+    /// is found afterwards: a copy that a device keeps is given up before a page is pinned to be written (GUP-1, GUP-4).
     #[test]
     fn memory_agrees_with_a_map(steps in prop::collection::vec(any_step(), 1..300)) {
         run(machine(40, 32, &[20, 300], model::Flaw::None, device::Flaw::None), steps);

@@ -11,8 +11,11 @@
 )]
 #![cfg(shuttle)]
 
+mod explore;
+
 use std::sync::Arc;
 
+use explore::explore;
 use pgmap_core::addr::{Pfn, PfnRange};
 use pgmap_core::holders::Who;
 use pgmap_core::memremap::{DevPagemap, Hold, MemoryMap, MemoryType, PageError, SUBSECTION_FRAMES};
@@ -21,16 +24,6 @@ use pgmap_core::seeded_bug::{SeededBug, seed};
 use shuttle::sync::Mutex;
 use shuttle::sync::atomic::{AtomicBool, Ordering};
 use shuttle::thread;
-
-const ORDERS: usize = 2000;
-const STOPS: usize = 3;
-
-fn explore(scenario: impl Fn() + Send + Sync + Copy + 'static) {
-    let asked_for = std::env::var("ORDERS").ok();
-    let orders = asked_for.map_or(ORDERS, |orders| orders.parse().expect("a number"));
-    shuttle::check_random(scenario, orders);
-    shuttle::check_pct(scenario, orders, STOPS);
-}
 
 /// A device's memory: there or not, and how to use it.
 struct Device {

@@ -35,6 +35,7 @@ fn machine(frames: u64, memory: shared_memory::Flaw, disk: disk::Flaw) -> Arc<Fi
         // For those that lose their bytes.
         frames: frames + 4096,
         most_pages: PAGES,
+        memcg: None,
         memory: ModelSharedMmu::new(PAGES, memory),
         disk: ModelFile::new(bytes.collect(), disk),
     });

@@ -15,7 +15,7 @@ use core::ops::ControlFlow;
 use std::sync::Arc;
 
 use explore::explore;
-use files::{NINES, PAGE, SOUND, full_machine, machine, pin, spawn, word_of};
+use files::{NEXT_BLOCK, NINES, PAGE, SOUND, full_machine, machine, pin, spawn, word_of};
 use pgmap_lab::file_machine::word;
 use pgmap_lab::machine::Signal;
 use pgmap_mm::gup::Pin;
@@ -119,6 +119,42 @@ fn an_eviction_that_looks_first_is_found() {
 fn a_reclaim_that_strips_pinned_pages_is_found() {
     seed(SeededBug::ReclaimStripsPinned);
     explore(pins_against_evict);
+}
+
+/// Reclaim that has found pages pinned finds them again when they are not.
+fn reclaim_against_pins() {
+    let (machine, vma) = machine(4, 2 * PAGE, SOUND);
+    let mut cpu = machine.cpu();
+    assert_eq!(cpu.store(word(&vma, 0, 0), 1), Ok(()));
+    let device = spawn(&machine, move |machine| {
+        let mut cpu = machine.cpu();
+        let pinned = pin(&mut cpu, word(&vma, 1, 0), &Pin::WRITE);
+        thread::yield_now();
+        drop(pinned);
+    });
+    for _ in 0..3 {
+        machine.cache.shrink(2);
+    }
+    device.join().unwrap();
+    machine.cache.shrink(2);
+    let left = machine.cache.cached_pages();
+    assert_eq!(left, 0, "what was pinned can leave afterwards");
+    drop(cpu);
+    machine.assert_empty();
+}
+
+/// WB-4: a page's place in the lists survives a pin.
+#[test]
+fn what_was_pinned_can_leave_afterwards() {
+    explore(reclaim_against_pins);
+}
+
+/// WB-4: pinned pages are dropped from the lists.
+#[test]
+#[should_panic = "what was pinned can leave afterwards"]
+fn a_reclaim_that_forgets_pinned_pages_is_found() {
+    seed(SeededBug::ReclaimForgetsPinned);
+    explore(reclaim_against_pins);
 }
 
 /// What a device wrote reaches the file, whatever was cleaned meanwhile (GUP-4).
@@ -271,16 +307,18 @@ fn removed_bytes_stay_away() {
 
 /// A page of a block that nobody has touched is read in while it is cut off, and does not come back with the file (FLT-2).
 fn first_faults_against_truncate() {
-    let (machine, vma) = full_machine(2, 65 * PAGE);
+    let start = NEXT_BLOCK as usize * PAGE;
+    let end = (start + PAGE) as u64;
+    let (machine, vma) = full_machine(2, start + PAGE);
     let reader = spawn(&machine, move |machine| {
-        let _ = machine.cpu().load(word(&vma, 64, 0));
+        let _ = machine.cpu().load(word(&vma, NEXT_BLOCK, 0));
     });
     let give_up = |_| ControlFlow::Break(());
-    assert_eq!(machine.cache.set_len(64 * PAGE as u64, give_up), Ok(()));
-    assert_eq!(machine.cache.set_len(65 * PAGE as u64, give_up), Ok(()));
+    assert_eq!(machine.cache.set_len(start as u64, give_up), Ok(()));
+    assert_eq!(machine.cache.set_len(end, give_up), Ok(()));
     reader.join().unwrap();
     let mut cpu = machine.cpu();
-    let found = cpu.load(word(&vma, 64, 0));
+    let found = cpu.load(word(&vma, NEXT_BLOCK, 0));
     assert_eq!(found, Ok(0), "removed bytes stay away");
     drop(cpu);
     machine.assert_empty();

@@ -15,7 +15,7 @@ use core::ops::ControlFlow;
 use std::sync::Arc;
 
 use explore::explore;
-use files::{PAGE, SOUND, machine, pin, spawn, word_of};
+use files::{NEXT_BLOCK, PAGE, SOUND, machine, pin, spawn, word_of};
 use pgmap_lab::disk;
 use pgmap_lab::file_machine::word;
 use pgmap_lab::shared_memory;
@@ -201,17 +201,20 @@ fn extension_against_stores() {
 fn extension_against_faults() {
     let (machine, vma) = machine(2, PAGE, SOUND);
     // In another block than the old end.
+    let page = NEXT_BLOCK;
     let program = spawn(&machine, move |machine| {
         let mut cpu = machine.cpu();
-        let _ = cpu.load(word(&vma, 64, 0));
+        let _ = cpu.load(word(&vma, page, 0));
     });
-    let longer = machine
-        .cache
-        .set_len(65 * PAGE as u64, |_| ControlFlow::Break(()));
+    let longer =
+        machine.cache.set_len(
+            u64::from(page + 1) * PAGE as u64,
+            |_| ControlFlow::Break(()),
+        );
     assert_eq!(longer, Ok(()));
     program.join().unwrap();
     let mut cpu = machine.cpu();
-    let added = cpu.load(word(&vma, 64, 0));
+    let added = cpu.load(word(&vma, page, 0));
     assert_eq!(added, Ok(0), "a longer file can be used");
     drop(cpu);
     machine.assert_empty();

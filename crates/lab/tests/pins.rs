@@ -68,11 +68,13 @@ fn pins_against_take_out() {
     machine.assert_empty();
 }
 
+/// GUP-3, RMAP-1: `unmap-check-then-act`, in anonymous memory.
 #[test]
 fn pinned_pages_stay() {
     explore(pins_against_take_out);
 }
 
+/// GUP-3: a page is taken out whose pins nobody looked at.
 #[test]
 #[should_panic = "a pinned page stays"]
 fn a_take_out_that_ignores_pins_is_found() {
@@ -80,6 +82,7 @@ fn a_take_out_that_ignores_pins_is_found() {
     explore(pins_against_take_out);
 }
 
+/// RMAP-1: `unmap-check-then-act`.
 #[test]
 #[should_panic = "a pinned page stays"]
 fn a_take_out_that_claims_nothing_is_found() {
@@ -130,11 +133,13 @@ fn pins_against_discard() {
     machine.assert_empty();
 }
 
+/// GUP-1, RMAP-1: a page is pinned, or discarded.
 #[test]
 fn pins_and_discard_exclude_each_other() {
     explore(pins_against_discard);
 }
 
+/// RMAP-1: a pin comes between the look and the discard.
 #[test]
 #[should_panic = "what is pinned is there"]
 fn a_discard_that_claims_nothing_is_found() {
@@ -169,11 +174,13 @@ fn pins_against_staging() {
     machine.assert_empty();
 }
 
+/// GUP-1, RMAP-1: a pin finds a page, or brings it back.
 #[test]
 fn what_waits_in_staging_is_not_pinned() {
     explore(pins_against_staging);
 }
 
+/// RMAP-1: a pin comes after the page went.
 #[test]
 #[should_panic = "what is pinned is there"]
 fn a_pin_that_looks_once_is_found() {
@@ -204,11 +211,13 @@ fn unseen_pins_against_take_out(flaws: Flaws) {
     machine.assert_empty();
 }
 
+/// GUP-3: what only the machine knows to be pinned.
 #[test]
 fn pages_pinned_behind_our_back_stay() {
     explore(|| unseen_pins_against_take_out(SOUND));
 }
 
+/// GUP-3: the same checks find a machine that moves what is busy.
 #[test]
 #[should_panic = "what the device wrote"]
 fn a_machine_that_moves_pinned_pages_is_found() {

@@ -6,15 +6,16 @@
 //! ```
 #![cfg(shuttle)]
 
+mod explore;
+
 use std::sync::Arc;
 
+use explore::explore;
 use pgmap_core::queue::RequestQueue;
 use pgmap_core::seeded_bug::{SeededBug, seed};
 use shuttle::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use shuttle::thread;
 
-const ORDERS: usize = 2000;
-const STOPS: usize = 3;
 /// Requests of each client.
 const REQUESTS: u64 = 4;
 
@@ -73,17 +74,13 @@ fn requests_against_freezes() {
 /// PMEM-2: a frozen queue has no request under way, each request is answered once, and a thawed queue takes them again.
 #[test]
 fn a_frozen_queue_is_empty() {
-    shuttle::check_random(requests_against_freezes, ORDERS);
-    shuttle::check_pct(requests_against_freezes, ORDERS, STOPS);
+    explore(requests_against_freezes);
 }
 
 /// A freeze that does not wait is found.
 #[test]
 #[should_panic(expected = "taken away")]
 fn a_freeze_that_does_not_wait_is_found() {
-    let scenario = || {
-        seed(SeededBug::FreezeDoesNotWait);
-        requests_against_freezes();
-    };
-    shuttle::check_random(scenario, ORDERS);
+    seed(SeededBug::FreezeDoesNotWait);
+    explore(requests_against_freezes);
 }

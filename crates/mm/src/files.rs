@@ -18,6 +18,8 @@ use crate::discard::Pinned;
 use crate::fault::{Access, Outcome};
 use crate::page_cache::{FileNumber, FileVma, PageCache, ReadAhead};
 use crate::reclaim::Caller;
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 use crate::space::{AddressSpace, BATCH, Worker};
 
 /// One frame of so many may have bytes that only RAM has, before they are written in the background.
@@ -104,7 +106,12 @@ impl Files {
     }
 
     /// Takes a mapping out as [`unmap`](Self::unmap) does, unless `is_pinned`: who pins registers first and then looks here.
-    fn unmap_unless(&self, vma: &FileVma, is_pinned: impl FnOnce() -> bool) -> Result<(), Pinned> {
+    fn unmap_unless(&self, vma: &FileVma, is_pinned: impl Fn() -> bool) -> Result<(), Pinned> {
+        #[cfg(shuttle)]
+        let is_pinned = {
+            let looked = seeded_bug::has(SeededBug::UnmapLooksForPinsFirst).then(&is_pinned);
+            move || looked.unwrap_or_else(&is_pinned)
+        };
         let mut mapped = self.mapped.lock();
         if is_pinned() {
             return Err(Pinned { at: vma.at });

@@ -25,7 +25,7 @@ pub mod policy;
 pub mod pte;
 pub mod readahead;
 pub mod reclaim;
-#[cfg(shuttle)]
+#[cfg(any(loom, shuttle))]
 pub mod seeded_bug;
 pub mod shared_mmu;
 pub mod space;

@@ -20,8 +20,10 @@ use pgmap_sync::{Mutex, WaitQueue};
 
 use crate::backing::Backing;
 use crate::errseq::ErrSeq;
-use crate::page_table::{BLOCK_PAGES, BlockIndex, Cursor, PageIndex, PageTable};
+use crate::page_table::{BlockIndex, Cursor, PageIndex, PageTable};
 use crate::policy::{Class, Queues};
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 use crate::shared_mmu::SharedMmu;
 use crate::stats::Stats;
 
@@ -31,6 +33,8 @@ mod dirty;
 mod entry;
 mod failure;
 mod fault;
+#[cfg(all(test, loom))]
+mod model;
 mod owner;
 mod pin;
 mod rmap;
@@ -88,6 +92,8 @@ pub struct CacheParts {
 #[derive(Debug)]
 pub struct PageCache {
     table: PageTable<CachePage>,
+    /// How many pages the file may ever have; the table has entries for a few more.
+    most_pages: u32,
     mmu: Arc<dyn SharedMmu>,
     backing: Arc<dyn Backing>,
     number: FileNumber,
@@ -123,9 +129,11 @@ impl PageCache {
     ///
     /// [`OutOfAddressSpace`] if the machine has no room for the tables.
     pub fn new(parts: CacheParts) -> Result<Self, OutOfAddressSpace> {
-        let pages = parts.most_pages.next_multiple_of(BLOCK_PAGES);
+        // Whole groups, so that those who read ahead find an entry for every page of the last one.
+        let pages = parts.most_pages.next_multiple_of(GROUP_PAGES);
         Ok(Self {
             table: PageTable::new(parts.platform, VirtAddr::new(0), pages)?,
+            most_pages: parts.most_pages,
             mmu: parts.mmu,
             backing: parts.backing,
             number: parts.number,
@@ -166,7 +174,7 @@ impl PageCache {
     /// The longest that the file may become, in bytes.
     #[must_use]
     pub fn most_bytes(&self) -> u64 {
-        u64::from(self.table.pages()) * PAGE_SIZE as u64
+        u64::from(self.most_pages) * PAGE_SIZE as u64
     }
 
     /// Pages in RAM.
@@ -225,6 +233,11 @@ impl PageCache {
     /// Writes back what is dirty, as nobody has the file open or mapped any more. Nobody can be told of a failure. Pins may
     /// still be there: the last of them writes back again.
     pub(crate) fn release(&self) {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::ReleaseWritesFirst) {
+            self.write_back(0..u32::MAX, OnPinned::Bounce);
+            return self.released.store(true, Ordering::Release);
+        }
         // Release: pairs with the acquire in `after_unpin`.
         self.released.store(true, Ordering::Release);
         self.write_back(0..u32::MAX, OnPinned::Bounce);

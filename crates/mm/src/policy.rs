@@ -175,6 +175,7 @@ impl Age {
 }
 
 #[cfg(test)]
+#[cfg(not(any(loom, shuttle)))]
 mod tests {
     use super::*;
     use pgmap_core::platform::HeapPlatform;

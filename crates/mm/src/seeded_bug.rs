@@ -1,5 +1,5 @@
 //! Bugs on purpose, for the lab: each proves that an exploration of interleavings can fail. Only built with
-//! `--cfg shuttle`; a thread's model begins without one.
+//! `--cfg shuttle`, and for some `--cfg loom`; a thread's model begins without one.
 
 use core::cell::Cell;
 
@@ -32,6 +32,8 @@ pub enum SeededBug {
     ClaimLooksFirst,
     /// Reclaim takes from a pinned page what it needs to be written (`ext4-1899`).
     ReclaimStripsPinned,
+    /// Reclaim forgets a block whose pages it has found pinned (WB-4).
+    ReclaimForgetsPinned,
     /// One mapping of a page is protected, and the page counts as clean (`mkclean-two-vmas`).
     MkcleanStopsAtTheFirst,
     /// Writeback in the background waits for pins (`mkclean-wait`).
@@ -54,6 +56,28 @@ pub enum SeededBug {
     ExtendIgnoresFaults,
     /// A page that is lost while it is written is forgotten before it has been (WB-6).
     FailureIgnoresWriteback,
+    /// A pin takes the lock that is held while all mappings of a page are looked at (WB-7, `mkclean-abba`).
+    PinLocksTheMappings,
+    /// A truncation waits for pins with its range closed, so that who has them waits for the truncation (WB-7).
+    TruncateWaitsClosed,
+    /// Who reads ahead looks what is not in RAM, and takes the cursors afterwards: bytes that were stored meanwhile are lost.
+    ReadAheadLooksFirst,
+    /// Who reads ahead takes the cursors of some groups in another order: two wait for each other.
+    ReadersLockBackwards,
+    /// What the file could not give is read ahead as zeros.
+    ReadAheadTrustsTheFile,
+    /// What was charged for pages that are not read ahead after all stays charged (HMM-8).
+    ReadAheadKeepsTheCharge,
+    /// A fault is answered at an address that shows another page of the file by now: that one is made writable, or SIGBUS.
+    FaultTrustsTheAddress,
+    /// A page is mapped at addresses that are not the file's any more.
+    FaultOutlivesTheMapping,
+    /// Mappings that may only be read are left where pages are taken away: they show memory that is somebody else's.
+    WalkSkipsReaders,
+    /// A mapping's pins are looked for before it is taken out, and one comes in between.
+    UnmapLooksForPinsFirst,
+    /// A file is written back for the last time before those who have it pinned know that it was: their bytes are lost.
+    ReleaseWritesFirst,
 }
 
 std::thread_local! {

@@ -164,7 +164,7 @@ fn fit(gap: Range<u32>, count: u32, align: u32) -> Option<Range<u32>> {
     (end <= gap.end).then_some(start..end)
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
     use proptest::prelude::*;

@@ -409,8 +409,8 @@ fn most_pages(size_bytes: u64) -> Option<u32> {
     let pages = |bytes: u64| u32::try_from(bytes.div_ceil(PAGE_SIZE as u64)).ok();
     let least = pages(size_bytes)?;
     let wanted = size_bytes.saturating_mul(ROOM_FACTOR).max(ROOM_BYTES);
-    // The table ends at a block's end.
-    Some(pages(wanted).unwrap_or(least).min(u32::MAX - 63))
+    // The table ends behind it, at a group's end.
+    Some(pages(wanted).unwrap_or(least).min(u32::MAX - 255))
 }
 
 fn keep_waiting(began: Instant, patience: Duration) -> ControlFlow<()> {

@@ -29,6 +29,8 @@ use crate::space::{AddressSpace, MapError};
 pub(crate) const MIN_RAM_BYTES: u64 = 1 << 20;
 /// Staging slots that are for pages on their way to a device, whatever the budget.
 const SPARE_SLOTS: u64 = 256;
+/// Frames whose pages were just stored, and that are not free yet, while a fork wants all pages in RAM: a few batches.
+const IN_TRANSIT: u64 = 256;
 /// Managed addresses, in bytes: 1 TiB, as virtual machines reserve hundreds of GiB.
 const ADDRESSES: usize = 1 << 40;
 
@@ -128,7 +130,8 @@ impl MemoryBuilder {
             // For a moment all pages may have to be in RAM.
             Children::Announced => (ram_frames + device_frames)
                 .min(machine_frames())
-                .saturating_sub(most_ram_frames),
+                .saturating_sub(most_ram_frames)
+                .saturating_add(IN_TRANSIT),
         };
         let ram = map.add_ram_with_spare(most_ram_frames, spare_frames)?;
         // Without a limit, what comes on line later may be used as well.

@@ -9,11 +9,11 @@ use core::slice;
 use core::time::Duration;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::process::ExitStatusExt;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
 use std::sync::Arc;
 use std::thread;
 
-use common::{MIB, PAGE, Scratch, check, child, memory, pattern, told};
+use common::{MIB, PAGE, Scratch, check, child, fork, memory, pattern, told};
 use pgmap::{
     Backing, BackingError, FileMapping, Lost, Memory, OpenOptions as OpenFile, Pin, PinError, Prot,
     SyncError, Transfer, Writeback,
@@ -22,6 +22,7 @@ use pgmap_host::file_backing::FileBacking;
 use pgmap_sync::Mutex;
 
 const SIGBUS: i32 = 7;
+const SIGSEGV: i32 = 11;
 const EIO: i32 = 5;
 const PAGES: usize = 64;
 
@@ -351,4 +352,26 @@ fn failed_ram_costs_dirty_pages_only() {
     store(&map, 8, 2);
     file.sync_all().unwrap();
     check(&scratch.page(8), 8, 2);
+}
+
+/// FLT-3: a fork's child has no mapping of a file, of which nobody would read it the pages: it dies, and sees no zeros.
+#[test]
+fn a_child_sees_no_zeros() {
+    let Some(memory) = memory(8 * MIB) else {
+        return;
+    };
+    let scratch = Scratch::new("child", PAGES);
+    let file = memory.open(&scratch.0).unwrap();
+    let map = map(&memory, &file);
+    look(&map, 0, 0);
+    for page in [0, PAGES - 1] {
+        let child = fork::fork(|| {
+            let mut bytes = [1; PAGE];
+            map.read(page * PAGE, &mut bytes);
+            true
+        });
+        let status = ExitStatus::from_raw(fork::wait(child));
+        assert_eq!(status.signal(), Some(SIGSEGV), "{status}");
+    }
+    look(&map, PAGES - 1, 0);
 }

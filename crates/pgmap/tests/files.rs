@@ -280,7 +280,8 @@ fn the_last_pin_writes_back() {
     assert_eq!(scratch.word(0), 77);
 }
 
-/// FLT-2: what is punched while it is being read ahead is zeros for ever, and what is not punched is read.
+/// FLT-2: what is punched while it is being read ahead is zeros for ever, and what is not punched is read. Most file systems let no
+/// read pass a hole that is being punched; that ours would not either is shown in the lab (`what_is_removed_is_not_read_ahead`).
 #[test]
 fn what_is_punched_is_not_read_ahead() {
     const GROUP: usize = 256;

@@ -4,11 +4,13 @@
 use std::sync::Arc;
 
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
+use pgmap_core::memcg::Memcg;
 use pgmap_lab::disk::{Flaw, ModelFile};
 use pgmap_lab::file_machine::{FileCpu, FileMachine, FileSetup};
 use pgmap_lab::shared_memory::{self, ModelSharedMmu};
 use pgmap_mm::gup::{Pin, PinError, PinnedPages};
 use pgmap_mm::page_cache::FileVma;
+use pgmap_mm::page_table::BLOCK_PAGES;
 use shuttle::thread;
 
 /// Bytes in a page.
@@ -17,25 +19,44 @@ pub(crate) const PAGE: usize = PAGE_SIZE;
 pub(crate) const NINES: u64 = u64::from_ne_bytes([9; 8]);
 /// A disk that does what it says.
 pub(crate) const SOUND: Flaw = Flaw::None;
-/// Pages that the file may have: two blocks.
-const MOST_PAGES: u32 = 128;
+/// The first page of the file's second block.
+pub(crate) const NEXT_BLOCK: u32 = BLOCK_PAGES;
+/// Pages of a group that is read ahead: four blocks.
+pub(crate) const GROUP: u32 = 4 * BLOCK_PAGES;
+/// Pages that the file may have. The last group is no whole one, and has the same locks as the first.
+pub(crate) const MOST_PAGES: u32 = 2 * GROUP + BLOCK_PAGES + 2;
 
 /// A machine whose file has `bytes` bytes, all of them 0, and is mapped as a whole.
 pub(crate) fn machine(frames: u64, bytes: usize, flaw: Flaw) -> (Arc<FileMachine>, FileVma) {
-    machine_of(frames, ModelFile::new(vec![0; bytes], flaw))
+    machine_of(frames, ModelFile::new(vec![0; bytes], flaw), None)
 }
 
 /// The same, with bytes that are all 9.
 pub(crate) fn full_machine(frames: u64, bytes: usize) -> (Arc<FileMachine>, FileVma) {
-    machine_of(frames, ModelFile::new(vec![9; bytes], SOUND))
+    machine_of(frames, ModelFile::new(vec![9; bytes], SOUND), None)
 }
 
-fn machine_of(frames: u64, disk: Arc<ModelFile>) -> (Arc<FileMachine>, FileVma) {
+/// The same, with pages that are charged to a group.
+pub(crate) fn charged_machine(
+    frames: u64,
+    bytes: usize,
+    memcg: &Arc<Memcg>,
+) -> (Arc<FileMachine>, FileVma) {
+    let disk = ModelFile::new(vec![9; bytes], SOUND);
+    machine_of(frames, disk, Some(Arc::clone(memcg)))
+}
+
+fn machine_of(
+    frames: u64,
+    disk: Arc<ModelFile>,
+    memcg: Option<Arc<Memcg>>,
+) -> (Arc<FileMachine>, FileVma) {
     let machine = FileMachine::new(FileSetup {
         frames,
         most_pages: MOST_PAGES,
         memory: ModelSharedMmu::new(MOST_PAGES, shared_memory::Flaw::None),
         disk,
+        memcg,
     });
     let machine = machine.unwrap();
     let vma = machine.map(0, &(0..MOST_PAGES));

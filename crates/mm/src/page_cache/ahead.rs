@@ -14,6 +14,8 @@ use super::{CachePage, FileNumber, PageCache};
 use crate::backing::Transfer;
 use crate::page_table::{BLOCK_PAGES, BlockIndex, Cursor, PageIndex};
 use crate::readahead::Plan;
+#[cfg(shuttle)]
+use crate::seeded_bug::{self, SeededBug};
 use crate::space::Worker;
 
 /// Streams that are read ahead of at the same time.
@@ -32,6 +34,12 @@ const PART: u64 = 8;
 pub struct Group(u32);
 
 impl Group {
+    /// The group that a page is in.
+    #[must_use]
+    pub const fn of(page: PageIndex) -> Self {
+        Self(page.0 / GROUP_PAGES)
+    }
+
     fn blocks(self) -> [BlockIndex; GROUP_BLOCKS as usize] {
         let first = self.0 * GROUP_BLOCKS;
         [0, 1, 2, 3].map(|nth| BlockIndex(first + nth))
@@ -97,7 +105,7 @@ impl PageCache {
         let Some(page) = plan.forwards() else {
             return 0..0;
         };
-        let next = page.0 / GROUP_PAGES + 1;
+        let next = Group::of(page).0 + 1;
         let room = self.ram.limit() / PART / u64::from(GROUP_PAGES);
         let most = GROUPS.min(u32::try_from(room).unwrap_or(GROUPS));
         next..next
@@ -113,9 +121,13 @@ impl PageCache {
         if !pages.any(|page| self.peek(page) == CachePage::Absent) {
             return true;
         }
-        // The locks of a group's blocks are neighbours, and nobody else has more than one: this order cannot deadlock.
-        let mut cursors = blocks.map(|block| self.table.lock(block));
+        #[cfg(shuttle)]
+        let looked = seeded_bug::has(SeededBug::ReadAheadLooksFirst)
+            .then(|| blocks.map(|block| self.absent_run(&self.table.lock(block))));
+        let mut cursors = self.lock_group(group);
         let runs = cursors.each_ref().map(|cursor| self.absent_run(cursor));
+        #[cfg(shuttle)]
+        let runs = looked.unwrap_or(runs);
         let count = runs.iter().map(ExactSizeIterator::len).sum();
         let enough = worker.frames.prepare(&self.ram, count) == count;
         let charged = self.charge(count);
@@ -123,11 +135,29 @@ impl PageCache {
         if enough && charged == count {
             self.read_runs(&mut cursors, worker, &runs);
         } else {
+            #[cfg(shuttle)]
+            let charged = if seeded_bug::has(SeededBug::ReadAheadKeepsTheCharge) {
+                0
+            } else {
+                charged
+            };
             self.uncharge(charged);
         }
         drop(cursors);
         worker.frames.give_all(&self.ram);
         enough
+    }
+
+    /// The cursors of a group. The locks of its blocks are neighbours, and nobody else has more than one: this order cannot
+    /// deadlock.
+    fn lock_group(&self, group: Group) -> [Cursor<'_, CachePage>; GROUP_BLOCKS as usize] {
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::ReadersLockBackwards) && group.0 > 0 {
+            let [a, b, c, d] = group.blocks();
+            let [d, c, b, a] = [d, c, b, a].map(|block| self.table.lock(block));
+            return [a, b, c, d];
+        }
+        group.blocks().map(|block| self.table.lock(block))
     }
 
     /// Reads a run of pages of each block. The worker has frames for them, and they are charged.
@@ -139,13 +169,18 @@ impl PageCache {
     ) {
         let size_bytes = self.size_bytes();
         let mut transfers = runs.each_ref().map(|run| {
-            let pages = self.mmu.pages(run.start, run.len());
+            // There may be no such page where nothing is to be read.
+            let first = if run.is_empty() { 0 } else { run.start };
+            let pages = self.mmu.pages(first, run.len());
             Transfer::new(run.start, pages, size_bytes)
         });
         self.backing.read(&mut transfers);
         let read = cursors.iter_mut().zip(runs).zip(transfers);
         for ((cursor, run), transfer) in read.filter(|((_, run), _)| !run.is_empty()) {
-            if transfer.outcome.is_ok() {
+            let good = transfer.outcome.is_ok();
+            #[cfg(shuttle)]
+            let good = good || seeded_bug::has(SeededBug::ReadAheadTrustsTheFile);
+            if good {
                 self.enter(cursor, worker, run);
             } else {
                 self.mmu.free(run.start, run.len());
@@ -159,7 +194,7 @@ impl PageCache {
         let pages = cursor.pages();
         let readable = |page: &u32| {
             let absent = cursor.get(PageIndex(*page)) == CachePage::Absent;
-            absent && *page < self.size_pages() && !self.barrier.is_closed(*page)
+            absent && *page < self.size_pages() && !self.is_closed_to_reads(*page)
         };
         let start = pages.clone().find(readable).unwrap_or(pages.end);
         let end = (start..pages.end).find(|page| !readable(page));
@@ -167,7 +202,7 @@ impl PageCache {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use super::*;
 

@@ -2,6 +2,7 @@
 
 use core::ops::Range;
 
+use pgmap_sync::WaitQueue;
 use pgmap_sync::atomic::{AtomicU64, Ordering};
 
 /// The pages that are closed; at most one range at a time, whose owner has the cache's `resizing`.
@@ -9,6 +10,8 @@ use pgmap_sync::atomic::{AtomicU64, Ordering};
 pub(super) struct Barrier {
     /// The first page in the upper half, the page after the last in the lower one.
     range: AtomicU64,
+    /// Who waits for the range to be open.
+    opened: WaitQueue,
 }
 
 impl Barrier {
@@ -21,6 +24,13 @@ impl Barrier {
 
     pub(super) fn open(&self) {
         self.range.store(0, Ordering::Release);
+        self.opened.wake_all();
+    }
+
+    /// Waits until a page is not closed, and takes no lock that its owner has: who pins a page must not wait for what is held
+    /// while all pages of a range are looked at (WB-7). The caller has no cursor.
+    pub(super) fn wait_while_closed(&self, page: u32) {
+        self.opened.wait_until(None, || !self.is_closed(page));
     }
 
     /// Whether a page is closed. Exact under the page's cursor, and for who has pinned the page before asking: who closed the

@@ -17,7 +17,7 @@ use crate::fault::{Access, Outcome};
 use crate::mmu::{Protect, Stop};
 use crate::page_table::{Cursor, PageIndex};
 use crate::readahead::Plan;
-#[cfg(shuttle)]
+#[cfg(any(loom, shuttle))]
 use crate::seeded_bug::{self, SeededBug};
 use crate::space::Worker;
 use crate::stats::Stats;
@@ -60,21 +60,21 @@ impl PageCache {
                     worker.file_readahead.reached(plan, end);
                     return Outcome::Resolved;
                 }
-                CachePage::Poisoned => return self.sigbus(&cursor, at),
+                CachePage::Poisoned => return self.sigbus(&cursor, page, at),
                 CachePage::Absent if page.0 >= self.size_pages() => {
-                    return self.sigbus(&cursor, at);
+                    return self.sigbus(&cursor, page, at);
                 }
                 CachePage::Absent => {}
             }
             if self.is_closed_to_reads(page.0) {
                 drop(cursor);
-                self.wait_for_resize();
+                self.barrier.wait_while_closed(page.0);
                 continue;
             }
             if !self.has_room(worker) {
                 return Outcome::NoMemory;
             }
-            let mapped = self.vmas.with(at, FileVma::file_pages);
+            let mapped = self.vmas.with_page(at, page, FileVma::file_pages);
             let wanted = mapped.unwrap_or(page.0..page.0 + 1);
             let run = plan.forwards().map_or(plan.run(), rest);
             self.read_in(&mut cursor, worker, page, &clip(run, &wanted));
@@ -82,8 +82,8 @@ impl PageCache {
     }
 
     /// Whether a page is not to be read in now, as it is about to be truncated. Exact under its cursor.
-    fn is_closed_to_reads(&self, page: u32) -> bool {
-        #[cfg(shuttle)]
+    pub(super) fn is_closed_to_reads(&self, page: u32) -> bool {
+        #[cfg(any(loom, shuttle))]
         if seeded_bug::has(SeededBug::ReadIgnoresTheBarrier) {
             return false;
         }
@@ -186,7 +186,7 @@ impl PageCache {
             Access::Write | Access::WriteProtected => self.set_dirty(cursor, page),
         }
         // Nothing to do if the mapping is gone: so is the access.
-        let end = self.vmas.with(at, |vma| match access {
+        let end = self.vmas.with_page(at, page, |vma| match access {
             Access::WriteProtected => {
                 Stats::add(&self.stats.faults_file_write, 1);
                 self.mmu.unprotect(at, 1);
@@ -255,8 +255,8 @@ impl PageCache {
     }
 
     /// Answers an access with SIGBUS: there is no such page, or its bytes are lost (FLT-1).
-    fn sigbus(&self, _cursor: &Cursor<'_, CachePage>, at: VirtAddr) -> Outcome {
-        self.vmas.with(at, |_| {
+    fn sigbus(&self, _cursor: &Cursor<'_, CachePage>, page: PageIndex, at: VirtAddr) -> Outcome {
+        self.vmas.with_page(at, page, |_| {
             if self.mmu.poison(at, 1).done == 0 {
                 self.mmu.wake(at, 1);
             }

@@ -10,7 +10,7 @@ use pgmap_core::page::GetError;
 use super::{CachePage, Cached, PageCache};
 use crate::gup::PinAccess;
 use crate::page_table::{Cursor, PageIndex};
-#[cfg(shuttle)]
+#[cfg(any(loom, shuttle))]
 use crate::seeded_bug::{self, SeededBug};
 use crate::space::Worker;
 
@@ -51,7 +51,7 @@ impl PageCache {
         // From here on nobody can claim the frame; what was done before we see. The barrier comes first: who finds it open has
         // pinned before it closes, or finds the entry of who has closed and opened it.
         let is_closed = self.barrier.is_closed(page.0);
-        #[cfg(shuttle)]
+        #[cfg(any(loom, shuttle))]
         let is_closed = is_closed && !seeded_bug::has(SeededBug::PinIgnoresTheBarrier);
         let entry = self.table.peek(page).cached();
         let same = entry.is_some_and(|entry| {
@@ -66,11 +66,11 @@ impl PageCache {
 
     /// Claims the frame of a page, under its cursor, if nobody has it pinned: nobody can pin it until the claim ends.
     pub(super) fn claim(&self, frame: Pfn) -> bool {
-        #[cfg(shuttle)]
+        #[cfg(any(loom, shuttle))]
         if seeded_bug::has(SeededBug::ClaimIgnoresPins) {
             return true;
         }
-        #[cfg(shuttle)]
+        #[cfg(any(loom, shuttle))]
         if seeded_bug::has(SeededBug::ClaimLooksFirst) {
             return !self.map.frame(frame).is_pinned();
         }
@@ -79,7 +79,7 @@ impl PageCache {
 
     /// Ends a claim: who pins the frame from here on finds what was done under it.
     pub(super) fn unclaim(&self, frame: Pfn) {
-        #[cfg(shuttle)]
+        #[cfg(any(loom, shuttle))]
         if seeded_bug::has(SeededBug::ClaimIgnoresPins)
             || seeded_bug::has(SeededBug::ClaimLooksFirst)
         {
@@ -98,10 +98,12 @@ impl PageCache {
             return Err(NotPinned::BeyondTheEnd);
         }
         loop {
+            #[cfg(shuttle)]
+            let _walked = seeded_bug::has(SeededBug::PinLocksTheMappings).then(|| self.vmas.lock());
             let mut cursor = self.table.lock(page.block());
             if self.barrier.is_closed(page.0) {
                 drop(cursor);
-                self.wait_for_resize();
+                self.barrier.wait_while_closed(page.0);
                 continue;
             }
             match cursor.get(page) {

@@ -7,6 +7,7 @@ use pgmap_core::addr::{PAGE_SHIFT, PAGE_SIZE, VirtAddr};
 use pgmap_sync::Mutex;
 
 use super::PageCache;
+use crate::page_table::PageIndex;
 #[cfg(shuttle)]
 use crate::seeded_bug::{self, SeededBug};
 
@@ -60,10 +61,34 @@ impl FileVma {
 pub(super) struct FileVmas(Mutex<Vec<FileVma>>);
 
 impl FileVmas {
+    #[cfg(shuttle)]
+    pub(super) fn lock(&self) -> pgmap_sync::MutexGuard<'_, Vec<FileVma>> {
+        self.0.lock()
+    }
+
     /// Calls `act` with the mapping at an address, unless there is none any more.
     pub(super) fn with<R>(&self, at: VirtAddr, act: impl FnOnce(&FileVma) -> R) -> Option<R> {
         let vmas = self.0.lock();
+        #[cfg(shuttle)]
+        if seeded_bug::has(SeededBug::FaultOutlivesTheMapping) {
+            let found = vmas.iter().find(|vma| vma.page_at(at).is_some()).copied();
+            drop(vmas);
+            return found.as_ref().map(act);
+        }
         vmas.iter().find(|vma| vma.page_at(at).is_some()).map(act)
+    }
+
+    /// Calls `act` with the mapping at an address, unless another page is shown there by now, or none.
+    pub(super) fn with_page<R>(
+        &self,
+        at: VirtAddr,
+        page: PageIndex,
+        act: impl FnOnce(&FileVma) -> R,
+    ) -> Option<R> {
+        let shown = |vma: &FileVma| vma.page_at(at) == Some(page.0);
+        #[cfg(shuttle)]
+        let shown = |vma: &FileVma| shown(vma) || seeded_bug::has(SeededBug::FaultTrustsTheAddress);
+        self.with(at, |vma| shown(vma).then(|| act(vma))).flatten()
     }
 
     /// Calls `act` with the address and the number of the pages of a range that each mapping shows, until it says no.
@@ -74,6 +99,13 @@ impl FileVmas {
         mut act: impl FnMut(VirtAddr, usize) -> bool,
     ) -> bool {
         let vmas = self.0.lock();
+        #[cfg(shuttle)]
+        let vmas: Vec<_> = if seeded_bug::has(SeededBug::WalkSkipsReaders) {
+            let writers = vmas.iter().filter(|vma| vma.access == VmaAccess::ReadWrite);
+            writers.copied().collect()
+        } else {
+            vmas.clone()
+        };
         vmas.iter().all(|vma| {
             let shown = vma.file_pages();
             let (start, end) = (pages.start.max(shown.start), pages.end.min(shown.end));

@@ -131,6 +131,8 @@ impl PageCache {
         }
         drop(cursor);
         self.ram.free(&gone[..count]);
+        #[cfg(shuttle)]
+        let stays = stays && !seeded_bug::has(SeededBug::ReclaimForgetsPinned);
         if stays {
             self.queue(PageIndex(pages.start), Mapping::Unmapped);
         }

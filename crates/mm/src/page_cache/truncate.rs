@@ -180,6 +180,11 @@ impl PageCache {
                 self.wait_for_writeback(range.clone());
                 return Ok(closed);
             };
+            #[cfg(shuttle)]
+            if seeded_bug::has(SeededBug::TruncateWaitsClosed) && wait(page).is_break() {
+                return Err(TruncateError::Pinned { page });
+            }
+            // Open while we wait: who lets go of a page may have to pin another one first (WB-7).
             drop(closed);
             if wait(page).is_break() {
                 return Err(TruncateError::Pinned { page });
@@ -266,18 +271,6 @@ impl PageCache {
                 self.mmu.pages(page, 1).zero(part_of(start, &part));
             }
         }
-    }
-
-    /// Waits until a page is not in a closed range.
-    pub(super) fn wait_while_closed(&self, page: u32) {
-        if self.barrier.is_closed(page) {
-            self.wait_for_resize();
-        }
-    }
-
-    /// Waits until the truncation that is under way is done.
-    pub(super) fn wait_for_resize(&self) {
-        drop(self.resizing.lock());
     }
 }
 

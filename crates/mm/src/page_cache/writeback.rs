@@ -243,7 +243,7 @@ impl PageCache {
                 Pause::Full => {}
                 Pause::Busy => {
                     self.wait_for_writeback(pages.start..pages.start + 1);
-                    self.wait_while_closed(pages.start);
+                    self.barrier.wait_while_closed(pages.start);
                 }
                 Pause::Pinned => on_pinned.wait(pages.start),
             }
