@@ -77,6 +77,10 @@ impl Files {
         drop(open);
         // Not under the lock: it may be the last handle.
         drop(closed);
+        if Arc::strong_count(cache) > 1 {
+            // Pins keep it: nobody else asks it for its other pages any more.
+            cache.shrink_all();
+        }
     }
 
     /// The open file that is `nth`, in no particular order.
