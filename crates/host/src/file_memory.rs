@@ -100,6 +100,18 @@ impl FileMemory {
         self.mmu.is_foreign()
     }
 
+    /// Leaves a mapping to the kernel, as nobody serves its faults any more: who touches a page of it that is in RAM finds that
+    /// page, and what is stored there is reported to nobody.
+    pub fn leave(&self, at: VirtAddr, pages: u32) {
+        if !self.is_inherited() {
+            // It cannot fail for a range that is registered.
+            let _ = self
+                .mmu
+                .uffd
+                .unregister(at.get(), pages as usize * PAGE_SIZE);
+        }
+    }
+
     /// Ends a mapping that [`map`](Self::map) made. The pager is to have forgotten it before.
     ///
     /// # Safety
