@@ -291,3 +291,26 @@ fn pins_outlive_the_memory() {
     check(&scratch.page(3), 3, 9);
     check(&scratch.page(4), 4, 0);
 }
+
+/// HOT-4: a block that cannot go off line because of a page of a file names who has it pinned, though nobody has the file any more.
+#[test]
+fn who_pins_a_page_of_a_closed_file_is_named() {
+    let Some(memory) = memory(16 * MIB) else {
+        return;
+    };
+    let scratch = Scratch::new("named", 16);
+    let file = memory.open(&scratch.0).unwrap();
+    let space = memory.space();
+    let map = space.map_file(&file, 0..16 * PAGE as u64, Prot::Read);
+    let map = map.unwrap();
+    let pin = Pin::READ.label("tx ring");
+    let pins = space.pin_user_pages(map.range(), &pin).unwrap();
+    drop((map, file));
+    let blocks = memory.ram_blocks();
+    let used = blocks.iter().find(|block| block.used_frames > 0).unwrap();
+    let refused = memory.offline(used.id, Duration::from_millis(50));
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.contains("tx ring"), "{refused}");
+    drop(pins);
+    memory.offline(used.id, Duration::from_secs(10)).unwrap();
+}
