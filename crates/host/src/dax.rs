@@ -9,17 +9,20 @@ use pgmap_core::addr::VirtAddr;
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
+use crate::area::ForkMark;
 use crate::file_memory::Prot;
 
 /// A mapping of a part of a device's memory, which children do not have.
 ///
 /// # Invariants
 ///
-/// `start` is the first of `len` bytes that are mapped shared, and ours until `drop`. No reference to them is ever made.
+/// `start` is the first of `len` bytes that are mapped shared, and ours until `drop`, except in children. No reference to them is
+/// ever made.
 #[derive(Debug)]
 pub struct DaxMapping {
     start: NonNull<u8>,
     len: usize,
+    made_here: ForkMark,
 }
 
 // SAFETY: the mapping is a range of addresses; its bytes are only copied.
@@ -40,6 +43,7 @@ impl DaxMapping {
         align: usize,
         prot: Prot,
     ) -> Result<Self, Errno> {
+        let made_here = ForkMark::new()?;
         let room = len.checked_add(align).ok_or(Errno::INVAL)?;
         let none = ProtFlags::empty();
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
@@ -73,7 +77,11 @@ impl DaxMapping {
         }
         let start = NonNull::new(mapped?.cast()).ok_or(Errno::INVAL)?;
         // INVARIANT: just mapped.
-        let mapping = Self { start, len };
+        let mapping = Self {
+            start,
+            len,
+            made_here,
+        };
         // SAFETY: the advice changes no contents, and the mapping is ours.
         unsafe { madvise(start.as_ptr().cast(), len, Advice::LinuxDontFork)? };
         Ok(mapping)
@@ -127,6 +135,10 @@ impl DaxMapping {
 
 impl Drop for DaxMapping {
     fn drop(&mut self) {
+        if self.made_here.is_forked() {
+            // The addresses are somebody else's by now.
+            return;
+        }
         // SAFETY: by the type invariant the mapping is ours, and nobody has a reference to its bytes. A failure leaves the
         // addresses taken.
         let _ = unsafe { munmap(self.start.as_ptr().cast(), self.len) };

@@ -71,13 +71,16 @@ impl FileMemory {
     ///
     /// # Errors
     ///
-    /// What the machine answers.
+    /// What the machine answers; `ESRCH` in a fork's child, whose faults nobody serves.
     ///
     /// # Panics
     ///
     /// If there is no room for these pages.
     pub fn map(&self, pages: &Range<u32>, prot: Prot) -> Result<VirtAddr, Errno> {
         assert!(pages.end <= self.pages, "{pages:?} of {} pages", self.pages);
+        if self.is_inherited() {
+            return Err(Errno::SRCH);
+        }
         let bytes = pages.start as usize * PAGE_SIZE..pages.end as usize * PAGE_SIZE;
         let len = bytes.len();
         let start = map_shared(&self.fd, bytes, prot)?;
@@ -91,12 +94,34 @@ impl FileMemory {
         Ok(VirtAddr::new(at))
     }
 
+    /// Whether this is a fork's child, which has neither the mappings nor a say in the parent's memory.
+    #[must_use]
+    pub fn is_inherited(&self) -> bool {
+        self.mmu.is_foreign()
+    }
+
+    /// Leaves a mapping to the kernel, as nobody serves its faults any more: who touches a page of it that is in RAM finds that
+    /// page, and what is stored there is reported to nobody.
+    pub fn leave(&self, at: VirtAddr, pages: u32) {
+        if !self.is_inherited() {
+            // It cannot fail for a range that is registered.
+            let _ = self
+                .mmu
+                .uffd
+                .unregister(at.get(), pages as usize * PAGE_SIZE);
+        }
+    }
+
     /// Ends a mapping that [`map`](Self::map) made. The pager is to have forgotten it before.
     ///
     /// # Safety
     ///
     /// The addresses are those of such a mapping, and nobody uses them any more.
     pub unsafe fn unmap(&self, at: VirtAddr, pages: u32) {
+        if self.is_inherited() {
+            // The addresses are somebody else's by now.
+            return;
+        }
         // SAFETY: by this function's contract. It fails only if the process has too many mappings, and then the addresses
         // stay taken.
         let _ = unsafe { munmap(at.get() as *mut _, pages as usize * PAGE_SIZE) };
@@ -166,17 +191,29 @@ unsafe impl SharedMmu for FileMemory {
     }
 
     fn unmap(&self, at: VirtAddr, count: usize) {
+        if self.is_inherited() {
+            return;
+        }
+        let (at, len) = (at.get() as *mut _, count * PAGE_SIZE);
         loop {
+            // Locked pages, too: whoever finds a page unmapped takes its bytes for unchanging. They are mapped again when they
+            // are touched.
             // SAFETY: the addresses are those of a mapping of the file, whose bytes stay in the memory file.
-            match unsafe { madvise(at.get() as *mut _, count * PAGE_SIZE, Advice::LinuxDontNeed) } {
+            match unsafe { madvise(at, len, Advice::LinuxDontneedLocked) } {
                 Err(Errno::AGAIN | Errno::INTR) => std::thread::yield_now(),
-                // It fails for locked memory only, which stays mapped: freeing its memory unmaps it.
-                Ok(()) | Err(_) => return,
+                Ok(()) => return,
+                Err(errno) => {
+                    debug_assert!(false, "a mapping of ours: {errno}");
+                    return;
+                }
             }
         }
     }
 
     fn poison(&self, at: VirtAddr, count: usize) -> Progress {
+        // The kernel remembers that a page was protected when it was unmapped, and poisons no address of which it remembers
+        // something.
+        self.unprotect(at, count);
         self.mmu.repeat(count * PAGE_SIZE, |offset, len| {
             self.mmu.uffd.poison(at.get() + offset, len)
         })
@@ -188,6 +225,10 @@ unsafe impl SharedMmu for FileMemory {
     }
 
     fn free(&self, first: u32, count: usize) {
+        if self.is_inherited() {
+            // The memory file is the parent's, too.
+            return;
+        }
         let how = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         let (offset, len) = (u64::from(first), count as u64);
         let page = PAGE_SIZE as u64;
@@ -198,6 +239,10 @@ unsafe impl SharedMmu for FileMemory {
 
 impl Drop for FileMemory {
     fn drop(&mut self) {
+        if self.is_inherited() {
+            // The addresses are somebody else's by now.
+            return;
+        }
         // SAFETY: by the type invariant the mapping is ours, and nobody has a reference to its bytes.
         let unmapped =
             unsafe { munmap(self.start.as_ptr().cast(), self.pages as usize * PAGE_SIZE) };

@@ -63,6 +63,16 @@ impl Files {
         open.iter().find(|cache| cache.number() == number).cloned()
     }
 
+    /// The file with this number, though only pins may keep it and its mappings.
+    pub(crate) fn of_any(&self, number: FileNumber) -> Option<Arc<PageCache>> {
+        let pinned = || {
+            let mapped = self.mapped.lock();
+            let mut caches = mapped.values().map(|(_, cache)| cache);
+            caches.find(|cache| cache.number() == number).cloned()
+        };
+        self.of(number).or_else(pinned)
+    }
+
     /// Adds a file: from now on its pages are reclaimed with all others.
     pub fn open(&self, cache: Arc<PageCache>) {
         self.open.lock().push(cache);
@@ -77,6 +87,10 @@ impl Files {
         drop(open);
         // Not under the lock: it may be the last handle.
         drop(closed);
+        if Arc::strong_count(cache) > 1 {
+            // Pins keep it: nobody else asks it for its other pages any more.
+            cache.shrink_all();
+        }
     }
 
     /// The open file that is `nth`, in no particular order.

@@ -226,6 +226,12 @@ impl PinnedPages {
         }
     }
 
+    /// Makes room for the frames: for no more than there are, however long the range is.
+    fn reserve(&mut self) {
+        let most = usize::try_from(self.space.ram.limit()).unwrap_or(usize::MAX);
+        self.frames.reserve_exact(most.min(self.pages as usize));
+    }
+
     /// What the pages were pinned for.
     #[must_use]
     pub const fn access(&self) -> PinAccess {
@@ -286,7 +292,7 @@ pub fn pin_user_pages(
     // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
     match pinned.whose {
         Whose::Anonymous => {
-            pinned.frames.reserve_exact(pages as usize);
+            pinned.reserve();
             for nth in 0..pages {
                 let at = nth_page(at, nth)?;
                 let pin_page = || space.pin_page(worker, at, pin.access);
@@ -297,7 +303,7 @@ pub fn pin_user_pages(
             space.pin_dax_pages(at, pages, pin, Who::Site(site), &mut pinned.dax)?;
         }
         Whose::File => {
-            pinned.frames.reserve_exact(pages as usize);
+            pinned.reserve();
             space.pin_file_pages(worker, at, pages, pin, &mut pinned)?;
         }
     }
@@ -318,7 +324,7 @@ pub fn pin_user_pages_fast(
     }
     let at = at.page_start();
     let mut pinned = PinnedPages::begin(space, at, pages, pin);
-    pinned.frames.reserve_exact(pages as usize);
+    pinned.reserve();
     // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
     match pinned.whose {
         Whose::Anonymous => {

@@ -88,7 +88,7 @@ impl AddressSpace {
             };
         }
         if let Some(FilePage { file, page }) = FilePage::from_word(frame.mapping()) {
-            let cache = self.files.of(file);
+            let cache = self.files.of_any(file);
             return cache.map_or(Ok(()), |cache| cache.replace_frame(page, pfn, to));
         }
         let mapping = frame.mapping().checked_sub(1);
@@ -139,7 +139,7 @@ impl AddressSpace {
     fn address_of(&self, pfn: Pfn) -> Option<VirtAddr> {
         let word = self.map.frame(pfn).mapping();
         if let Some(FilePage { file, page }) = FilePage::from_word(word) {
-            return self.files.of(file)?.address_of(page);
+            return self.files.of_any(file)?.address_of(page);
         }
         let page = u32::try_from(word.checked_sub(1)?).ok()?;
         (page < self.table.pages()).then(|| self.table.address(PageIndex(page)))

@@ -15,7 +15,7 @@ use pgmap_core::memcg::Memcg;
 use pgmap_core::memremap::MemoryMap;
 use pgmap_core::platform::{OutOfAddressSpace, Platform};
 use pgmap_core::ram::Ram;
-use pgmap_sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use pgmap_sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering, fence};
 use pgmap_sync::{Mutex, WaitQueue};
 
 use crate::backing::Backing;
@@ -110,10 +110,9 @@ pub struct PageCache {
     dirty_blocks: DirtyBlocks,
     /// The block at which the next bounded writeback begins.
     flush_from: AtomicU32,
-    /// Pages in RAM, and those of them that are dirty, and under writeback.
+    /// Pages in RAM, and those of them that are dirty.
     cached: AtomicU64,
     dirty: AtomicU64,
-    under_writeback: AtomicU64,
     /// Who waits for pages that are under writeback.
     written: WaitQueue,
     errors: ErrSeq,
@@ -150,7 +149,6 @@ impl PageCache {
             flush_from: AtomicU32::new(0),
             cached: AtomicU64::new(0),
             dirty: AtomicU64::new(0),
-            under_writeback: AtomicU64::new(0),
             written: WaitQueue::new(),
             errors: ErrSeq::default(),
             released: AtomicBool::new(false),
@@ -236,18 +234,24 @@ impl PageCache {
         #[cfg(shuttle)]
         if seeded_bug::has(SeededBug::ReleaseWritesFirst) {
             self.write_back(0..u32::MAX, OnPinned::Bounce);
-            return self.released.store(true, Ordering::Release);
+            return self.released.store(true, Ordering::Relaxed);
         }
-        // Release: pairs with the acquire in `after_unpin`.
-        self.released.store(true, Ordering::Release);
+        // Relaxed: the fence orders it.
+        self.released.store(true, Ordering::Relaxed);
+        // Pairs with the fence in `after_unpin`.
+        fence(Ordering::SeqCst);
         self.write_back(0..u32::MAX, OnPinned::Bounce);
     }
 
-    /// Pages have been unpinned: if nobody else has the file any more, what was written through the pins goes to it now.
+    /// Pages have been unpinned: if nobody else has the file any more, what was written through the pins goes to it now, and
+    /// leaves RAM.
     pub(crate) fn after_unpin(&self) {
-        // Acquire: pairs with the release in `release`. Who releases it a little later writes back himself.
-        if self.released.load(Ordering::Acquire) {
+        // Pairs with the fence in `release`: either we see that the file is released, or who releases it sees our pins gone.
+        fence(Ordering::SeqCst);
+        // Relaxed: the fence orders it.
+        if self.released.load(Ordering::Relaxed) {
             self.write_back(0..u32::MAX, OnPinned::Bounce);
+            self.shrink_all();
         }
     }
 

@@ -22,6 +22,7 @@ use core::ops::{ControlFlow, Range};
 use core::ptr;
 use core::time::Duration;
 use std::fs;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -37,7 +38,7 @@ use pgmap_mm::page_cache::{
     CacheParts, FileVma, Lost, OnPinned, PageCache, TruncateError, VmaAccess, Written,
 };
 use pgmap_sync::Mutex;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 
 use crate::memory::{Memory, PLATFORM};
@@ -48,6 +49,8 @@ use crate::writer::write_back;
 /// addresses only.
 const ROOM_FACTOR: u64 = 4;
 const ROOM_BYTES: u64 = 16 << 30;
+/// What a file is opened with, as a number.
+const NONBLOCK: i32 = OFlags::NONBLOCK.bits().cast_signed();
 /// Between two looks whether somebody still uses a file that is being closed.
 const CLOSING: Duration = Duration::from_micros(50);
 const CLOSING_LOOKS: u32 = 1000;
@@ -129,6 +132,10 @@ pub(crate) struct Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        if self.memory.is_inherited() {
+            // A fork's child: what is dirty is the parent's to write.
+            return;
+        }
         self.space.inner().files().close(&self.cache);
         // Who is still reading ahead or writing back ends with that soon. Then the file is closed, and whoever opens it again does not
         // find it locked, unless pins keep it.
@@ -213,8 +220,10 @@ impl Memory {
             path: path.to_owned(),
             error,
         };
-        let file = fs::OpenOptions::new().read(true).write(writes).open(path);
-        let file = file.map_err(failed)?;
+        let mut how = fs::OpenOptions::new();
+        // Nobody waits for the other end of a pipe, only to be told that it is no file.
+        how.read(true).write(writes).custom_flags(NONBLOCK);
+        let file = how.open(path).map_err(failed)?;
         let metadata = file.metadata().map_err(failed)?;
         if !fs::FileType::is_file(&metadata.file_type()) {
             return Err(OpenError::NotRegular(path.to_owned()));
@@ -223,7 +232,10 @@ impl Memory {
             Prot::Read => FlockOperation::NonBlockingLockShared,
             Prot::ReadWrite => FlockOperation::NonBlockingLockExclusive,
         };
-        flock(&file, lock).map_err(|_| OpenError::Locked(path.to_owned()))?;
+        flock(&file, lock).map_err(|errno| match errno {
+            Errno::WOULDBLOCK => OpenError::Locked(path.to_owned()),
+            errno => failed(errno.into()),
+        })?;
         let backing = Arc::new(FileBacking::new(file));
         self.open_over(path, backing, metadata.len(), options)
     }
@@ -406,11 +418,15 @@ impl Inner {
 
 /// How many pages a file may come to have while it is open.
 fn most_pages(size_bytes: u64) -> Option<u32> {
-    let pages = |bytes: u64| u32::try_from(bytes.div_ceil(PAGE_SIZE as u64)).ok();
+    // The table ends behind it, at a group's end.
+    let most = u32::MAX - 255;
+    let pages = |bytes: u64| {
+        let pages = u32::try_from(bytes.div_ceil(PAGE_SIZE as u64)).ok();
+        pages.filter(|pages| *pages <= most)
+    };
     let least = pages(size_bytes)?;
     let wanted = size_bytes.saturating_mul(ROOM_FACTOR).max(ROOM_BYTES);
-    // The table ends behind it, at a group's end.
-    Some(pages(wanted).unwrap_or(least).min(u32::MAX - 255))
+    Some(pages(wanted).unwrap_or(least))
 }
 
 fn keep_waiting(began: Instant, patience: Duration) -> ControlFlow<()> {
@@ -442,6 +458,7 @@ impl AddressSpace {
     ///
     /// # Errors
     ///
+    /// [`MapError::OtherMemory`] if the file was opened by another [`Memory`], whose pager serves its pages;
     /// [`MapError::BadRange`] if the range is empty, does not begin at a page, or is longer than the file may ever be;
     /// [`MapError::Refused`] with what the machine answers, or with `EACCES` if a file that was opened for reading is to be mapped for
     /// writing.
@@ -452,6 +469,9 @@ impl AddressSpace {
         prot: Prot,
     ) -> Result<FileMapping<'m>, MapError> {
         let inner = Arc::clone(&file.inner);
+        if !ptr::eq(self, &raw const *inner.space) {
+            return Err(MapError::OtherMemory);
+        }
         let page = |bytes: u64| u32::try_from(bytes / PAGE_SIZE as u64).ok();
         let aligned = bytes.start.is_multiple_of(PAGE_SIZE as u64);
         if !aligned || bytes.is_empty() || bytes.end > inner.cache.most_bytes() {
@@ -532,6 +552,10 @@ impl FileMapping<'_> {
 
 impl Drop for FileMapping<'_> {
     fn drop(&mut self) {
+        if self.inner.memory.is_inherited() {
+            // A fork's child does not have it.
+            return;
+        }
         let space = &self.inner.space;
         let mapped = Mapped {
             memory: Arc::clone(&self.inner.memory),
@@ -555,6 +579,11 @@ pub(crate) struct Mapped {
 }
 
 impl Mapped {
+    /// The pager is gone. Who has pages of the mapping pinned may still use them by their addresses: they are in RAM.
+    pub(crate) fn leave(&self) {
+        self.memory.leave(self.vma.at, self.vma.pages);
+    }
+
     /// Ends the mapping, unless it is pinned.
     pub(crate) fn end(self, space: &pgmap_mm::space::AddressSpace) -> Result<(), Self> {
         if space.unmap_file(&self.vma).is_err() {

@@ -296,8 +296,7 @@ impl Drop for Memory {
             // A pager thread that panicked has ended the process already.
             let _ = thread.join();
         }
-        // What is pinned even now keeps its addresses for the life of the process.
-        self.space.end_lingering();
+        self.space.leave_lingering();
     }
 }
 

@@ -42,6 +42,9 @@ pub enum MapError {
     /// The range is not in managed memory, or not aligned to pages.
     #[error("the range is not a range of managed pages")]
     BadRange,
+    /// The file is open in another memory: map it there.
+    #[error("the file was opened by another memory, whose addresses it is to be mapped at")]
+    OtherMemory,
     /// A page of the range is pinned.
     #[error(transparent)]
     Pinned(#[from] Pinned),
@@ -433,6 +436,13 @@ impl AddressSpace {
         let ended = mapped.into_iter().map(|mapped| mapped.end(&self.inner));
         let pinned: Vec<_> = ended.filter_map(Result::err).collect();
         self.lingering.lock().extend(pinned);
+    }
+
+    /// The pager is gone: mappings of files that are pinned even now are left to the kernel, and keep their addresses for the life
+    /// of the process.
+    pub(crate) fn leave_lingering(&self) {
+        self.end_lingering();
+        self.lingering.lock().iter().for_each(Mapped::leave);
     }
 
     /// Who has pages pinned, of files or of anonymous memory, oldest first (REF-7).

@@ -375,3 +375,56 @@ fn a_child_sees_no_zeros() {
     }
     look(&map, PAGES - 1, 0);
 }
+
+/// Runs the same test as a child, which is to die of SIGBUS before long.
+fn dies_of_sigbus_soon(test: &str) {
+    let mut child = child(test, "touch").spawn().unwrap();
+    let status = (0..100).find_map(|_| {
+        thread::sleep(Duration::from_millis(100));
+        child.try_wait().unwrap()
+    });
+    let _ = child.kill();
+    let status = status.unwrap_or_else(|| child.wait().unwrap());
+    assert_eq!(status.signal(), Some(SIGBUS), "{status}");
+}
+
+/// WB-5: who touches what was cut off gets SIGBUS, and does not wait for ever, where it had been mapped to be read, too.
+#[test]
+fn what_was_cut_off_answers_with_sigbus() {
+    let Some(memory) = memory(8 * MIB) else {
+        return;
+    };
+    let scratch = Scratch::new("cut-off", PAGES);
+    let file = memory.open(&scratch.0).unwrap();
+    let map = map(&memory, &file);
+    (0..PAGES).for_each(|page| look(&map, page, 0));
+    file.set_len(8 * PAGE as u64, Duration::ZERO).unwrap();
+    if told().is_some() {
+        return look(&map, 20, 0);
+    }
+    dies_of_sigbus_soon("what_was_cut_off_answers_with_sigbus");
+    file.set_len((PAGES * PAGE) as u64, Duration::ZERO).unwrap();
+    let mut bytes = [1; PAGE];
+    map.read(20 * PAGE, &mut bytes);
+    assert_eq!(bytes, [0; PAGE]);
+}
+
+/// WB-6: RAM that fails is SIGBUS through every mapping, also where the page was protected or never touched.
+#[test]
+fn failed_ram_is_sigbus_through_every_mapping() {
+    let Some(memory) = memory(8 * MIB) else {
+        return;
+    };
+    let scratch = Scratch::new("failed-twice", PAGES);
+    let file = memory.open(&scratch.0).unwrap();
+    let (first, second) = (map(&memory, &file), map(&memory, &file));
+    look(&second, 7, 0);
+    store(&first, 7, 1);
+    file.sync_all().unwrap();
+    store(&first, 7, 2);
+    assert_eq!(file.memory_failure(7 * PAGE as u64), Lost::Page);
+    if told().is_some() {
+        return look(&second, 7, 2);
+    }
+    dies_of_sigbus_soon("failed_ram_is_sigbus_through_every_mapping");
+}

@@ -230,3 +230,87 @@ fn a_pinned_mapping_outlives_its_handles() {
     check(&scratch.page(3), 3, 9);
     check(&scratch.page(4), 4, 0);
 }
+
+/// GUP-3: of a file that is closed but for its pins, only pinned pages stay in RAM: nobody could reclaim the others.
+#[test]
+fn a_closed_file_keeps_its_pinned_pages_only() {
+    const PAGES: usize = 4096;
+    let Some(memory) = memory(8 * MIB) else {
+        return;
+    };
+    let scratch = Scratch::new("kept", PAGES);
+    let file = memory.open(&scratch.0).unwrap();
+    let space = memory.space();
+    let map = space.map_file(&file, 0..(PAGES * PAGE) as u64, Prot::ReadWrite);
+    let map = map.unwrap();
+    let mut bytes = [0; PAGE];
+    // Backwards, as nobody reads ahead then.
+    (0..PAGES)
+        .rev()
+        .for_each(|page| map.read(page * PAGE, &mut bytes));
+    let (start, middle) = (map.range().start, map.range().start + PAGES / 2 * PAGE);
+    let first = space.pin_user_pages(start..start + PAGE, &Pin::WRITE);
+    let second = space.pin_user_pages(middle..middle + 64 * PAGE, &Pin::READ);
+    drop((map, file));
+    let blocks = || memory.ram_blocks();
+    let used = || blocks().iter().map(|block| block.used_frames).sum::<u64>();
+    assert_eq!(used(), 65);
+    drop(second.unwrap());
+    assert_eq!(used(), 1);
+    drop(first.unwrap());
+}
+
+/// GUP-3, GUP-4: pins outlive the memory, whose pager is gone: what is pinned is sent and received as before.
+#[test]
+fn pins_outlive_the_memory() {
+    let Some(memory) = memory(8 * MIB) else {
+        return;
+    };
+    let scratch = Scratch::new("survivor", 16);
+    let file = memory.open(&scratch.0).unwrap();
+    let space = memory.space();
+    let map = space.map_file(&file, 0..16 * PAGE as u64, Prot::ReadWrite);
+    let map = map.unwrap();
+    let mut ring = Ring::new(1);
+    // The first is used by its addresses, of which none was touched.
+    let sent = space.pin_user_pages(map.range(), &Pin::READ).unwrap();
+    let sent = ring.register(sent).unwrap();
+    let received = space.pin_user_pages(map.range(), &Pin::WRITE).unwrap();
+    let received = ring.register(received).unwrap();
+    drop((map, file));
+    drop(memory);
+    let (mut there, here) = UnixStream::pair().unwrap();
+    let page = 3 * PAGE..4 * PAGE;
+    assert_eq!(ring.write_fixed(&sent, page.clone(), &here, None), Ok(PAGE));
+    let mut bytes = [0; PAGE];
+    there.read_exact(&mut bytes).unwrap();
+    check(&bytes, 3, 0);
+    there.write_all(&pattern(3, 9)).unwrap();
+    assert_eq!(ring.read_fixed(&received, page, &here, None), Ok(PAGE));
+    drop((sent, received));
+    check(&scratch.page(3), 3, 9);
+    check(&scratch.page(4), 4, 0);
+}
+
+/// HOT-4: a block that cannot go off line because of a page of a file names who has it pinned, though nobody has the file any more.
+#[test]
+fn who_pins_a_page_of_a_closed_file_is_named() {
+    let Some(memory) = memory(16 * MIB) else {
+        return;
+    };
+    let scratch = Scratch::new("named", 16);
+    let file = memory.open(&scratch.0).unwrap();
+    let space = memory.space();
+    let map = space.map_file(&file, 0..16 * PAGE as u64, Prot::Read);
+    let map = map.unwrap();
+    let pin = Pin::READ.label("tx ring");
+    let pins = space.pin_user_pages(map.range(), &pin).unwrap();
+    drop((map, file));
+    let blocks = memory.ram_blocks();
+    let used = blocks.iter().find(|block| block.used_frames > 0).unwrap();
+    let refused = memory.offline(used.id, Duration::from_millis(50));
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.contains("tx ring"), "{refused}");
+    drop(pins);
+    memory.offline(used.id, Duration::from_secs(10)).unwrap();
+}

@@ -46,6 +46,11 @@ impl PageCache {
         freed
     }
 
+    /// Drops every page that may leave: nobody reclaims them any more.
+    pub(crate) fn shrink_all(&self) {
+        while self.shrink(usize::MAX) > 0 {}
+    }
+
     /// Unmaps the pages of a block. Who touches one before it leaves finds it again.
     fn deactivate(&self, block: BlockIndex) {
         let mut cursor = self.table.lock(block);

@@ -351,7 +351,6 @@ impl PageCache {
         }
         // Relaxed: a number that stands alone.
         self.dirty.fetch_sub(run.len() as u64, Ordering::Relaxed);
-        self.note_writeback(run.len());
         run
     }
 
@@ -377,7 +376,6 @@ impl PageCache {
             }),
         );
         batch.push_copy(page);
-        self.note_writeback(1);
     }
 
     /// Writes the batch, and ends its writeback.
@@ -422,12 +420,6 @@ impl PageCache {
 }
 
 impl PageCache {
-    fn note_writeback(&self, count: usize) {
-        // Relaxed: changed under the cursor of pages whose entries say the same; `wait_for_writeback` looks at those.
-        self.under_writeback
-            .fetch_add(count as u64, Ordering::Relaxed);
-    }
-
     /// Ends the writeback of a run, whose pages are dirty again if they were not written.
     fn end(&self, run: Run, outcome: Result<(), BackingError>, written: &mut Written) {
         let count = u64::from(run.count);
@@ -470,8 +462,6 @@ impl PageCache {
         {
             self.errors.set(error);
         }
-        // Relaxed: see `note_writeback`.
-        self.under_writeback.fetch_sub(count, Ordering::Relaxed);
         self.written.wake_all();
     }
 
