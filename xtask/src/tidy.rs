@@ -57,6 +57,7 @@ const UNSAFE: [&str; 27] = [
     // They fork.
     "crates/pgmap/tests/blocks.rs",
     "crates/pgmap/tests/common/fork.rs",
+    "crates/pgmap/tests/common/touch.rs",
     "crates/cli/src/supervisor.rs",
     "crates/cli/src/workload.rs",
     "crates/cli/tests/",
