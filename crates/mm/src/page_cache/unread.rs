@@ -1,7 +1,7 @@
 //! Pages that the file could not give: who touches one gets SIGBUS now, and a later access reads it again, as in the kernel.
 //!
 //! Poison at an address answers all accesses without us, so it is lifted after a while; who got it and has not run since reads
-//! again, which is as good. What must never happen here: poison lifted that a memory failure has left, whose bytes nobody has.
+//! again, which is as good. What must never happen here: somebody's page unmapped at an address that is another file's by now.
 
 use alloc::vec::Vec;
 
@@ -36,13 +36,10 @@ impl PageCache {
     /// here on.
     pub fn retry_reads(&self, before_ns: u64) {
         for at in self.unread.take_older(before_ns) {
-            let page_there = || self.vmas.with(at, |vma| vma.page_at(at)).flatten();
-            let Some(page) = page_there() else { continue };
-            let cursor = self.table.lock(PageIndex(page).block());
-            if cursor.get(PageIndex(page)) == CachePage::Poisoned {
-                continue;
-            }
-            // A page that was mapped there meanwhile is mapped again when it is touched.
+            let page = self.vmas.with(at, |vma| vma.page_at(at)).flatten();
+            let Some(page) = page else { continue };
+            let _cursor = self.table.lock(PageIndex(page).block());
+            // A page that was mapped there meanwhile, or is poisoned by a memory failure, is so again when it is touched.
             self.vmas.with(at, |vma| {
                 if vma.page_at(at) == Some(page) {
                     self.mmu.unmap(at, 1);
