@@ -36,7 +36,7 @@ const ATOMICS: [(&str, &str); 3] = [
     ),
 ];
 /// Where unsafe code may be.
-const UNSAFE: [&str; 27] = [
+const UNSAFE: [&str; 28] = [
     "crates/sync/",
     "crates/core/",
     "crates/host/",
