@@ -305,7 +305,9 @@ mod tests {
             (0..30).collect::<Vec<u64>>()
         );
         assert_eq!(since(holders.older_than(30, &mut told)), [0; 0]);
-        tickets.iter().for_each(|ticket| holders.remove(ticket));
+        for ticket in &tickets {
+            holders.remove(ticket);
+        }
         assert!(holders.all().is_empty() && !holders.has_any_of(&(0..400)));
     }
 }

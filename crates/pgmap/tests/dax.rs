@@ -17,6 +17,7 @@ use pgmap::pmem::{
 use pgmap::{DaxMapping, MapDaxError, Memory, Pin, PinError, Prot};
 use pgmap_core::addr::VirtAddr;
 use pgmap_drivers::block::BlockDevice;
+use pgmap_sync::atomic::{AtomicBool, Ordering};
 
 const MIB: usize = 1 << 20;
 const SIGBUS: i32 = 7;
@@ -390,10 +391,11 @@ fn mappings_come_and_go_while_sectors_are_lost() {
     let (_region, pmem) = bind(&memory, "memory,size=8M,align=4K");
     let kept = map(&memory, &pmem, 0..MIB);
     kept.write(0, &vec![9; MIB]);
-    let done = core::sync::atomic::AtomicBool::new(false);
+    let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            while !done.load(core::sync::atomic::Ordering::Relaxed) {
+            // Relaxed, here and below: it says nothing about anything else.
+            while !done.load(Ordering::Relaxed) {
                 let bytes = 4 * MIB as u64..5 * MIB as u64;
                 let (space, prot) = (memory.space(), Prot::ReadWrite);
                 drop(space.map_dax(&pmem, bytes, Sharing::Shared, prot, "passer-by"));
@@ -413,7 +415,7 @@ fn mappings_come_and_go_while_sectors_are_lost() {
             })
         });
         workers.map(|worker| worker.join().unwrap());
-        done.store(true, core::sync::atomic::Ordering::Relaxed);
+        done.store(true, Ordering::Relaxed);
     });
     let mut bytes = vec![0; MIB];
     kept.read(0, &mut bytes);

@@ -83,10 +83,11 @@ impl Held {
     }
 
     fn ask(&mut self, request: &Request) -> anyhow::Result<Vec<BadBlocks>> {
-        match self.client.ask(request)? {
-            Answer::Lost(blocks) => Ok(blocks),
-            other => Err(find::unexpected(&other)),
-        }
+        let answer = self.client.ask(request)?;
+        let Answer::Lost(blocks) = answer else {
+            return Err(find::unexpected(&answer));
+        };
+        Ok(blocks)
     }
 
     /// Says so if what was just copied may be lost.

@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 use pgmap_core::addr::VirtAddr;
 use pgmap_sync::Mutex;
 
-use super::{CachePage, PageCache};
+use super::{CachePage, FileVma, PageCache};
 use crate::fault::Outcome;
 use crate::page_table::{Cursor, PageIndex};
 
@@ -40,11 +40,9 @@ impl PageCache {
             let Some(page) = page else { continue };
             let _cursor = self.table.lock(PageIndex(page).block());
             // A page that was mapped there meanwhile, or is poisoned by a memory failure, is so again when it is touched.
-            self.vmas.with(at, |vma| {
-                if vma.page_at(at) == Some(page) {
-                    self.mmu.unmap(at, 1);
-                }
-            });
+            let still_there = |vma: &FileVma| vma.page_at(at) == Some(page);
+            let lift = |vma: &FileVma| still_there(vma).then(|| self.mmu.unmap(at, 1));
+            self.vmas.with(at, lift);
         }
     }
 }
