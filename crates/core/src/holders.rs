@@ -3,6 +3,9 @@
 //! Every pin registers here when it is made, once however many pages it has; the count on the frames stays
 //! the truth, this is its explanation. Who pins what a program sees registers addresses; who holds a device's pages
 //! registers frames.
+//!
+//! Addresses are registered in parts, so that threads pin side by side: each thread has a part to write to, and who asks
+//! walks through all. What must never happen here: a holder that is in no part while it holds, as who walks would miss it.
 
 use alloc::borrow::Cow;
 use alloc::vec::Vec;
@@ -118,27 +121,38 @@ impl<H: Clone> Registry<H> {
     }
 }
 
+/// Parts of the register of addresses; threads beyond this many share.
+const PARTS: usize = if cfg!(any(loom, shuttle)) { 2 } else { 16 };
+
+/// A part of the register of addresses, with cache lines of its own.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Part(Mutex<Registry<Holder>>);
+
 /// All holders of a memory map.
 #[derive(Debug, Default)]
 pub struct Holders {
-    registry: Mutex<Registry<Holder>>,
+    parts: [Part; PARTS],
     frames: Mutex<Registry<FrameHolder>>,
 }
 
 /// A holder's place in the register.
 #[derive(Debug)]
 #[must_use = "a holder stays registered until `remove`"]
-pub struct Ticket(Place);
+pub struct Ticket {
+    part: usize,
+    place: Place,
+}
 
-/// Of which holders somebody has been told: of those up to this one.
+/// Of which holders somebody has been told: in each part of the register of those up to this one.
 #[derive(Debug, Default)]
-pub struct Told(u64);
+pub struct Told([u64; PARTS]);
 
 impl Told {
     /// Of none.
     #[must_use]
     pub const fn new() -> Self {
-        Self(0)
+        Self([0; PARTS])
     }
 }
 
@@ -148,14 +162,16 @@ impl Told {
 pub struct FrameTicket(Place);
 
 impl Holders {
-    /// Registers a holder until [`remove`](Self::remove).
+    /// Registers a holder until [`remove`](Self::remove). When this returns, everybody who asks finds it.
     pub fn add(&self, holder: Holder) -> Ticket {
-        Ticket(self.registry.lock().add(holder))
+        let part = pgmap_sync::thread_number() % PARTS;
+        let place = self.parts[part].0.lock().add(holder);
+        Ticket { part, place }
     }
 
     /// Forgets a holder.
     pub fn remove(&self, ticket: &Ticket) {
-        let removed = self.registry.lock().remove(ticket.0);
+        let removed = self.parts[ticket.part].0.lock().remove(ticket.place);
         // Not under the lock.
         drop(removed);
     }
@@ -163,35 +179,44 @@ impl Holders {
     /// Who holds any of these addresses, oldest first.
     #[must_use]
     pub fn of(&self, range: &Range<usize>) -> Vec<Holder> {
-        self.registry.lock().of(|holder| overlaps(holder, range))
+        self.sorted(|holder| overlaps(holder, range))
     }
 
     /// All who hold addresses, oldest first.
     #[must_use]
     pub fn all(&self) -> Vec<Holder> {
-        self.registry.lock().of(|_| true)
+        self.sorted(|_| true)
+    }
+
+    fn sorted(&self, wanted: impl Fn(&Holder) -> bool) -> Vec<Holder> {
+        let of_part = |part: &Part| part.0.lock().of(&wanted);
+        oldest_first(self.parts.iter().flat_map(of_part).collect())
     }
 
     /// Those who have held addresses since before `since_ns`, each of them once: `told` is how far the caller has been told.
     #[must_use]
     pub fn older_than(&self, since_ns: u64, told: &mut Told) -> Vec<Holder> {
-        let registry = self.registry.lock();
-        let old = registry.sorted(|holder| holder.since_ns < since_ns);
-        let untold = old.into_iter().filter(|(number, _)| *number > told.0);
-        let untold: Vec<_> = untold.cloned().collect();
-        drop(registry);
-        if let Some((last, _)) = untold.last() {
-            told.0 = *last;
+        let mut found = Vec::new();
+        for (part, told) in self.parts.iter().zip(&mut told.0) {
+            let registry = part.0.lock();
+            let before = *told;
+            let old = registry.sorted(|holder| holder.since_ns < since_ns);
+            for (number, holder) in old.into_iter().filter(|(number, _)| *number > before) {
+                found.push(holder.clone());
+                *told = *number;
+            }
         }
-        untold.into_iter().map(|(_, holder)| holder).collect()
+        oldest_first(found)
     }
 
-    /// Whether anybody holds any of these addresses.
+    /// Whether anybody holds any of these addresses. Part by part, and still exact about who registered before: nobody changes parts.
     #[must_use]
     pub fn has_any_of(&self, range: &Range<usize>) -> bool {
-        let registry = self.registry.lock();
-        let mut holders = registry.places.iter().flatten();
-        holders.any(|(_, holder)| overlaps(holder, range))
+        self.parts.iter().any(|part| {
+            let registry = part.0.lock();
+            let mut holders = registry.places.iter().flatten();
+            holders.any(|(_, holder)| overlaps(holder, range))
+        })
     }
 
     /// Registers a holder of a device's pages until [`remove_frames`](Self::remove_frames).
@@ -219,6 +244,11 @@ impl Holders {
     }
 }
 
+fn oldest_first(mut holders: Vec<Holder>) -> Vec<Holder> {
+    holders.sort_by_key(|holder| holder.since_ns);
+    holders
+}
+
 const fn overlaps(holder: &Holder, range: &Range<usize>) -> bool {
     holder.range.start < range.end && range.start < holder.range.end
 }
@@ -242,5 +272,42 @@ mod tests {
         assert_eq!(registry.of(|_| true), [3]);
         registry.add(4);
         assert_eq!(registry.places.len(), 2);
+    }
+
+    /// REF-7: whoever registers, on whichever thread, is found by all who ask, oldest first, and told of once; and may go on another
+    /// thread than it came.
+    #[cfg(not(any(loom, shuttle)))]
+    #[test]
+    fn holders_of_all_threads_are_found() {
+        let holders = Holders::default();
+        let add = |since_ns: u64| {
+            let start = usize::try_from(since_ns).unwrap() * 10;
+            holders.add(Holder {
+                label: "test".into(),
+                site: Location::caller(),
+                since_ns,
+                range: start..start + 10,
+            })
+        };
+        let since = |found: Vec<Holder>| -> Vec<u64> {
+            found.iter().map(|holder| holder.since_ns).collect()
+        };
+        let mut told = Told::new();
+        let tickets: Vec<Ticket> = (0..40)
+            .rev()
+            .map(|nth| std::thread::scope(|scope| scope.spawn(|| add(nth)).join().unwrap()))
+            .collect();
+        assert_eq!(since(holders.all()), (0..40).collect::<Vec<u64>>());
+        assert_eq!(since(holders.of(&(105..125))), [10, 11, 12]);
+        assert!((0..40).all(|nth| holders.has_any_of(&(nth * 10 + 9..nth * 10 + 10))));
+        assert_eq!(
+            since(holders.older_than(30, &mut told)),
+            (0..30).collect::<Vec<u64>>()
+        );
+        assert_eq!(since(holders.older_than(30, &mut told)), [0; 0]);
+        for ticket in &tickets {
+            holders.remove(ticket);
+        }
+        assert!(holders.all().is_empty() && !holders.has_any_of(&(0..400)));
     }
 }

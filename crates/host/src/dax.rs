@@ -2,10 +2,12 @@
 //!
 //! What must never happen here: a reference to the bytes, which others write and which may be taken away.
 
+use core::ops::Range;
 use core::ptr::{self, NonNull};
 use std::os::fd::AsFd;
 
 use pgmap_core::addr::VirtAddr;
+use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
@@ -23,6 +25,7 @@ pub struct DaxMapping {
     start: NonNull<u8>,
     len: usize,
     made_here: ForkMark,
+    prot: Prot,
 }
 
 // SAFETY: the mapping is a range of addresses; its bytes are only copied.
@@ -52,13 +55,8 @@ impl DaxMapping {
         let skipped = first.addr().next_multiple_of(align) - first.addr();
         // SAFETY: what is skipped is less than `align`, and so inside of the room.
         let start = unsafe { first.byte_add(skipped) };
-        let protection = match prot {
-            Prot::Read => ProtFlags::READ,
-            Prot::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
-        };
-        let flags = MapFlags::SHARED | MapFlags::FIXED;
         // SAFETY: it takes the place of a part of the room, which is ours, and nobody uses it.
-        let mapped = unsafe { mmap(start, len, protection, flags, file, offset) };
+        let mapped = unsafe { map_over(start.cast(), len, prot, file, offset) };
         let end = skipped + len;
         // What is left of the room on both sides; if nothing was mapped, all of it.
         let (before, behind) = if mapped.is_ok() {
@@ -75,16 +73,64 @@ impl DaxMapping {
             // SAFETY: nobody uses this part of the room, and it is ours. A failure leaves it taken.
             let _ = unsafe { munmap(at, part.len()) };
         }
-        let start = NonNull::new(mapped?.cast()).ok_or(Errno::INVAL)?;
+        mapped?;
+        let start = NonNull::new(start.cast()).ok_or(Errno::INVAL)?;
         // INVARIANT: just mapped.
         let mapping = Self {
             start,
             len,
+            prot,
             made_here,
         };
-        // SAFETY: the advice changes no contents, and the mapping is ours.
-        unsafe { madvise(start.as_ptr().cast(), len, Advice::LinuxDontFork)? };
+        mapping.withhold_from_children(0, len)?;
         Ok(mapping)
+    }
+
+    /// Takes bytes away: who touches them gets SIGBUS, and system calls an error. The range is one of whole units in which the
+    /// file can be mapped.
+    ///
+    /// # Errors
+    ///
+    /// What the machine answers: that there is no memory, or that we have too many mappings. Nothing is taken away then.
+    ///
+    /// # Panics
+    ///
+    /// If the mapping is not so long.
+    pub fn poison(&self, range: Range<usize>) -> Result<(), Errno> {
+        // A file without a single byte: every access is one beyond its end.
+        let nothing = memfd_create("pgmap-poison", MemfdFlags::CLOEXEC)?;
+        self.replace(&range, nothing, 0)?;
+        // A child that has the mapping all the same gets a SIGBUS instead of a SIGSEGV.
+        let _ = self.withhold_from_children(range.start, range.len());
+        Ok(())
+    }
+
+    /// Gives back what was [taken away](Self::poison): bytes of the file from `offset` on.
+    ///
+    /// # Errors
+    ///
+    /// What the machine answers: the bytes stay away then.
+    ///
+    /// # Panics
+    ///
+    /// If the mapping is not so long.
+    pub fn heal(&self, range: Range<usize>, file: impl AsFd, offset: u64) -> Result<(), Errno> {
+        self.replace(&range, file, offset)?;
+        let withheld = self.withhold_from_children(range.start, range.len());
+        withheld.or_else(|errno| self.poison(range).and(Err(errno)))
+    }
+
+    /// Puts bytes of a file in the place of what is mapped now. The kernel does that in one step, for all who touch them.
+    fn replace(&self, range: &Range<usize>, file: impl AsFd, offset: u64) -> Result<(), Errno> {
+        let (at, len) = (self.place(range.start, range.len()), range.len());
+        // SAFETY: by the type invariant these bytes are ours until `drop`, and nobody has a reference to them.
+        unsafe { map_over(at.as_ptr(), len, self.prot, file, offset) }
+    }
+
+    fn withhold_from_children(&self, offset: usize, len: usize) -> Result<(), Errno> {
+        let at = self.place(offset, len).as_ptr().cast();
+        // SAFETY: the advice changes no contents, and the mapping is ours.
+        unsafe { madvise(at, len, Advice::LinuxDontFork) }
     }
 
     /// The first address.
@@ -131,6 +177,28 @@ impl DaxMapping {
         // SAFETY: just checked that it is inside of the mapping.
         unsafe { self.start.add(offset) }
     }
+}
+
+/// Maps bytes of a file in the place of whatever is mapped there.
+///
+/// # Safety
+///
+/// The `len` bytes at `at` are a mapping of the caller's, and nobody has a reference to them.
+unsafe fn map_over(
+    at: *mut u8,
+    len: usize,
+    prot: Prot,
+    file: impl AsFd,
+    offset: u64,
+) -> Result<(), Errno> {
+    let protection = match prot {
+        Prot::Read => ProtFlags::READ,
+        Prot::ReadWrite => ProtFlags::READ | ProtFlags::WRITE,
+    };
+    let flags = MapFlags::SHARED | MapFlags::FIXED;
+    // SAFETY: by this function's contract nobody else's memory is replaced.
+    unsafe { mmap(at.cast(), len, protection, flags, file, offset)? };
+    Ok(())
 }
 
 impl Drop for DaxMapping {

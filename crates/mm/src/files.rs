@@ -159,6 +159,13 @@ impl Files {
         self.sum(PageCache::dirty_pages)
     }
 
+    /// Has accesses that got SIGBUS before `before_ns` try again: see [`PageCache::retry_reads`].
+    pub fn retry_reads(&self, before_ns: u64) {
+        for cache in self.all() {
+            cache.retry_reads(before_ns);
+        }
+    }
+
     fn sum(&self, of: impl Fn(&PageCache) -> u64) -> u64 {
         self.open.lock().iter().map(|cache| of(cache)).sum()
     }

@@ -21,6 +21,7 @@ use crate::dax::DaxPin;
 use crate::fault::{Access, Outcome};
 use crate::page_cache::{NotPinned, PageCache, VmaAccess};
 use crate::page_table::PageIndex;
+use crate::pinning::Pinning;
 use crate::pte::{Copy, Pte};
 use crate::reclaim::Caller;
 #[cfg(shuttle)]
@@ -182,7 +183,7 @@ pub enum Whose {
 /// Each frame has one pin that belongs to this value, and is the one that its page's entry names. Those of devices are in `dax`.
 #[derive(Debug)]
 pub struct PinnedPages {
-    space: Arc<AddressSpace>,
+    space: Pinning,
     at: VirtAddr,
     pages: u32,
     frames: Vec<Pfn>,
@@ -197,7 +198,7 @@ pub struct PinnedPages {
 impl PinnedPages {
     /// No page yet, of `pages` from `at` on. The caller is who holds them.
     #[track_caller]
-    fn begin(space: &Arc<AddressSpace>, at: VirtAddr, pages: u32, pin: &Pin) -> Self {
+    fn begin(space: Pinning, at: VirtAddr, pages: u32, pin: &Pin) -> Self {
         let end = at.get().saturating_add(pages as usize * PAGE_SIZE);
         let ticket = space.map.holders().add(Holder {
             label: pin.label.clone(),
@@ -214,7 +215,7 @@ impl PinnedPages {
         };
         // INVARIANT: no frame yet.
         Self {
-            space: Arc::clone(space),
+            space,
             at,
             pages,
             frames: Vec::new(),
@@ -288,7 +289,7 @@ pub fn pin_user_pages(
 ) -> Result<PinnedPages, PinError> {
     let at = at.page_start();
     let site = Location::caller();
-    let mut pinned = PinnedPages::begin(space, at, pages, pin);
+    let mut pinned = PinnedPages::begin(Pinning::new(space), at, pages, pin);
     // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
     match pinned.whose {
         Whose::Anonymous => {
@@ -314,7 +315,7 @@ pub fn pin_user_pages(
 /// more to do, or to say, for [`pin_user_pages`]; nothing stays pinned then.
 #[track_caller]
 pub fn pin_user_pages_fast(
-    space: &Arc<AddressSpace>,
+    space: &Pinning,
     at: VirtAddr,
     pages: u32,
     pin: &Pin,
@@ -323,7 +324,7 @@ pub fn pin_user_pages_fast(
         return None;
     }
     let at = at.page_start();
-    let mut pinned = PinnedPages::begin(space, at, pages, pin);
+    let mut pinned = PinnedPages::begin(space.clone(), at, pages, pin);
     pinned.reserve();
     // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
     match pinned.whose {

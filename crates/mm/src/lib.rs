@@ -21,6 +21,7 @@ pub mod mmu;
 pub mod offline;
 pub mod page_cache;
 pub mod page_table;
+pub mod pinning;
 pub mod policy;
 pub mod pte;
 pub mod readahead;

@@ -40,6 +40,7 @@ mod pin;
 mod rmap;
 mod shrink;
 mod truncate;
+mod unread;
 mod writeback;
 
 pub(crate) use ahead::GROUP_PAGES;
@@ -57,6 +58,7 @@ use barrier::Barrier;
 use dirty::DirtyBlocks;
 use entry::{Mapping, State};
 use rmap::FileVmas;
+use unread::Unread;
 
 /// What a page cache is made of.
 #[derive(Debug)]
@@ -116,6 +118,8 @@ pub struct PageCache {
     /// Who waits for pages that are under writeback.
     written: WaitQueue,
     errors: ErrSeq,
+    /// Where accesses get SIGBUS for a read that failed.
+    unread: Unread,
     /// Nobody has the file open or mapped any more, but perhaps pinned.
     released: AtomicBool,
     stats: &'static Stats,
@@ -151,6 +155,7 @@ impl PageCache {
             dirty: AtomicU64::new(0),
             written: WaitQueue::new(),
             errors: ErrSeq::default(),
+            unread: Unread::default(),
             released: AtomicBool::new(false),
             stats: parts.stats,
         })

@@ -454,7 +454,11 @@ pub struct FileMapping<'m> {
 
 impl AddressSpace {
     /// Maps bytes of a file, which begin at a multiple of the page size. The last page is mapped whole; behind the end of the
-    /// file its bytes are zeros that reach nobody, and further pages answer with SIGBUS.
+    /// file its bytes are zeros that reach nobody, and further pages answer with SIGBUS. So does a page that the file cannot give; a
+    /// later access reads it again.
+    ///
+    /// A fork's child does not have the mapping: it dies of SIGSEGV where it touches these addresses. A child that is to see the file
+    /// maps it itself.
     ///
     /// # Errors
     ///

@@ -1,7 +1,7 @@
 //! Background writeback: dirty pages of files go to their files before anybody has to wait for that.
 //!
-//! One thread for each [`Memory`] that ever opened a file, or that is to report old pins: it looks for those, too, and for
-//! mappings that only waited for their pins. It never waits for a pin (WB-1).
+//! One thread for each [`Memory`] that ever opened a file, or that is to report old pins: it looks for those, too, for
+//! mappings that only waited for their pins, and for accesses that may read a page again which could not be read. It never waits for a pin (WB-1).
 
 use core::time::Duration;
 use std::sync::Arc;
@@ -19,6 +19,8 @@ use crate::writer::write_back;
 const PERIOD: Duration = Duration::from_secs(1);
 /// How often the flusher looks at pins and mappings. There may be so many dirty pages that it is called at once.
 const LOOK: Duration = Duration::from_millis(20);
+/// Who touches a page that could not be read gets SIGBUS for so long; then it is read again. Long enough for who waits to run.
+const SIGBUS_FOR: Duration = Duration::from_millis(100);
 
 /// Starts the thread; it ends with the pager.
 pub(crate) fn start(
@@ -38,6 +40,12 @@ fn flush(pager: &Pager, space: &AddressSpace, mut old_pins: Option<OldPins>) {
         if let Some(old_pins) = &mut old_pins {
             old_pins.look(space);
         }
+        let now = Duration::from_nanos(space.inner().map_of_frames().now_ns());
+        let before_ns = u64::try_from(now.saturating_sub(SIGBUS_FOR).as_nanos());
+        space
+            .inner()
+            .files()
+            .retry_reads(before_ns.unwrap_or(u64::MAX));
         if !is_called && written.elapsed() < PERIOD {
             continue;
         }

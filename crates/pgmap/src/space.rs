@@ -16,6 +16,7 @@ use pgmap_core::holders::Holder;
 use pgmap_host::mmu::{Children, HostMmu, Inherit};
 use pgmap_mm::discard::Pinned;
 use pgmap_mm::gup::{Pin, PinError, PinnedPages, pin_user_pages, pin_user_pages_fast};
+use pgmap_mm::pinning::Pinnings;
 use pgmap_mm::space::Worker;
 use pgmap_mm::vma::Vmas;
 use pgmap_sync::Mutex;
@@ -57,6 +58,7 @@ pub enum MapError {
 #[derive(Debug)]
 pub struct AddressSpace {
     inner: Arc<pgmap_mm::space::AddressSpace>,
+    pinnings: Pinnings,
     mmu: Arc<HostMmu>,
     /// Addresses at which the program has mapped something else: they are the kernel's, for ever.
     given_away: Mutex<Vmas>,
@@ -78,6 +80,7 @@ impl AddressSpace {
     ) -> Self {
         let pages = u32::try_from(mmu.range().len() / PAGE_SIZE).unwrap_or(u32::MAX);
         Self {
+            pinnings: Pinnings::new(&inner),
             inner,
             mmu,
             given_away: Mutex::new(Vmas::new(pages)),
@@ -391,7 +394,7 @@ impl AddressSpace {
         let pages = range.end.saturating_sub(start.get()).div_ceil(PAGE_SIZE);
         let pages = u32::try_from(pages).ok().filter(|pages| *pages > 0);
         let pages = pages.ok_or(PinError::BadAddress { at: start })?;
-        if let Some(pinned) = pin_user_pages_fast(&self.inner, start, pages, pin) {
+        if let Some(pinned) = pin_user_pages_fast(self.pinnings.mine(), start, pages, pin) {
             return Ok(pinned);
         }
         let began = Instant::now();

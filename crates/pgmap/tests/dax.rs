@@ -1,10 +1,15 @@
 //! Memory of devices in the program's own address space: mapped, pinned by address, taken away.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod common;
+
 use core::time::Duration;
+use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::Arc;
+
+use common::{Scratch, child, fork, told};
 
 use pgmap::pmem::{
     AccessError, Afterwards, HoldKind, Patience, Pmem, Region, Sharing, UnbindError,
@@ -12,9 +17,12 @@ use pgmap::pmem::{
 use pgmap::{DaxMapping, MapDaxError, Memory, Pin, PinError, Prot};
 use pgmap_core::addr::VirtAddr;
 use pgmap_drivers::block::BlockDevice;
+use pgmap_sync::atomic::{AtomicBool, Ordering};
 
 const MIB: usize = 1 << 20;
 const SIGBUS: i32 = 7;
+const SIGSEGV: i32 = 11;
+const PAGE: usize = 4096;
 
 /// A memory of 8 MiB; none where the machine does not allow it.
 fn memory() -> Option<Memory> {
@@ -255,4 +263,161 @@ fn lost_bytes_are_not_pinned_until_they_are_mended() {
     let mut byte = [0];
     mapping.read(2 * 4096, &mut byte);
     assert_eq!(byte, [7]);
+}
+
+/// What is done to a mapping of which a page has lost sectors, and whether who does it lives.
+const TOUCHES: [(&str, Option<i32>); 7] = [
+    ("load", Some(SIGBUS)),
+    ("store", Some(SIGBUS)),
+    ("half cleared", Some(SIGBUS)),
+    ("lost again", Some(SIGBUS)),
+    ("neighbours", None),
+    ("cleared", None),
+    ("written", None),
+];
+
+/// WB-6: who touches a page that is mapped and has lost a sector gets SIGBUS, be it memory, huge memory or an image; neighbours keep
+/// their bytes. After `clear_error` it can be touched again, with the bytes that the medium has, and after a write of the sector with those.
+#[test]
+fn who_touches_lost_bytes_gets_sigbus_until_they_are_mended() {
+    const NAME: &str = "who_touches_lost_bytes_gets_sigbus_until_they_are_mended";
+    if let Some(what) = told() {
+        let (spec, touch) = what.split_once(';').unwrap();
+        lose_and_touch(spec, touch);
+        return;
+    }
+    let Some(memory) = memory() else { return };
+    let image = Scratch::new("dax-lost", 0);
+    fs::remove_file(&image.0).unwrap();
+    let specs = [
+        "memory,size=8M,align=4K".to_owned(),
+        "memory,size=8M,align=2M".to_owned(),
+        "memory,size=8M,huge=2M".to_owned(),
+        format!("{},size=16M", image.0.display()),
+    ];
+    for spec in specs {
+        let region = Region::open(&spec.parse().unwrap(), 0).unwrap();
+        if let Err(error) = region.bind(memory.map_of_frames(), 0) {
+            eprintln!("SKIPPED {spec}: {error}");
+            continue;
+        }
+        drop(region);
+        for (touch, signal) in TOUCHES {
+            // Its label remembers what is lost.
+            let _ = fs::remove_file(&image.0);
+            let status = child(NAME, &format!("{spec};{touch}")).status().unwrap();
+            assert_eq!(status.signal(), signal, "{spec}: {touch}");
+            assert!(signal.is_some() || status.success(), "{spec}: {touch}");
+        }
+    }
+}
+
+/// In a process of its own: the second of the mapping's three units is the one with lost bytes.
+fn lose_and_touch(spec: &str, touch: &str) {
+    let memory = memory().unwrap();
+    let (_region, pmem) = bind(&memory, spec);
+    let unit = if spec.contains("huge") { 2 * MIB } else { PAGE };
+    let lost = (2 * MIB + unit) as u64;
+    let mapping = map(&memory, &pmem, 2 * MIB..8 * MIB);
+    mapping.write(0, &vec![5; 3 * unit]);
+    let look = |offset: usize, len: usize, byte: u8| {
+        let mut bytes = vec![0; len];
+        mapping.read(offset, &mut bytes);
+        assert!(bytes.iter().all(|there| *there == byte), "{touch}");
+    };
+    pmem.inject_error(lost..lost + 1024).unwrap();
+    match touch {
+        "load" => look(unit + PAGE - 1, 1, 5),
+        "store" => mapping.write(unit + 2048, &[1]),
+        "half cleared" => {
+            pmem.clear_error(lost..lost + 512).unwrap();
+            look(unit, 1, 5);
+        }
+        "lost again" => {
+            pmem.clear_error(lost..lost + 1024).unwrap();
+            pmem.inject_error(lost..lost + 1).unwrap();
+            look(unit, 1, 5);
+        }
+        "neighbours" => {
+            look(0, unit, 5);
+            look(2 * unit, unit, 5);
+            mapping.write(2 * unit, &[6]);
+        }
+        "cleared" => {
+            pmem.clear_error(lost..lost + 1024).unwrap();
+            look(0, 3 * unit, 5);
+            mapping.write(unit, &[6]);
+            let mut byte = [0];
+            pmem.read(lost, &mut byte).unwrap();
+            assert_eq!(byte, [6]);
+        }
+        "written" => {
+            pmem.write(lost, &[7; 1024]).unwrap();
+            look(unit, 1024, 7);
+            look(unit + 1024, 2 * unit - 1024, 5);
+        }
+        other => panic!("{other}"),
+    }
+}
+
+/// WB-6: a page that is back in service is still none that a fork's child has.
+#[test]
+fn a_mended_page_is_not_inherited() {
+    if told().is_none() {
+        // Alone in its process: a fork waits for all pagers of its process.
+        let mut alone = child("a_mended_page_is_not_inherited", "fork");
+        assert!(alone.status().unwrap().success());
+        return;
+    }
+    let Some(memory) = memory() else { return };
+    let (_region, pmem) = bind(&memory, "memory,size=8M,align=4K");
+    let mapping = map(&memory, &pmem, 0..MIB);
+    pmem.inject_error(4096..4608).unwrap();
+    pmem.clear_error(4096..4608).unwrap();
+    for page in 0..3 {
+        let child = fork::fork(|| {
+            mapping.read(page * PAGE, &mut [0]);
+            true
+        });
+        assert_eq!(fork::wait(child) & 0x7f, SIGSEGV, "page {page}");
+    }
+}
+
+/// WB-6: sectors that are lost and mended while others are, and while mappings come and go, harm nobody: in the end what is lost
+/// gives SIGBUS (a pin says so), and what is not has its bytes.
+#[test]
+fn mappings_come_and_go_while_sectors_are_lost() {
+    let Some(memory) = memory() else { return };
+    let (_region, pmem) = bind(&memory, "memory,size=8M,align=4K");
+    let kept = map(&memory, &pmem, 0..MIB);
+    kept.write(0, &vec![9; MIB]);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // Relaxed, here and below: it says nothing about anything else.
+            while !done.load(Ordering::Relaxed) {
+                let bytes = 4 * MIB as u64..5 * MIB as u64;
+                let (space, prot) = (memory.space(), Prot::ReadWrite);
+                drop(space.map_dax(&pmem, bytes, Sharing::Shared, prot, "passer-by"));
+            }
+        });
+        let (ours, pmem) = (&memory, &pmem);
+        let workers = [0_u64, 1].map(|half| {
+            scope.spawn(move || {
+                for nth in 0..200 {
+                    let lost = half * 4096 + nth % 7 * 8192;
+                    for base in [0, 4 << 20] {
+                        pmem.inject_error(base + lost..base + lost + 512).unwrap();
+                        pmem.clear_error(base + lost..base + lost + 512).unwrap();
+                    }
+                }
+                assert!(ours.holders().is_empty());
+            })
+        });
+        workers.map(|worker| worker.join().unwrap());
+        done.store(true, Ordering::Relaxed);
+    });
+    let mut bytes = vec![0; MIB];
+    kept.read(0, &mut bytes);
+    assert!(bytes.iter().all(|byte| *byte == 9));
 }

@@ -1,12 +1,15 @@
 //! Files as memory: what is stored through a mapping is in the file, whatever the pager does meanwhile.
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod common;
+
 use core::time::Duration;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use common::{child, fork, told};
 use pgmap::{
     Device, File, MapError, Memcg, Memory, OpenError, OpenOptions, Pin, PinError, Prot,
     TruncateError, Writeback,
@@ -423,4 +426,34 @@ fn a_file_becomes_as_long_as_it_may() {
         scratch.word(usize::try_from(most_bytes).unwrap() / PAGE - 1),
         7
     );
+}
+
+/// FLT-3: a fork's child has no mapping of a file, and dies of SIGSEGV where it touches one. It is none of zeros, or of
+/// pages that nobody brings; the parent goes on.
+#[test]
+fn a_forks_child_has_no_mapping_of_a_file() {
+    const SIGSEGV: i32 = 11;
+    if told().is_none() {
+        // Alone in its process: a fork waits for all pagers of its process.
+        let mut alone = child("a_forks_child_has_no_mapping_of_a_file", "fork");
+        assert!(alone.status().unwrap().success());
+        return;
+    }
+    let Some(memory) = memory() else { return };
+    let scratch = numbered("forked", 4);
+    let file = memory.open(&scratch.0).unwrap();
+    let map = memory.space().map_file(&file, 0..4 * 4096, Prot::ReadWrite);
+    let map = map.unwrap();
+    // A page that is in RAM, and one that is not.
+    map.write(0, &[1]);
+    for page in [0, 2] {
+        let child = fork::fork(|| {
+            map.read(page * PAGE, &mut [0]);
+            true
+        });
+        assert_eq!(fork::wait(child) & 0x7f, SIGSEGV, "page {page}");
+    }
+    let mut byte = [0];
+    map.read(2 * PAGE, &mut byte);
+    assert_eq!(byte, [2]);
 }

@@ -326,6 +326,7 @@ impl Manager for Running {
             | Request::ClearError { .. }
             | Request::Scrub { .. }
             | Request::Map(_)
+            | Request::Lost { .. }
             | Request::Pin { .. } => {
                 let text = "a `pgmap run` has no namespaces: ask a `pgmap serve`";
                 Err(Failure::new(Code::Unsupported, text))

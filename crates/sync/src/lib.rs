@@ -12,6 +12,6 @@ mod rw_sem;
 mod wait;
 
 pub use mutex::{Mutex, MutexGuard};
-pub use percpu_ref::{PercpuRef, set_heavy_barrier};
+pub use percpu_ref::{PercpuRef, set_heavy_barrier, thread_number};
 pub use rw_sem::{Reading, RwSem, Writing};
 pub use wait::WaitQueue;

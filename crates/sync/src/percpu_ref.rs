@@ -232,24 +232,46 @@ pub fn set_heavy_barrier(barrier: fn()) {
 #[cfg(any(loom, shuttle))]
 pub fn set_heavy_barrier(_: fn()) {}
 
+/// A number of this thread's own, from 0 on, in the order in which threads ask first. Where nobody can tell threads apart, and in the
+/// models, several threads may have one.
+///
+/// It says where a thread counts or notes something without meeting others, and nothing else.
+#[must_use]
+pub fn thread_number() -> usize {
+    slot::number()
+}
+
 mod slot {
     use super::SLOTS;
 
     /// This thread's slot, and whether no other thread uses it.
     #[cfg(all(feature = "std", not(any(loom, shuttle))))]
     pub(super) fn mine() -> (usize, bool) {
+        let number = number();
+        // Slots of threads that have ended are not handed out again: the count in them may not be zero, and their owner would have
+        // to be known to be gone.
+        (number.min(SLOTS - 1), number < SLOTS - 1)
+    }
+
+    /// See [`thread_number`](super::thread_number).
+    #[cfg(all(feature = "std", not(any(loom, shuttle))))]
+    pub(super) fn number() -> usize {
         use core::sync::atomic::{AtomicUsize, Ordering};
 
         static NEXT: AtomicUsize = AtomicUsize::new(1);
-        // One more than the slot; 0 while the thread has none.
-        let mut slot = local::get();
-        if slot == 0 {
-            // Relaxed: only uniqueness matters. Slots of threads that have ended are not handed out again: the
-            // count in them may not be zero, and their owner would have to be known to be gone.
-            slot = NEXT.fetch_add(1, Ordering::Relaxed).min(SLOTS);
-            local::set(slot);
+        // One more than the number; 0 while the thread has none.
+        let mut word = local::get();
+        if word == 0 {
+            // Relaxed: only uniqueness matters.
+            word = NEXT.fetch_add(1, Ordering::Relaxed);
+            local::set(word);
         }
-        (slot - 1, slot < SLOTS)
+        word - 1
+    }
+
+    #[cfg(any(loom, shuttle, not(feature = "std")))]
+    pub(super) fn number() -> usize {
+        mine().0
     }
 
     /// A word of each thread's own, in *initial-exec* thread-local storage.

@@ -92,6 +92,16 @@ impl BadBlocks {
         true
     }
 
+    /// Those that another list does not have.
+    #[must_use]
+    pub fn without(&self, other: &Self) -> Self {
+        let mut left = self.clone();
+        for sectors in &other.ranges {
+            left.clear(sectors);
+        }
+        left
+    }
+
     /// The first lost sector among these.
     #[must_use]
     #[doc(alias = "badblocks_check")]

@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use super::altmap::ImagePages;
 use super::dax::Dax;
 use super::device::{Bad, Pmem};
+use super::failure::Mappers;
 use super::medium::Medium;
 use super::namespace::{Align, HugePage, Mode, Namespace};
 use super::place::Place;
@@ -72,6 +73,7 @@ impl Region {
             start,
             queue: RequestQueue::new(),
             bad,
+            mappers: Mappers::default(),
             dax,
             scrub: Scrub::default(),
             stage: Mutex::new(Stage::Live),

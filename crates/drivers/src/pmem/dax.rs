@@ -389,6 +389,23 @@ impl MapGuard {
         self.pmem.start + self.bytes.start
     }
 
+    /// The unit in which the machine maps them, in bytes.
+    #[must_use]
+    pub fn unit_bytes(&self) -> u64 {
+        let frames = self.pmem.medium.frames();
+        frames.map_or(PAGE, pgmap_host::shared::SharedFrames::unit_bytes)
+    }
+
+    /// The bytes, counted from the namespace's start.
+    #[must_use]
+    pub const fn bytes(&self) -> &Range<u64> {
+        &self.bytes
+    }
+
+    pub(super) const fn pmem(&self) -> &Arc<Pmem> {
+        &self.pmem
+    }
+
     /// How many bytes.
     #[must_use]
     pub const fn len(&self) -> u64 {

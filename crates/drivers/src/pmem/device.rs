@@ -16,6 +16,7 @@ use rustix::io::Errno;
 use super::area::CommitError;
 use super::badblocks::{BadBlocks, SECTOR_BYTES, sectors_around, sectors_within};
 use super::dax::Dax;
+use super::failure::Mappers;
 use super::medium::{Medium, write_zeros};
 use super::namespace::Namespace;
 use super::region::Region;
@@ -34,6 +35,8 @@ pub struct Pmem {
     pub(super) start: u64,
     pub(super) queue: RequestQueue,
     pub(super) bad: Bad,
+    /// Those who map its bytes, and have to know which are lost.
+    pub(super) mappers: Mappers,
     /// What can be mapped and pinned; nothing of a raw namespace.
     pub(super) dax: Option<Dax>,
     pub(super) scrub: Scrub,
@@ -170,6 +173,9 @@ impl Pmem {
     fn change_bad(&self, change: impl FnOnce(&mut BadBlocks)) -> Result<(), BlockError> {
         let publish = |label: &BadBlocks| self.bad.load(label, &self.namespace.data);
         let changed = self.region.change_bad(change, publish);
+        if changed.is_ok() {
+            self.mappers.tell();
+        }
         changed.map_err(|error| match error {
             CommitError::Io(errno) => BlockError::Io(errno),
             CommitError::TooLong(_) => BlockError::Io(Errno::NOSPC),

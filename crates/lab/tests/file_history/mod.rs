@@ -55,13 +55,6 @@ struct Pinned {
     dma: BTreeMap<u32, SharedDma>,
 }
 
-/// Whether the file has what a lost page held.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum OnDisk {
-    Yes,
-    No,
-}
-
 /// The machine, and the bytes that it has to agree with.
 pub(crate) struct FileHistory {
     machine: Arc<FileMachine>,
@@ -70,7 +63,9 @@ pub(crate) struct FileHistory {
     vmas: [Option<FileVma>; 3],
     pins: Vec<Pinned>,
     /// Pages whose accesses get SIGBUS.
-    lost: BTreeMap<u32, OnDisk>,
+    lost: BTreeSet<u32>,
+    /// Pages whose accesses may get SIGBUS until reads are tried again: one has failed.
+    unread: BTreeSet<u32>,
     /// Read failures that may still cost a page.
     losses: u32,
     /// Something was asked for that may make memory scarce.
@@ -91,7 +86,8 @@ impl FileHistory {
             bytes: machine.disk.written(),
             vmas: [Some(machine.map(0, &MAPPED[0])), None, None],
             pins: Vec::new(),
-            lost: BTreeMap::new(),
+            lost: BTreeSet::new(),
+            unread: BTreeSet::new(),
             losses: 0,
             scarce: false,
             due: false,
@@ -174,6 +170,9 @@ impl FileHistory {
         self.machine.memory.refuse_nothing();
         (self.losses, self.scarce) = (0, false);
         self.pins.clear();
+        // Every page that could not be read can be now.
+        self.machine.cache.retry_reads(u64::MAX);
+        self.unread.clear();
         self.step(&Step::Map(0));
         self.step(&Step::LoadRun(0, 0..192));
         self.step(&Step::Sync);
@@ -221,7 +220,8 @@ impl FileHistory {
     /// An access to a page was refused: whether it had to be, or might.
     fn refused(&mut self, page: u32, signal: Signal) {
         match signal {
-            Signal::Bus if page >= self.size_pages() || self.lost.contains_key(&page) => {}
+            Signal::Bus if page >= self.size_pages() || self.lost.contains(&page) => {}
+            Signal::Bus if self.unread.contains(&page) => {}
             Signal::Bus => self.lose(page),
             Signal::OutOfMemory => self.assert_full(1),
             Signal::Segv => panic!("page {page} agrees with the mappings"),
@@ -232,7 +232,7 @@ impl FileHistory {
     fn lose(&mut self, page: u32) {
         assert!(self.losses > 0, "page {page} agrees: nothing has failed");
         self.losses -= 1;
-        self.lost.insert(page, OnDisk::Yes);
+        self.unread.insert(page);
     }
 
     /// There may be no frame for `more` pages: nearly all are pinned, or cannot leave for another reason.
@@ -250,7 +250,7 @@ impl FileHistory {
             page < self.size_pages(),
             "page {page} agrees: the file ends"
         );
-        assert!(!self.lost.contains_key(&page), "page {page} agrees: lost");
+        assert!(!self.lost.contains(&page), "page {page} agrees: lost");
     }
 
     fn load(&mut self, vma: usize, page: u32, nth: usize) {
@@ -316,7 +316,7 @@ impl FileHistory {
             }
             Err(PinError::Poisoned { at }) => {
                 let page = nth_page(at);
-                if !self.lost.contains_key(&page) {
+                if !self.lost.contains(&page) {
                     self.lose(page);
                 }
             }
@@ -387,7 +387,7 @@ impl FileHistory {
     /// The file has what a page holds.
     fn check_page(&self, page: u32, file: &[u8]) {
         assert_eq!(file.len(), self.bytes.len(), "the file's length agrees");
-        if self.lost.get(&page) == Some(&OnDisk::No) {
+        if self.lost.contains(&page) {
             return;
         }
         let start = page as usize * PAGE_SIZE;
@@ -421,7 +421,7 @@ impl FileHistory {
         let gone = if cuts { first..192 } else { 0..0 };
         if self.resized(&gone, done) {
             self.bytes.resize(bytes, 0);
-            self.lost.retain(|page, _| !gone.contains(page));
+            self.lost.retain(|page| !gone.contains(page));
         }
     }
 
@@ -436,7 +436,7 @@ impl FileHistory {
             .punch(bytes.clone(), |_| ControlFlow::Break(()));
         if self.resized(&whole, done) {
             self.bytes[start..end].fill(0);
-            self.lost.retain(|page, _| !whole.contains(page));
+            self.lost.retain(|page| !whole.contains(page));
         }
     }
 
@@ -473,7 +473,7 @@ impl FileHistory {
         }
         if lost == Lost::Page {
             self.due = true;
-            self.lost.insert(page, OnDisk::No);
+            self.lost.insert(page);
         }
     }
 }

@@ -11,7 +11,7 @@ pub enum CachePage {
     Absent,
     /// It is in RAM.
     Cached(Cached),
-    /// The file could not give its bytes, or the RAM has lost them: accesses get SIGBUS until it is dropped.
+    /// The RAM has lost bytes that the file does not have: accesses get SIGBUS until it is dropped.
     Poisoned,
 }
 

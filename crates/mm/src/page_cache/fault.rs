@@ -26,6 +26,15 @@ use crate::stats::Stats;
 /// stream it is the rest of the block.
 const FAULT_AROUND: u32 = 16;
 
+/// What came of reading a page in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum ReadIn {
+    /// It is there, or there was no room for it.
+    Done,
+    /// The file could not give it; nothing has changed.
+    Failed,
+}
+
 impl PageCache {
     /// Serves one fault at an address of a mapping of this file.
     ///
@@ -77,7 +86,9 @@ impl PageCache {
             let mapped = self.vmas.with_page(at, page, FileVma::file_pages);
             let wanted = mapped.unwrap_or(page.0..page.0 + 1);
             let run = plan.forwards().map_or(plan.run(), rest);
-            self.read_in(&mut cursor, worker, page, &clip(run, &wanted));
+            if self.read_in(&mut cursor, worker, page, &clip(run, &wanted)) == ReadIn::Failed {
+                return self.unread(&cursor, page, at);
+            }
         }
     }
 
@@ -95,15 +106,15 @@ impl PageCache {
         !self.is_at_limit() && worker.frames.prepare(&self.ram, 1) == 1
     }
 
-    /// Reads a page that is not in RAM into it, with those of its neighbours in `wanted` that are not either. If the file
-    /// cannot give the page, it is poisoned. Nothing if somebody has taken the last room meanwhile.
+    /// Reads a page that is not in RAM into it, with those of its neighbours in `wanted` that are not either. Nothing if somebody
+    /// has taken the last room meanwhile.
     pub(super) fn read_in(
         &self,
         cursor: &mut Cursor<'_, CachePage>,
         worker: &mut Worker,
         page: PageIndex,
         wanted: &Range<u32>,
-    ) {
+    ) -> ReadIn {
         let wanted = clip(wanted.clone(), &(0..self.size_pages()));
         let absent = |entry| entry == CachePage::Absent;
         let run = cursor.run(page.0, &wanted, absent);
@@ -114,7 +125,7 @@ impl PageCache {
         let charged = self.charge(worker.frames.prepare(&self.ram, run.len()));
         if charged == 0 || run.is_empty() {
             self.uncharge(charged);
-            return;
+            return ReadIn::Done;
         }
         let run = around(page.0, &run, charged);
         let run = if self.load(&run) {
@@ -124,11 +135,11 @@ impl PageCache {
         } else {
             self.uncharge(charged);
             Stats::add(&self.stats.poisoned, 1);
-            cursor.set(page, CachePage::Poisoned);
-            return;
+            return ReadIn::Failed;
         };
         self.uncharge(charged - run.len());
         self.enter(cursor, worker, &run);
+        ReadIn::Done
     }
 
     /// Notes that pages of a block have been read in. The worker has frames for them.
@@ -255,7 +266,12 @@ impl PageCache {
     }
 
     /// Answers an access with SIGBUS: there is no such page, or its bytes are lost (FLT-1).
-    fn sigbus(&self, _cursor: &Cursor<'_, CachePage>, page: PageIndex, at: VirtAddr) -> Outcome {
+    pub(super) fn sigbus(
+        &self,
+        _cursor: &Cursor<'_, CachePage>,
+        page: PageIndex,
+        at: VirtAddr,
+    ) -> Outcome {
         self.vmas.with_page(at, page, |_| {
             if self.mmu.poison(at, 1).done == 0 {
                 self.mmu.wake(at, 1);

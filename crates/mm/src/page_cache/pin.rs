@@ -7,6 +7,7 @@
 use pgmap_core::addr::Pfn;
 use pgmap_core::page::GetError;
 
+use super::fault::ReadIn;
 use super::{CachePage, Cached, PageCache};
 use crate::gup::PinAccess;
 use crate::page_table::{Cursor, PageIndex};
@@ -121,7 +122,9 @@ impl PageCache {
             }
             // Who pins a page is likely to pin those behind it.
             let wanted = page.0..cursor.pages().end;
-            self.read_in(&mut cursor, worker, page, &wanted);
+            if self.read_in(&mut cursor, worker, page, &wanted) == ReadIn::Failed {
+                return Err(NotPinned::Poisoned);
+            }
         }
     }
 

@@ -10,6 +10,7 @@ use std::process::Command;
 use pgmap::{Device, Memory};
 
 pub(crate) mod fork;
+pub(crate) mod touch;
 
 pub(crate) const MIB: usize = 1 << 20;
 pub(crate) const PAGE: usize = 4096;

@@ -139,6 +139,13 @@ pub enum Request {
         /// What its holder is called.
         label: String,
     },
+    /// What of a mapping is lost and was not told before: [`Answer::Lost`].
+    Lost {
+        /// What [`Answer::Mapped`] said.
+        id: u64,
+        /// Whether the answer comes when something is. Others' requests come on other connections.
+        wait: bool,
+    },
     /// Ends a mapping or a pin: [`Answer::Done`]. The client no longer touches it.
     Release {
         /// What [`Answer::Mapped`] or [`Answer::Held`] said.
@@ -221,13 +228,16 @@ pub enum Answer {
     Memory(Memory),
     /// A mapping: the file comes along.
     Mapped {
-        /// For [`Request::Release`].
+        /// For [`Request::Lost`] and [`Request::Release`].
         id: u64,
         /// Where in the file the range starts.
         offset: u64,
         /// How many bytes.
         length: u64,
     },
+    /// Blocks of the namespace that are mapped and lost: do not touch the pages that they are in. They are told once, and again when
+    /// they were mended and are lost once more.
+    Lost(Vec<BadBlocks>),
     /// A hold.
     Held {
         /// For [`Request::Release`].

@@ -85,6 +85,12 @@ impl Session {
         Ok(self.next)
     }
 
+    /// What the peer holds under this number, if it is of this kind.
+    #[must_use]
+    pub fn held<T: Any>(&self, id: u64) -> Option<&T> {
+        self.held.get(&id)?.downcast_ref()
+    }
+
     /// Lets go of what the peer holds under this number.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use pgmap_drivers::pmem::{
 };
 use pgmap_host::shared::MapSync;
 
+use super::failure::Lost;
 use super::holds::holder;
 use super::{Device, Keep, Service};
 use crate::control::protocol::{
@@ -72,6 +73,10 @@ impl Manager for Service {
             }
             Request::Map(range) => self.map_range(&range, session),
             Request::Pin { range, label } => self.pin_range(&range, label, session),
+            Request::Lost { id, wait } => {
+                let when = if wait { Lost::Soon } else { Lost::Now };
+                Self::lost_of(id, when, session)
+            }
             Request::Release { id } => session.release(id),
         }
     }

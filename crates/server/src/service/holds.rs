@@ -9,6 +9,7 @@ use pgmap_drivers::pmem::{
     AccessError, Client, Hold, HoldKind, Holders, Patience, Pmem, Sharing, UnbindError,
 };
 
+use super::failure::Mapping;
 use super::{Device, Keep, Service, afterwards};
 use crate::control::Session;
 use crate::control::protocol::{Answer, Code, Failure, Holder, RangeOf};
@@ -31,7 +32,7 @@ impl Service {
             .try_clone_to_owned()
             .map_err(|error| Failure::new(Code::Failed, error))?;
         let (offset, length) = (guard.offset(), guard.len());
-        let id = session.hold(guard)?;
+        let id = session.hold(Mapping::new(guard))?;
         session.attach(file);
         Ok(Answer::Mapped { id, offset, length })
     }

@@ -5,6 +5,7 @@
 
 mod answers;
 mod exports;
+mod failure;
 mod holds;
 mod metrics;
 
