@@ -531,7 +531,8 @@ const fn may_pin(pte: Pte, access: PinAccess) -> Option<Pfn> {
         ) => Some(frame),
         (
             Pte::Present {
-                copy: Copy::Kept, ..
+                copy: Copy::Kept | Copy::File,
+                ..
             },
             PinAccess::Write,
         )

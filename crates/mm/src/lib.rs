@@ -22,6 +22,7 @@ pub mod offline;
 pub mod page_cache;
 pub mod page_table;
 pub mod policy;
+pub mod private_file;
 pub mod pte;
 pub mod readahead;
 pub mod reclaim;
