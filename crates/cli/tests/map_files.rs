@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use common::{machine_can_run, pgmap, succeeded};
+use common::{compile, machine_can_run, pgmap, succeeded};
 
 const MIB: u64 = 1 << 20;
 
@@ -119,6 +119,54 @@ print(hashlib.sha256(open('data', 'rb').read()).hexdigest())
     let expected = plain(directory.path(), &script);
     let (output, _) = managed(directory.path(), &script);
     assert_eq!(succeeded(&output), succeeded(&expected));
+}
+
+/// A private mapping three times as large as the budget, of which a third is changed, stays within the budget, and is what it would be without
+/// us: in forks' children, after parts of it were given up, and where the file ends. The file itself keeps its bytes.
+fn private_mappings(confine: &[&str], arguments: &[&str]) {
+    if !machine_can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let program = compile("private_file", directory.path());
+    let pgmap = pgmap();
+    let words = confine
+        .iter()
+        .map(AsRef::as_ref)
+        .chain([pgmap.get_program()]);
+    let words: Vec<_> = words.collect();
+    let output = Command::new(words[0])
+        .args(&words[1..])
+        .args(["run", "--quiet", "--ram", "32M", "--map-files", "16M"])
+        .arg(program)
+        .args(arguments)
+        .current_dir(directory.path())
+        .output()
+        .unwrap();
+    assert_eq!(succeeded(&output), "every byte was right\n");
+    let resident = String::from_utf8_lossy(&output.stderr);
+    for pages in resident.split_whitespace() {
+        let pages: u64 = pages.parse().unwrap();
+        assert!(pages * 4096 <= 32 * MIB, "{pages} pages are in RAM");
+    }
+}
+
+#[test]
+fn a_private_mapping_that_is_written_fits_the_budget() {
+    private_mappings(&[], &[]);
+}
+
+/// The same where forks have to be announced.
+#[test]
+fn a_private_mapping_survives_announced_forks() {
+    if rustix::process::geteuid().is_root() {
+        private_mappings(
+            &["setpriv", "--bounding-set", "-sys_ptrace"],
+            &["announced"],
+        );
+    } else {
+        private_mappings(&[], &["announced"]);
+    }
 }
 
 /// A database that reads through a mapping and writes by system calls keeps its promises.
