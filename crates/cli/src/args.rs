@@ -1,5 +1,6 @@
 //! The command line, in one definition: help, man pages and shell completions come from it.
 
+use core::time::Duration;
 use std::ffi::OsString;
 use std::path::PathBuf;
 
@@ -202,11 +203,15 @@ pub(crate) struct ServeArgs {
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) metrics: Option<String>,
 
+    /// Say who has pinned something for so long, such as 30s or 2h, once for each pin; 0s for never [default: 10m]
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub(crate) old_pins: Option<Duration>,
+
     /// Read the options from a TOML file: the names of these options; those given here come on top
     #[arg(long, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
 
-    /// Print nothing but errors of pgmap's own, not those of NBD clients
+    /// Print nothing but errors of pgmap's own, not those of NBD clients, nor old pins
     #[arg(long, short)]
     pub(crate) quiet: bool,
 }
@@ -224,8 +229,8 @@ pub(crate) struct RunArgs {
 
     /// Keep files that the program maps within --ram, too: those mappings that have at least SIZE bytes, such as 64M
     ///
-    /// The pages that have been in RAM longest are dropped; dirty ones are written by the kernel. Pages of a private mapping
-    /// that the program has changed stay in RAM; so do those of files that this user may not write, and these do not count.
+    /// The pages that have been in RAM longest are dropped; dirty ones are written by the kernel. Pages that
+    /// the program changes of a private mapping go to the devices. Those of files that this user may not write stay, and do not count.
     #[arg(long, value_name = "SIZE", value_parser = map_files)]
     pub(crate) map_files: Option<u64>,
 

@@ -4,6 +4,7 @@
 //! loses what a client was told is done.
 
 mod complaints;
+mod old_pins;
 
 use core::fmt::Write as _;
 use core::net::SocketAddr;
@@ -27,9 +28,12 @@ use crate::args::{ServeArgs, Tls};
 use crate::ask::show;
 use crate::output;
 use complaints::Complaints;
+use old_pins::OldPins;
 
 /// How long clients have at the end to take the replies that they wait for.
 const LAST_REPLIES: Duration = Duration::from_secs(10);
+/// When a pin is old if nobody says so.
+const OLD_PINS: Duration = Duration::from_mins(10);
 
 /// The options, wherever they come from: the fields of the configuration file.
 #[derive(Debug, Default, Deserialize)]
@@ -41,6 +45,8 @@ struct Options {
     nbd: Vec<String>,
     socket: Option<PathBuf>,
     metrics: Option<String>,
+    #[serde(deserialize_with = "time")]
+    old_pins: Option<Duration>,
     tls: Tls,
     tls_certificates: Option<PathBuf>,
     tls_verify_peer: bool,
@@ -59,6 +65,13 @@ fn one_or_more<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<String>
         OneOrMore::One(text) => vec![text],
         OneOrMore::More(texts) => texts,
     })
+}
+
+/// A time, as on the command line.
+fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let time = humantime::parse_duration(&text);
+    time.map(Some).map_err(serde::de::Error::custom)
 }
 
 pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
@@ -94,6 +107,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
     if !options.quiet {
         announce(&control, metrics.as_ref())?;
     }
+    let old_pins = options.watch_pins(&service)?;
     signals.forever().next();
     // Another one ends us at once: who sends it does not want to wait for the clients' last replies.
     std::thread::spawn(move || {
@@ -102,6 +116,7 @@ pub(crate) fn serve(args: &ServeArgs) -> anyhow::Result<ExitCode> {
             let _ = signal_hook::low_level::emulate_default_handler(signal);
         }
     });
+    drop(old_pins);
     // Before their connections end, and with them what they hold.
     for line in service.holders() {
         output::tell(format_args!("pgmap: still held at the end: {line}\n"));
@@ -162,11 +177,19 @@ impl Options {
         options.nbd.extend(args.nbd.iter().cloned());
         options.socket = args.socket.clone().or(options.socket);
         options.metrics = args.metrics.clone().or(options.metrics);
+        options.old_pins = args.old_pins.or(options.old_pins);
         options.tls = args.tls.unwrap_or(options.tls);
         options.tls_certificates = args.tls_certificates.clone().or(options.tls_certificates);
         options.tls_verify_peer |= args.tls_verify_peer;
         options.quiet |= args.quiet;
         Ok(options)
+    }
+
+    fn watch_pins(&self, service: &Arc<Service>) -> anyhow::Result<Option<OldPins>> {
+        let limit = self.old_pins.unwrap_or(OLD_PINS);
+        let is_wanted = !self.quiet && !limit.is_zero();
+        let watch = is_wanted.then(|| OldPins::watch(service, limit));
+        watch.transpose()
     }
 
     fn regions(&self) -> anyhow::Result<Vec<PmemSpec>> {

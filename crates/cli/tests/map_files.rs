@@ -3,10 +3,11 @@
 
 mod common;
 
-use std::path::Path;
-use std::process::{Command, Output};
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
 
-use common::{machine_can_run, pgmap, succeeded};
+use common::{compile, machine_can_run, pgmap, succeeded};
 
 const MIB: u64 = 1 << 20;
 
@@ -120,6 +121,54 @@ print(hashlib.sha256(open('data', 'rb').read()).hexdigest())
     assert_eq!(succeeded(&output), succeeded(&expected));
 }
 
+/// A private mapping three times as large as the budget, of which a third is changed, stays within the budget, and is what it would be without
+/// us: in forks' children, after parts of it were given up, and where the file ends. The file itself keeps its bytes.
+fn private_mappings(confine: &[&str], arguments: &[&str]) {
+    if !machine_can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let program = compile("private_file", directory.path());
+    let pgmap = pgmap();
+    let words = confine
+        .iter()
+        .map(AsRef::as_ref)
+        .chain([pgmap.get_program()]);
+    let words: Vec<_> = words.collect();
+    let output = Command::new(words[0])
+        .args(&words[1..])
+        .args(["run", "--quiet", "--ram", "32M", "--map-files", "16M"])
+        .arg(program)
+        .args(arguments)
+        .current_dir(directory.path())
+        .output()
+        .unwrap();
+    assert_eq!(succeeded(&output), "every byte was right\n");
+    let resident = String::from_utf8_lossy(&output.stderr);
+    for pages in resident.split_whitespace() {
+        let pages: u64 = pages.parse().unwrap();
+        assert!(pages * 4096 <= 32 * MIB, "{pages} pages are in RAM");
+    }
+}
+
+#[test]
+fn a_private_mapping_that_is_written_fits_the_budget() {
+    private_mappings(&[], &[]);
+}
+
+/// The same where forks have to be announced.
+#[test]
+fn a_private_mapping_survives_announced_forks() {
+    if rustix::process::geteuid().is_root() {
+        private_mappings(
+            &["setpriv", "--bounding-set", "-sys_ptrace"],
+            &["announced"],
+        );
+    } else {
+        private_mappings(&[], &["announced"]);
+    }
+}
+
 /// A database that reads through a mapping and writes by system calls keeps its promises.
 #[test]
 fn sqlite_works_on_a_mapped_database() {
@@ -150,4 +199,158 @@ print(digest.hexdigest())
     std::fs::remove_file(directory.path().join("base.db")).unwrap();
     let (output, _) = managed(directory.path(), script);
     assert_eq!(succeeded(&output), succeeded(&expected));
+}
+
+/// What a key-value store with memory-mapped files is tested with.
+struct Lmdb {
+    python: &'static str,
+    load: PathBuf,
+    directory: tempfile::TempDir,
+}
+
+impl Lmdb {
+    /// `None` where it is not installed, which is said; where all tests have to run that is a failure.
+    fn new() -> Option<Self> {
+        let answers = |program: &str, arguments: &[&str]| {
+            let mut command = Command::new(program);
+            let output = command.args(arguments).output();
+            output.is_ok_and(|output| output.status.success())
+        };
+        // The distribution's python has it, which another may hide.
+        let mut pythons = ["python3", "/usr/bin/python3"].into_iter();
+        let python = pythons.find(|python| answers(python, &["-c", "import lmdb"]));
+        let has_tools = answers("mdb_stat", &["-V"]) && answers("mdb_dump", &["-V"]);
+        let Some(python) = python.filter(|_| has_tools) else {
+            let is_needed = std::env::var_os("CI").is_some();
+            assert!(!is_needed, "LMDB is not installed: run .ci/setup as root");
+            eprintln!("SKIPPED: LMDB is not installed (.ci/setup installs it)");
+            return None;
+        };
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/programs");
+        Some(Self {
+            python,
+            load: sources.join("lmdb_load.py"),
+            directory: tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap(),
+        })
+    }
+
+    /// A program on one of the databases: in 32 MiB, or as it is.
+    fn command(&self, memory: Memory, program: &str) -> Command {
+        let mut command = match memory {
+            Memory::Plain => Command::new(program),
+            Memory::Managed => {
+                let mut command = pgmap();
+                command.args(["run", "--quiet", "--ram", "32M", "--map-files", "16M"]);
+                command.args(["--", program]);
+                command
+            }
+        };
+        command.current_dir(&self.directory);
+        command
+    }
+
+    /// The script that loads and verifies.
+    fn script(&self, memory: Memory, arguments: &[&str]) -> Command {
+        let mut command = self.command(memory, self.python);
+        command.arg(&self.load).args(arguments);
+        command
+    }
+
+    fn output(&self, memory: Memory, arguments: &[&str]) -> Output {
+        self.script(memory, arguments).output().unwrap()
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Memory {
+    Plain,
+    Managed,
+}
+
+/// How many transactions there are: of 4,000 changes each, so that the database becomes more than four times as large as the budget.
+const TRANSACTIONS: &str = "20";
+
+/// What was in RAM of a database after each commit, in MiB, and what at last.
+fn residents(output: &Output) -> (Vec<u64>, u64) {
+    let text = String::from_utf8_lossy(&output.stderr);
+    let mut samples: Vec<u64> = text.split_whitespace().flat_map(str::parse).collect();
+    let last = samples.pop().unwrap();
+    samples.sort_unstable();
+    (samples, last)
+}
+
+/// A database that is read, or read and written, through a mapping several times as large as the budget has the same bytes as one of
+/// a plain run, whoever looks; and not much more of it than the budget is in RAM meanwhile.
+#[test]
+fn lmdb_works_on_a_mapped_database() {
+    let Some(lmdb) = Lmdb::new().filter(|_| machine_can_run()) else {
+        return;
+    };
+    let load = |memory, name, how: &[&str]| {
+        let arguments = [&["load", name, TRANSACTIONS], how].concat();
+        std::fs::create_dir(lmdb.directory.path().join(name)).unwrap();
+        lmdb.output(memory, &arguments)
+    };
+    let plain = load(Memory::Plain, "plain", &[]);
+    let expected = succeeded(&lmdb.output(Memory::Plain, &["verify", "plain"]));
+    let bytes = std::fs::metadata(lmdb.directory.path().join("plain/data.mdb")).unwrap();
+    assert!(bytes.len() > 4 * 32 * MIB, "{} bytes", bytes.len());
+    for (name, how) in [("managed", &[][..]), ("writemap", &["writemap"])] {
+        let loaded = load(Memory::Managed, name, how);
+        assert_eq!(succeeded(&loaded), succeeded(&plain));
+        let (samples, last) = residents(&loaded);
+        // The budget is kept after the fact, and others want the processors, too.
+        assert!(samples[samples.len() / 2] <= 40, "{samples:?} MiB");
+        assert!(last <= 32, "{last} MiB are in RAM");
+        let verified = lmdb.output(Memory::Managed, &["verify", name]);
+        assert_eq!(succeeded(&verified), expected);
+        let stats = [Memory::Managed, Memory::Plain].map(|memory| {
+            let output = lmdb
+                .command(memory, "mdb_stat")
+                .args(["-ef", name])
+                .output();
+            succeeded(&output.unwrap())
+        });
+        assert_eq!(stats[0], stats[1]);
+    }
+    let dump = |memory, name| {
+        let mut shell = lmdb.command(memory, "sh");
+        let output = shell
+            .args(["-c", &format!("mdb_dump {name} | cksum")])
+            .output();
+        succeeded(&output.unwrap())
+    };
+    assert_eq!(
+        dump(Memory::Managed, "writemap"),
+        dump(Memory::Plain, "plain")
+    );
+}
+
+/// A database whose writer is killed has every change of which its writer was told that it is there, and no half of one.
+#[test]
+fn lmdb_survives_a_kill_in_the_middle() {
+    let Some(lmdb) = Lmdb::new().filter(|_| machine_can_run()) else {
+        return;
+    };
+    for (name, how) in [("managed", &[][..]), ("writemap", &["writemap"])] {
+        let arguments = [&["load", name, "1000"], how].concat();
+        let mut script = lmdb.script(Memory::Managed, &arguments);
+        let mut killed = script.stdout(Stdio::piped()).spawn().unwrap();
+        let mut commits = BufReader::new(killed.stdout.take().unwrap()).lines();
+        let told = |line: std::io::Result<String>| line.unwrap().parse::<u64>().unwrap();
+        let mut last = commits.by_ref().take(12).map(told).last().unwrap();
+        // In the middle of the next, which takes some tens of milliseconds.
+        std::thread::sleep(core::time::Duration::from_millis(25));
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+        last = commits.map(told).last().unwrap_or(last);
+        assert!(last < 1000);
+        let verified = succeeded(&lmdb.output(Memory::Managed, &["verify", name]));
+        let version: u64 = verified.split(' ').next().unwrap().parse().unwrap();
+        assert!((last..=last + 1).contains(&version), "{version}, {last}");
+        // Nothing keeps the next writer from going on.
+        succeeded(&lmdb.output(Memory::Managed, &["load", name, "2"]));
+        let verified = succeeded(&lmdb.output(Memory::Plain, &["verify", name]));
+        assert!(verified.starts_with(&format!("{} ", version + 2)));
+    }
 }

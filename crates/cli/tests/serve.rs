@@ -509,3 +509,35 @@ fn a_writer_is_not_led_astray_by_a_reader() {
     assert!(writer.wait().unwrap().success());
     assert!(start(&place) == bytes, "the second half went elsewhere");
 }
+
+/// REF-7: a pin that is older than it should be is told of without being asked, once; a mapping is not, and a pin that ends in time is not.
+#[test]
+fn an_old_pin_is_told_of_once() {
+    let place = Place::new();
+    let arguments = ["serve", "--pmem", "disk.img,size=64M", "--old-pins", "1s"];
+    let server = place.serve_with(&arguments);
+    let pin = pinned(&place, "pmem0");
+    let mapped = place.pgmap(&["map", "pmem0", "--offset", "4M", "--", "sleep", "60"]);
+    let mapped = { mapped }.spawn().unwrap();
+    place.wait_until(&["holders", "pmem0"], |holders| {
+        holders.matches("map").count() >= 2
+    });
+    // Two looks at the least, and another after that.
+    std::thread::sleep(Duration::from_millis(2500));
+    kill(pin);
+    kill(mapped);
+    place.wait_until(&["holders", "pmem0"], |holders| {
+        !holders.contains("my rings")
+    });
+    let late = pinned(&place, "pmem0");
+    kill(late);
+    place.wait_until(&["holders", "pmem0"], |holders| {
+        !holders.contains("my rings")
+    });
+    let output = server.end(libc::SIGTERM);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(said.starts_with("pgmap: pmem0: my rings (pid "), "{said}");
+    let end = ") pins bytes 0x0-0x200000 for longer than 1s\n";
+    assert!(said.ends_with(end), "{said}");
+}

@@ -17,6 +17,7 @@ mod forks;
 pub mod hugetlb;
 pub mod mmu;
 pub mod platform;
+pub mod private_file;
 pub mod probe;
 mod protection;
 pub mod registered;

@@ -5,7 +5,7 @@
 //! calls only, also where they are mapped: a file that somebody else truncates, a full file system or a pool without huge pages is
 //! an error then, and not a SIGBUS.
 
-mod mapped;
+pub(crate) mod mapped;
 #[cfg(test)]
 mod tests;
 mod write_back;

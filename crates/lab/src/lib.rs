@@ -17,6 +17,7 @@ pub mod machine;
     reason = "the modelled memory, and the contract of the trait that it implements"
 )]
 pub mod model;
+pub mod private_file;
 #[allow(
     unsafe_code,
     reason = "the modelled memory, and the contract of the trait that it implements"

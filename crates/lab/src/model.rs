@@ -7,6 +7,7 @@
 
 use core::fmt;
 use core::ptr::NonNull;
+use core::slice;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
@@ -320,6 +321,17 @@ unsafe impl Mmu for ModelMmu {
             memory.mapped.insert(at, Mapping::Page { body, protect });
             Ok(())
         })
+    }
+
+    fn install_if_missing(&self, at: VirtAddr, page: &Page) -> Progress {
+        self.drop_late();
+        if self.memory.lock().mapped.contains_key(&at) {
+            return Progress {
+                done: 0,
+                stop: Some(Stop::Exists),
+            };
+        }
+        self.install(at, slice::from_ref(page), Protect::ReadWrite)
     }
 
     fn install_zero(&self, at: VirtAddr, count: usize) -> Progress {

@@ -28,7 +28,7 @@ pub struct Pinned {
 }
 
 impl AddressSpace {
-    /// Drops the bytes of `pages` pages from `at` on: they read as zeros from now on.
+    /// Drops the bytes of `pages` pages from `at` on: they read as zeros from now on, or as what the file has that is mapped there.
     ///
     /// # Errors
     ///
@@ -84,7 +84,12 @@ impl AddressSpace {
     pub fn retire(&self, at: VirtAddr, pages: u32) -> Option<Range<u32>> {
         let first = self.page_at(at)?.0;
         let range = first..first.saturating_add(pages).min(self.table.pages());
-        self.areas.lock().live.remove(range.clone());
+        let mut areas = self.areas.lock();
+        areas.live.remove(range.clone());
+        let files = areas.files.remove(&range);
+        drop(areas);
+        // Without the lock: they may be the last that hold their files.
+        drop(files);
         Some(range)
     }
 

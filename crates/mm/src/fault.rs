@@ -14,6 +14,7 @@ use pgmap_core::memremap::PagePgmap;
 use crate::mmu::{Progress, Protect, Slot, Stop};
 use crate::page_table::{Cursor, PageIndex};
 use crate::policy::Class;
+use crate::private_file::Touch;
 use crate::pte::{Copy, Heat, Pte};
 use crate::readahead::Plan;
 use crate::reclaim::Caller;
@@ -99,7 +100,7 @@ impl AddressSpace {
         let outcome = match cursor.get(page) {
             Pte::Device { .. } => self.bring_back(cursor, worker, page, &plan, access),
             Pte::None | Pte::Present { .. } | Pte::Staged { .. } | Pte::Poisoned => {
-                return self.zero_fill(cursor, worker, page, &plan);
+                return self.first_touch(cursor, worker, page, &plan, access);
             }
         };
         if outcome == Outcome::Resolved {
@@ -122,21 +123,32 @@ impl AddressSpace {
         let at = self.table.address(page);
         if access == Access::WriteProtected {
             Stats::add(&self.stats.faults_write_protect, 1);
-            if copy == Copy::Kept {
-                worker.write_back.note_write_fault();
-                // Where writes are the rule the neighbours are spared theirs.
-                let block = (!worker.write_back.pays()).then(|| cursor.pages());
-                self.forget_kept(&mut cursor, block.unwrap_or(page.0..page.0 + 1));
-            } else {
-                self.mmu.unprotect(at, 1);
+            match copy {
+                Copy::Kept => {
+                    worker.write_back.note_write_fault();
+                    // Where writes are the rule the neighbours are spared theirs.
+                    let block = (!worker.write_back.pays()).then(|| cursor.pages());
+                    self.forget_kept(&mut cursor, block.unwrap_or(page.0..page.0 + 1));
+                }
+                #[cfg(shuttle)]
+                Copy::File if seeded_bug::has(SeededBug::WriteKeepsTheFile) => {
+                    self.mmu.unprotect(at, 1);
+                }
+                Copy::File => {
+                    self.forget_kept(&mut cursor, page.0..page.0 + 1);
+                }
+                Copy::None => self.mmu.unprotect(at, 1),
             }
             return Outcome::Resolved;
         }
         Stats::add(&self.stats.faults_spurious, 1);
         // Somebody was faster, or the program dropped the page with a system call that we do not see:
-        // then it reads as zeros, and the device's copy is out of date.
-        let zeroed = self.mmu.install_zero(at, 1);
-        if zeroed.done == 1 {
+        // then it is as it was before its first touch, and the device's copy is out of date.
+        let renewed = match self.file_behind(page) {
+            Some(file) => self.install_from(worker, page, &file),
+            None => self.mmu.install_zero(at, 1),
+        };
+        if renewed.done == 1 {
             cursor.set(
                 page,
                 Pte::Present {
@@ -200,6 +212,25 @@ impl AddressSpace {
             self.staging.fill(slot, page);
         }
         self.settle(progress.stop, at)
+    }
+
+    /// A page that is nowhere.
+    fn first_touch(
+        &self,
+        cursor: Cursor<'_>,
+        worker: &mut Worker,
+        page: PageIndex,
+        plan: &Plan,
+        access: Access,
+    ) -> Outcome {
+        let Some(file) = self.file_behind(page) else {
+            return self.zero_fill(cursor, worker, page, plan);
+        };
+        let touch = match access {
+            Access::Read => Touch::ToRead(plan),
+            Access::Write | Access::WriteProtected => Touch::ToWrite,
+        };
+        self.file_fill(cursor, worker, page, &file, touch)
     }
 
     /// The first touch of a page, and of those that will probably be touched next.
@@ -377,7 +408,7 @@ impl AddressSpace {
             self.enter(cursor, page, frame, copy);
             match copy {
                 Copy::Kept => self.keep_copy(frame, device_page),
-                Copy::None => self.map.put_dev_page(device_page),
+                Copy::None | Copy::File => self.map.put_dev_page(device_page),
             }
         }
         Stats::add(&self.stats.pages_brought_back, progress.done as u64);
@@ -404,7 +435,7 @@ impl AddressSpace {
     }
 
     /// Notes that a page is mapped and accounted for by a frame.
-    fn enter(&self, cursor: &mut Cursor<'_>, page: PageIndex, frame: Pfn, copy: Copy) {
+    pub(crate) fn enter(&self, cursor: &mut Cursor<'_>, page: PageIndex, frame: Pfn, copy: Copy) {
         self.map.frame(frame).set_mapping(u64::from(page.0) + 1);
         cursor.set(
             page,
@@ -417,7 +448,7 @@ impl AddressSpace {
     }
 
     /// Wakes who waits for a page if the machine has not done so.
-    fn settle(&self, stop: Option<Stop>, at: VirtAddr) -> Outcome {
+    pub(crate) fn settle(&self, stop: Option<Stop>, at: VirtAddr) -> Outcome {
         match stop {
             None => Outcome::Resolved,
             Some(Stop::NoMemory) => Outcome::NoMemory,
@@ -436,16 +467,16 @@ impl AddressSpace {
     }
 }
 
-/// How a page is mapped whose device copy is kept or not.
-const fn protection(copy: Copy) -> Protect {
+/// How a page is mapped of which somebody else has the bytes, or nobody.
+pub(crate) const fn protection(copy: Copy) -> Protect {
     match copy {
-        Copy::Kept => Protect::ReadOnly,
+        Copy::Kept | Copy::File => Protect::ReadOnly,
         Copy::None => Protect::ReadWrite,
     }
 }
 
 /// At most `most` pages of `run`, with `page` among them.
-fn around(page: u32, run: &Range<u32>, most: usize) -> Range<u32> {
+pub(crate) fn around(page: u32, run: &Range<u32>, most: usize) -> Range<u32> {
     let most = u32::try_from(most).unwrap_or(u32::MAX).max(1);
     let start = run.start.max((page + 1).saturating_sub(most));
     start..run.end.min(start + most)

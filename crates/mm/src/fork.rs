@@ -38,6 +38,9 @@ impl AddressSpace {
         Stats::add(&self.stats.forks, 1);
         *self.forking.lock() += 1;
         self.ram.suspend_limit();
+        if !self.bring_in_files(worker) {
+            return false;
+        }
         let mut next = BlockIndex(0);
         while let Some(block) = self.table.next_used(next) {
             next = BlockIndex(block.0 + 1);
@@ -88,7 +91,9 @@ impl AddressSpace {
                 self.give_missing(&cursor, worker, page, &mut install)?;
             }
         }
-        ControlFlow::Continue(())
+        self.for_each_untouched(worker, |at, bytes| {
+            install(at, bytes.map_or(ChildPage::Lost, ChildPage::Bytes))
+        })
     }
 
     fn give_missing(

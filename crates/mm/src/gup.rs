@@ -538,7 +538,8 @@ const fn may_pin(pte: Pte, access: PinAccess) -> Option<Pfn> {
         ) => Some(frame),
         (
             Pte::Present {
-                copy: Copy::Kept, ..
+                copy: Copy::Kept | Copy::File,
+                ..
             },
             PinAccess::Write,
         )

@@ -23,6 +23,7 @@ pub mod page_cache;
 pub mod page_table;
 pub mod pinning;
 pub mod policy;
+pub mod private_file;
 pub mod pte;
 pub mod readahead;
 pub mod reclaim;

@@ -5,6 +5,7 @@
 //! address space waits in *staging slots*, which nobody but `mm` can reach.
 
 use core::fmt;
+use core::slice;
 
 use pgmap_core::addr::{Page, VirtAddr};
 
@@ -73,6 +74,11 @@ impl Progress {
 pub unsafe trait Mmu: Send + Sync + fmt::Debug {
     /// Copies `pages` to consecutive missing addresses from `at`, and wakes who waits there.
     fn install(&self, at: VirtAddr, pages: &[Page], protect: Protect) -> Progress;
+
+    /// As [`install`](Self::install) of one page that may be written, where there may be a page already ([`Stop::Exists`]).
+    fn install_if_missing(&self, at: VirtAddr, page: &Page) -> Progress {
+        self.install(at, slice::from_ref(page), Protect::ReadWrite)
+    }
 
     /// Fills `count` missing addresses from `at` with writable zeros, and wakes who waits there.
     fn install_zero(&self, at: VirtAddr, count: usize) -> Progress;

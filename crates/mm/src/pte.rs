@@ -16,19 +16,21 @@ pub enum Heat {
     Hot,
 }
 
-/// Whether a device still holds the very bytes of a page in RAM.
+/// Whether somebody else still has the very bytes of a page in RAM.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Copy {
     /// Only RAM has the bytes.
     None,
     /// The frame's `private` word is the device page with the same bytes; the page is write-protected.
     Kept,
+    /// The file that is mapped there has the page, which nobody has changed; the page is write-protected.
+    File,
 }
 
 /// One page of an address space.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Pte {
-    /// Never touched, or discarded: the next access finds zeros.
+    /// Never touched, or discarded, or dropped as a file has it: the next access finds the file's bytes, or zeros if none is mapped there.
     None,
     /// In RAM and mapped.
     Present {
@@ -36,14 +38,14 @@ pub enum Pte {
         frame: Pfn,
         /// Second chance.
         heat: Heat,
-        /// The device's copy.
+        /// Who else has the bytes.
         copy: Copy,
     },
     /// In RAM, taken out of the address space: the inactive list. The frame's `link` is the slot.
     Staged {
         /// The frame that accounts for it.
         frame: Pfn,
-        /// The device's copy.
+        /// Who else has the bytes.
         copy: Copy,
     },
     /// On a device only.
@@ -78,7 +80,7 @@ impl Stamp {
     }
 }
 
-// The word: bits 0..3 the state, bit 3 hot, bit 4 copy kept, bits 8..32 the stamp, bits 32..64
+// The word: bits 0..3 the state, bit 3 hot, bit 4 copy kept, bit 5 the file's, bits 8..32 the stamp, bits 32..64
 // the frame or device page. All zero is `None`, so a fresh page table needs no initialising.
 const STATE: u64 = 0b111;
 const PRESENT: u64 = 1;
@@ -87,6 +89,7 @@ const DEVICE: u64 = 3;
 const POISONED: u64 = 4;
 const HOT: u64 = 1 << 3;
 const KEPT: u64 = 1 << 4;
+const FILE: u64 = 1 << 5;
 const STAMP_SHIFT: u32 = 8;
 const PFN_SHIFT: u32 = 32;
 
@@ -139,6 +142,8 @@ impl Pte {
         let pfn = Pfn::from_u32((word >> PFN_SHIFT) as u32);
         let copy = if word & KEPT != 0 {
             Copy::Kept
+        } else if word & FILE != 0 {
+            Copy::File
         } else {
             Copy::None
         };
@@ -172,6 +177,7 @@ impl Copy {
         match self {
             Self::None => 0,
             Self::Kept => KEPT,
+            Self::File => FILE,
         }
     }
 }
@@ -182,7 +188,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn any_pte() -> impl Strategy<Value = Pte> {
-        let copy = || prop_oneof![Just(Copy::None), Just(Copy::Kept)];
+        let copy = || prop_oneof![Just(Copy::None), Just(Copy::Kept), Just(Copy::File)];
         let pfn = || any::<u32>().prop_map(Pfn::from_u32);
         prop_oneof![
             Just(Pte::None),

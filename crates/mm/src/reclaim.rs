@@ -366,6 +366,11 @@ impl AddressSpace {
                     Stats::add(&self.stats.pages_stored_clean, 1);
                     done.push(slot, Some(frame));
                 }
+                Copy::File => {
+                    cursor.set(page, Pte::None);
+                    Stats::add(&self.stats.pages_stored_clean, 1);
+                    done.push(slot, Some(frame));
+                }
             },
             Pte::None
             | Pte::Present { .. }
@@ -532,10 +537,16 @@ impl AddressSpace {
         };
         // The frame may be another page's by now: then that one's copy goes.
         let mut cursor = self.table.lock(PageIndex(page).block());
+        let Pte::Present {
+            copy: Copy::Kept, ..
+        } = cursor.get(PageIndex(page))
+        else {
+            return 0;
+        };
         self.forget_kept(&mut cursor, page..page + 1)
     }
 
-    /// Gives up the copies that devices keep of pages that are in RAM, and lets these be written. Says how many there were.
+    /// Gives up the copies that devices and files have of pages that are in RAM, and lets these be written. Says how many there were.
     pub(crate) fn forget_kept(&self, cursor: &mut Cursor<'_>, pages: Range<u32>) -> usize {
         let mut forgotten = 0;
         for page in pages.clone().map(PageIndex) {
@@ -552,14 +563,14 @@ impl AddressSpace {
         let Pte::Present {
             frame,
             heat,
-            copy: Copy::Kept,
+            copy: copy @ (Copy::Kept | Copy::File),
         } = cursor.get(page)
         else {
             return false;
         };
+        self.drop_copy(frame, copy);
         let copy = Copy::None;
         cursor.set(page, Pte::Present { frame, heat, copy });
-        self.drop_copy(frame, Copy::Kept);
         true
     }
 }

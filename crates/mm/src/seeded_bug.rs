@@ -24,6 +24,8 @@ pub enum SeededBug {
     ReplaceIgnoresPins,
     /// A staged page whose frame is replaced loses its slot (HOT-4).
     ReplaceForgetsTheSlot,
+    /// A page that is written still counts as the file's that is mapped there, and is dropped with what was written.
+    WriteKeepsTheFile,
     /// Pages leave while a fork is under way, and the child does not inherit them.
     TakeOutIgnoresForks,
     /// A page of a file is claimed whether it is pinned or not (`evict-under-dma`, `wp-bypass`).

@@ -20,6 +20,7 @@ use crate::mmu::Mmu;
 use crate::page_cache::GROUP_PAGES;
 use crate::page_table::{PageIndex, PageTable};
 use crate::policy::Queues;
+use crate::private_file::{FilePages, PrivateFiles};
 use crate::pte::{Copy, Pte};
 use crate::readahead::{MAX_WINDOW, Readahead};
 use crate::staging::Staging;
@@ -105,6 +106,7 @@ impl AddressSpace {
             areas: Mutex::new(Areas {
                 live: Vmas::new(parts.pages),
                 taken: Vmas::new(parts.pages),
+                files: PrivateFiles::default(),
             }),
             files: Files::default(),
             dax: DaxVmas::default(),
@@ -149,8 +151,21 @@ impl AddressSpace {
 
     /// Takes fresh addresses for `pages` pages, aligned to `align` pages. They read as zeros.
     pub fn map(&self, pages: u32, align: u32) -> Option<VirtAddr> {
+        self.map_with(pages, align, None)
+    }
+
+    /// As [`map`](Self::map), with a file behind the pages if one is given.
+    pub(crate) fn map_with(
+        &self,
+        pages: u32,
+        align: u32,
+        file: Option<Arc<dyn FilePages>>,
+    ) -> Option<VirtAddr> {
         let mut areas = self.areas.lock();
         let range = areas.taken.allocate(pages, align)?;
+        if let Some(file) = file {
+            areas.files.insert(range.clone(), file);
+        }
         areas.live.insert(range.clone());
         drop(areas);
         self.clear_strays(&range);
@@ -255,6 +270,8 @@ pub(crate) struct Areas {
     pub(crate) live: Vmas,
     /// Addresses that are not to be handed out: the live ones, and those whose pages are being dropped.
     pub(crate) taken: Vmas,
+    /// Live addresses that a file is behind.
+    pub(crate) files: PrivateFiles,
 }
 
 /// What one thread needs to serve faults or to reclaim: buffers, frames at hand, and its view of streams.

@@ -175,11 +175,20 @@ fn follow() -> Duration {
     again.min(run.follow_files())
 }
 
+/// Whether mappings of so many bytes of a file are to be within the budget.
+#[must_use]
+pub fn maps_files_of(bytes: usize) -> bool {
+    RUN.get().is_some_and(|run| {
+        let least = Stats::get(run.region.map_files());
+        least > 0 && bytes as u64 >= least
+    })
+}
+
 /// Says that the program has mapped so many bytes of a file. It is found without that, but not as soon.
 pub fn note_mapped_file(bytes: usize) {
-    let Some(run) = RUN.get() else { return };
-    let least = Stats::get(run.region.map_files());
-    if least > 0 && bytes as u64 >= least {
+    if let Some(run) = RUN.get()
+        && maps_files_of(bytes)
+    {
         // Relaxed: see `follow_files`.
         run.has_mapped.store(true, Ordering::Relaxed);
         run.memory.pager().wake_reclaimer();

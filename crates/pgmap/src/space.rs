@@ -8,12 +8,14 @@ use core::mem;
 use core::ops::Range;
 use core::ptr;
 use core::time::Duration;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_core::holders::Holder;
 use pgmap_host::mmu::{Children, HostMmu, Inherit};
+use pgmap_host::private_file::PrivateFile;
 use pgmap_mm::discard::Pinned;
 use pgmap_mm::gup::{Pin, PinError, PinnedPages, pin_user_pages, pin_user_pages_fast};
 use pgmap_mm::pinning::Pinnings;
@@ -136,6 +138,46 @@ impl AddressSpace {
         self.inner.map(pages, align).map(VirtAddr::get).ok_or(error)
     }
 
+    /// Pages that have a file's bytes, from `offset` on, until they are changed: at least `bytes` bytes. What is changed is nobody else's,
+    /// and is kept in RAM and on devices; what is not is read again. The file is open for reading, and may be closed after this.
+    ///
+    /// An access to a page that the file does not have gets SIGBUS, until the page is discarded. Whether what changes in the file is seen is open,
+    /// as it is for mmap(2).
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::OutOfMemory`] as for [`map`](Self::map); [`MapError::Refused`] for what cannot be mapped.
+    pub fn map_private_file(
+        &self,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        bytes: usize,
+    ) -> Result<usize, MapError> {
+        let error = MapError::OutOfMemory { bytes };
+        if bytes == 0 || bytes > self.most_bytes() {
+            return Err(error);
+        }
+        let pages = u32::try_from(bytes.div_ceil(PAGE_SIZE)).map_err(|_| error)?;
+        let file = Arc::new(PrivateFile::map(file, offset, bytes)?);
+        let at = self.inner.map_private_file(pages, file);
+        at.map(VirtAddr::get).ok_or(error)
+    }
+
+    /// Whether any page of a range has a file's bytes until it is changed.
+    #[must_use]
+    pub fn is_private_file(&self, at: usize, bytes: usize) -> bool {
+        let range = self.pages(at, bytes);
+        range.is_ok_and(|(at, pages)| self.inner.is_private_file(at, pages))
+    }
+
+    /// In a fork's child, of which [`range`](Self::range) is all that is known otherwise: whether any page of a range had a
+    /// file's bytes until it was changed. The child has all of them, and nothing that would bring them back.
+    #[must_use]
+    pub fn was_private_file(&self, at: usize, bytes: usize) -> bool {
+        let range = self.pages(at, bytes);
+        range.is_ok_and(|(at, pages)| self.inner.was_private_file(at, pages))
+    }
+
     /// Drops the pages of a range and gives its addresses back.
     ///
     /// # Errors
@@ -227,6 +269,8 @@ impl AddressSpace {
     /// The caller owns the range: nobody relies on its bytes.
     pub unsafe fn renew(&self, at: usize, bytes: usize) -> Result<(), MapError> {
         let (start, pages) = self.pages(at, bytes)?;
+        self.mmu.settle_forks();
+        self.inner.forget_file(start, pages);
         // SAFETY: by this function's contract.
         unsafe { self.discard(at, bytes)? };
         // SAFETY: by this function's contract.
@@ -234,7 +278,7 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Drops the pages of a range: they read as zeros from now on (`MADV_DONTNEED`).
+    /// Drops the pages of a range: they are as before their first touch from now on (`MADV_DONTNEED`).
     ///
     /// # Errors
     ///
@@ -294,7 +338,7 @@ impl AddressSpace {
     ///
     /// # Errors
     ///
-    /// [`MapError::OutOfMemory`] if there is no room, [`MapError::BadRange`], [`MapError::Pinned`].
+    /// [`MapError::OutOfMemory`] if there is no room, or if a file's mapping were to grow; [`MapError::BadRange`], [`MapError::Pinned`].
     ///
     /// # Safety
     ///
@@ -319,7 +363,8 @@ impl AddressSpace {
             return Ok(at);
         }
         let error = MapError::OutOfMemory { bytes: new };
-        if new_bytes > self.most_bytes() {
+        // Of a file no more is mapped than was asked for.
+        if new_bytes > self.most_bytes() || self.is_private_file(at, old) {
             return Err(error);
         }
         let more = u32::try_from((new_bytes - old_bytes) / PAGE_SIZE).map_err(|_| error)?;

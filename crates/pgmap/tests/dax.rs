@@ -414,7 +414,9 @@ fn mappings_come_and_go_while_sectors_are_lost() {
                 assert!(ours.holders().is_empty());
             })
         });
-        workers.map(|worker| worker.join().unwrap());
+        workers
+            .into_iter()
+            .for_each(|worker| worker.join().unwrap());
         done.store(true, Ordering::Relaxed);
     });
     let mut bytes = vec![0; MIB];

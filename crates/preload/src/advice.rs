@@ -26,6 +26,10 @@ pub(crate) unsafe extern "C" fn madvise(
     advice: c_int,
 ) -> c_int {
     if state::contains(address as usize) && state::space().is_none() && drops(advice) {
+        if state::was_private_file(address as usize, bytes) {
+            // Nobody would bring the file's bytes back: the child keeps what it has.
+            return crate::raw::fail(libc::EINVAL);
+        }
         fetch(address as usize, bytes);
     }
     if let Some(space) = managing(address as usize, bytes)
@@ -48,6 +52,10 @@ fn managed(space: &AddressSpace, address: usize, bytes: usize, advice: c_int) ->
         return Some(0);
     }
     match advice {
+        // Of files there is nothing to free, as the kernel has it.
+        libc::MADV_FREE if space.is_private_file(address, bytes) => {
+            Some(crate::raw::fail(libc::EINVAL))
+        }
         advice if drops(advice) => {
             let _blocked = SignalsBlocked::new();
             // SAFETY: the program gives up the bytes.

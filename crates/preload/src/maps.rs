@@ -1,10 +1,12 @@
 //! `mmap`, `munmap`, `mremap`, `mprotect` and `mlockall`.
 //!
 //! Managed are private anonymous mappings of 128 KiB and more that may be read and written; and those that may not, if
-//! they are made with `MAP_NORESERVE`: so virtual machines (Java, JavaScript) reserve the addresses of which they use parts later. Whatever is
+//! they are made with `MAP_NORESERVE`: so virtual machines (Java, JavaScript) reserve the addresses of which they use parts later. So are private
+//! mappings of files that may be read and written, if the run manages files of their size: what is changed of them is nobody's but the program's. Whatever is
 //! not, and every address that is not among the managed ones, goes to the kernel as it came.
 
 use core::ffi::{c_int, c_void};
+use std::os::fd::BorrowedFd;
 
 use pgmap::{AddressSpace, MapError, Place};
 use pgmap_host::thread::SignalsBlocked;
@@ -73,6 +75,12 @@ pub(crate) unsafe extern "C" fn mmap(
             return answer(mapped.and_then(|at| allow(space, at, bytes, protection)));
         }
     }
+    if protection == READ_WRITE
+        && is_private_file(flags)
+        && let Some(at) = map_private_file(bytes, fd, offset)
+    {
+        return at as *mut c_void;
+    }
     if flags & (libc::MAP_FIXED | libc::MAP_FIXED_NOREPLACE) == libc::MAP_FIXED {
         if let Some(space) = managing(address as usize, bytes)
             && is_plain(flags & !libc::MAP_FIXED)
@@ -101,6 +109,26 @@ pub(crate) unsafe extern "C" fn mmap(
         pgmap::run::note_mapped_file(bytes);
     }
     mapped
+}
+
+/// Whether flags ask for a file of one's own, and for nothing that we do not know.
+const fn is_private_file(flags: c_int) -> bool {
+    flags & !(libc::MAP_PRIVATE | libc::MAP_NORESERVE) == 0 && flags & libc::MAP_PRIVATE != 0
+}
+
+/// Manages a private mapping of a file, if the run wants such. What cannot be managed is left to the kernel, which says what is wrong
+/// with it, if anything is.
+fn map_private_file(bytes: usize, fd: c_int, offset: i64) -> Option<usize> {
+    if fd < 0 || !pgmap::run::maps_files_of(bytes) || pgmap::run::is_pager_thread() {
+        return None;
+    }
+    let offset = u64::try_from(offset).ok()?;
+    let space = state::space()?;
+    let _blocked = SignalsBlocked::new();
+    // SAFETY: the program vouches for its descriptor, which is used for the time of this call only; of a bad one the kernel says so.
+    let file = unsafe { BorrowedFd::borrow_raw(fd) };
+    let mapped = space.map_private_file(file, offset, bytes);
+    mapped.inspect(|_| pgmap::run::note_mapped_file(bytes)).ok()
 }
 
 /// Whether flags ask for private anonymous memory, and for nothing that we do not know.
@@ -238,6 +266,10 @@ pub(crate) unsafe extern "C" fn mremap(
 ) -> *mut c_void {
     if let Some(space) = managing(address as usize, old) {
         return answer(remap(space, address as usize, (old, new), flags));
+    }
+    if new > old && state::was_private_file(address as usize, old) {
+        // The kernel would put zeros where the file has more.
+        return answer(Err(MapError::OutOfMemory { bytes: new }));
     }
     if flags & libc::MREMAP_FIXED != 0 {
         replace(target as usize, new);

@@ -55,6 +55,18 @@ pub(crate) fn space() -> Option<&'static AddressSpace> {
     Some(unsafe { &*space })
 }
 
+/// Whether this is a fork's child, and its parent had a private mapping of a file there.
+pub(crate) fn was_private_file(address: usize, bytes: usize) -> bool {
+    if !contains(address) || space().is_some() {
+        return false;
+    }
+    // Acquire: as in `space`.
+    let parents = SPACE.load(Ordering::Acquire);
+    // SAFETY: null, or a reference that is valid for ever; a child has a copy of what it refers to.
+    let parents = unsafe { parents.as_ref() };
+    parents.is_some_and(|parents| parents.was_private_file(address, bytes))
+}
+
 /// Whether an address is, or in a fork's child was, managed.
 pub(crate) fn contains(address: usize) -> bool {
     // Relaxed: both are written once; before that nobody can have such an address.

@@ -14,7 +14,7 @@ use shuttle::sync as imp;
 use std::sync as imp;
 
 #[cfg(any(feature = "std", loom, shuttle))]
-use std::sync::PoisonError;
+use std::sync::{PoisonError, TryLockError};
 
 #[cfg(not(any(feature = "std", loom, shuttle)))]
 use spin as imp;
@@ -55,6 +55,20 @@ impl<T> Mutex<T> {
         #[cfg(not(any(feature = "std", loom, shuttle)))]
         let inner = self.inner.lock();
         MutexGuard { inner }
+    }
+
+    /// The lock, if nobody has it: for a fork's child, in which nobody will ever give up what another thread had then.
+    #[must_use]
+    pub fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
+        #[cfg(any(feature = "std", loom, shuttle))]
+        let inner = match self.inner.try_lock() {
+            Ok(inner) => inner,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        #[cfg(not(any(feature = "std", loom, shuttle)))]
+        let inner = self.inner.try_lock()?;
+        Some(MutexGuard { inner })
     }
 }
 
@@ -125,6 +139,14 @@ mod spin {
                 spin_loop();
             }
             MutexGuard { mutex: self }
+        }
+
+        pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
+            // As in `lock`.
+            let taken =
+                self.locked
+                    .compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed);
+            taken.is_ok().then_some(MutexGuard { mutex: self })
         }
     }
 

@@ -12,7 +12,7 @@ use pgmap_core::holders::{FrameHolder, Who};
 use pgmap_core::memremap;
 
 /// How somebody holds bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum HoldKind {
     /// They are mapped in a client's address space.
     Mapped,
@@ -21,7 +21,7 @@ pub enum HoldKind {
 }
 
 /// Somebody who holds bytes of a namespace.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
 pub struct Hold {
     /// How.
     pub kind: HoldKind,

@@ -8,6 +8,7 @@
 use core::ptr::NonNull;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use pgmap_core::addr::{PAGE_SIZE, Page};
 use rustix::io::Errno;
 
 use super::last_errno;
@@ -17,7 +18,7 @@ use super::last_errno;
 /// # Errors
 ///
 /// [`Errno::NOSYS`] if not.
-pub(super) fn check() -> Result<(), Errno> {
+pub(crate) fn check() -> Result<(), Errno> {
     let none = core::ptr::null();
     // SAFETY: no part of memory is named.
     let load = unsafe { libc::process_vm_writev(own_pid(), none, 0, none, 0, 0) };
@@ -43,6 +44,22 @@ pub(super) unsafe fn load(from: NonNull<u8>, to: &mut [u8]) -> Result<usize, Err
     let copied =
         unsafe { libc::process_vm_writev(own_pid(), &raw const here, 1, &raw const there, 1, 0) };
     counted(copied)
+}
+
+/// Copies whole pages from a mapping. Says how many, which are fewer where the mapping has none any more.
+///
+/// # Safety
+///
+/// `from` is the start of as many pages of a mapping of which nobody has a reference.
+pub(crate) unsafe fn load_pages(from: NonNull<u8>, to: &mut [Page]) -> Result<usize, Errno> {
+    let (here, there) = (
+        part(from.as_ptr(), size_of_val(to)),
+        part(to.as_mut_ptr().cast(), size_of_val(to)),
+    );
+    // SAFETY: as in `load`; a page is bytes, and has any.
+    let copied =
+        unsafe { libc::process_vm_writev(own_pid(), &raw const here, 1, &raw const there, 1, 0) };
+    Ok(counted(copied)? / PAGE_SIZE)
 }
 
 /// Copies bytes into a mapping. Says how many, which are fewer where the mapping has none any more.

@@ -9,6 +9,7 @@ mod failure;
 mod holds;
 mod metrics;
 
+use core::time::Duration;
 use std::collections::BTreeMap;
 use std::sync::{Arc, OnceLock};
 
@@ -16,7 +17,9 @@ use pgmap_core::addr::MAX_PFN;
 use pgmap_core::memremap::MemoryMap;
 use pgmap_core::platform::OutOfAddressSpace;
 use pgmap_drivers::block::{BlockDevice, BlockError};
-use pgmap_drivers::pmem::{Activation, Afterwards, BindError, Namespace, OpenError, Pmem, Region};
+use pgmap_drivers::pmem::{
+    Activation, Afterwards, BindError, Hold, HoldKind, Namespace, OpenError, Pmem, Region,
+};
 use pgmap_host::platform::HostPlatform;
 use pgmap_sync::{Mutex, MutexGuard};
 
@@ -75,6 +78,15 @@ pub enum PlugError {
     /// A namespace of it cannot be taken into use.
     #[error(transparent)]
     Bind(#[from] BindError),
+}
+
+/// A pin of a client's.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct OldPin {
+    /// The device's name.
+    pub device: String,
+    /// Who pins which bytes, and since when.
+    pub hold: Hold,
 }
 
 impl Service {
@@ -180,6 +192,20 @@ impl Service {
             holds.map(move |hold| format!("{name}: {hold}"))
         });
         lines.collect()
+    }
+
+    /// Who has pinned something for so long, device by device, oldest first.
+    #[must_use]
+    pub fn pins_older_than(&self, limit: Duration) -> Vec<OldPin> {
+        let devices: Vec<Device> = self.regions.lock().devices.values().cloned().collect();
+        let now = self.map.now_ns();
+        let pins = devices.iter().flat_map(|device| {
+            let name = device.pmem.name().to_owned();
+            let holds = device.pmem.holds().into_iter();
+            holds.map(move |hold| (name.clone(), hold))
+        });
+        let old = pins.filter(|(_, hold)| hold.kind == HoldKind::Pinned && hold.age(now) >= limit);
+        old.map(|(device, hold)| OldPin { device, hold }).collect()
     }
 
     /// The last step of taking a device out of use. Until then it is in the list, so that nobody brings its namespace back
