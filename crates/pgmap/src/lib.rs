@@ -33,7 +33,7 @@ mod writer;
 
 pub use dax::{DaxMapping, MapDaxError};
 pub use device::{Device, open_backing};
-pub use file::{File, FileMapping, OpenError, OpenOptions, SyncError, Writeback};
+pub use file::{File, FileMapping, MapFileError, OpenError, OpenOptions, SyncError, Writeback};
 pub use memory::{BuildError, Mapping, Memory, MemoryBuilder};
 pub use pgmap_core::holders::Holder;
 pub use pgmap_core::hotplug::{BlockView, HotplugError};

@@ -373,8 +373,8 @@ impl AddressSpace {
         }
     }
 
-    /// Pins a range: its pages are in RAM and stay where they are until the guard is dropped. Waits a quarter of a second
-    /// at most for other pages to leave.
+    /// Pins a range: its pages are in RAM and stay where they are until the guard is dropped. All pages are pinned that hold any
+    /// byte of it. Reads what is not in RAM, and waits a quarter of a second at most for other pages to leave.
     ///
     /// The range is one of anonymous memory, or of mapped files. What is written through the pin, by whomever, reaches the file:
     /// the pages are dirty until they are unpinned, and written back after that.
@@ -386,8 +386,10 @@ impl AddressSpace {
     pub fn pin_user_pages(&self, range: Range<usize>, pin: &Pin) -> Result<PinnedPages, PinError> {
         let start = VirtAddr::new(range.start).page_start();
         let pages = range.end.saturating_sub(start.get()).div_ceil(PAGE_SIZE);
-        let pages = u32::try_from(pages).ok().filter(|pages| *pages > 0);
-        let pages = pages.ok_or(PinError::BadAddress { at: start })?;
+        if pages == 0 {
+            return Err(PinError::Empty);
+        }
+        let pages = u32::try_from(pages).map_err(|_| PinError::BadAddress { at: start })?;
         if let Some(pinned) = pin_user_pages_fast(&self.inner, start, pages, pin) {
             return Ok(pinned);
         }
