@@ -97,8 +97,9 @@ impl Drop for Inner {
 
 /// An open file whose pages are memory.
 ///
-/// Dropping the last handle, the last mapping and the last pin writes back what is dirty, without saying whether that worked:
-/// [`sync_all`](Self::sync_all) says so.
+/// Dropping the last handle, the last mapping and the last pin writes back what is dirty, without saying whether that worked, and
+/// without making it durable: [`sync_all`](Self::sync_all) does both. That drop waits for the writing. While the file is open here,
+/// what others do to it by other ways is not seen: where somebody has cut it, what is not in RAM reads as zeros.
 #[derive(Debug)]
 pub struct File<'m> {
     inner: Arc<Inner>,
@@ -142,7 +143,8 @@ impl OpenOptions {
 }
 
 impl Memory {
-    /// Opens a file for reading and writing, to be mapped.
+    /// Opens a file that there is for reading and writing, to be mapped. It may be empty. An advisory lock (`flock`) keeps it from
+    /// being opened once more, here or by another process: [`File::another`] gives further handles.
     ///
     /// # Errors
     ///
@@ -255,7 +257,7 @@ impl File<'_> {
         self.inner.cache.size_bytes()
     }
 
-    /// Another handle to the same file, which is told of errors on its own.
+    /// Another handle to the same file, which is told of errors on its own: of those from now on.
     #[must_use]
     pub fn another(&self) -> Self {
         Self {
