@@ -40,6 +40,28 @@ fn holders_are_those_of_files_and_of_anonymous_memory() {
     assert!(memory.holders().is_empty());
 }
 
+/// Whoever prints a mapping, or a pin in an assertion that failed, reads a page of text and not the whole memory.
+#[test]
+fn what_a_pin_prints_is_short() {
+    let Some(memory) = memory(8 * MIB) else {
+        return;
+    };
+    let scratch = Scratch::new("printed", 16);
+    let file = memory.open(&scratch.0).unwrap();
+    let space = memory.space();
+    let map = space.map_file(&file, 0..16 * PAGE as u64, Prot::ReadWrite);
+    let map = map.unwrap();
+    let pins = space.pin_user_pages(map.range(), &Pin::READ).unwrap();
+    let printed = [
+        format!("{memory:?}"),
+        format!("{map:?}"),
+        format!("{pins:?}"),
+    ];
+    for text in printed {
+        assert!(text.len() < 8000, "{} bytes: {text}", text.len());
+    }
+}
+
 /// REF-7: a pin that gets older than the limit is reported once, without anybody asking; one that ends before is not.
 #[test]
 fn old_pins_are_reported_once() {
