@@ -118,8 +118,9 @@ Sizes:
 
 Summary:
   Lines for what did not happen are left out.
-  resident    the most that was in RAM at once, mapped files included if
-              --map-files is given
+  resident    the most that was in RAM at once; with --map-files the mapped
+              files are included, as pgmap saw them when it looked: in
+              between there may have been more
   faults      how often the program touched a page that was not ready: a new
               one, one on a device, one that was about to leave RAM, or the
               first write to one that had come back and was only read since

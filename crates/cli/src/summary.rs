@@ -23,6 +23,8 @@ pub(crate) struct Summary {
     pub(crate) ram_budget_bytes: u64,
     /// The most in RAM at once, as far as the processes said before they ended.
     pub(crate) peak_resident_bytes: u64,
+    /// Whether the mapped files of the program were a part of it.
+    pub(crate) keeps_mapped_files: bool,
     /// Of all kinds; `counters` has each.
     pub(crate) faults: u64,
     /// The fields of `pgmap::Stats` by their names, in pages or events.
@@ -100,6 +102,7 @@ impl Summary {
             managed_processes: region.managed(),
             ram_budget_bytes: control.ram().highest_bytes,
             peak_resident_bytes: region.peak_resident(),
+            keeps_mapped_files: control.keeps_mapped_files(),
             faults: counted.faults(),
             counters: counted
                 .counters()
@@ -269,7 +272,15 @@ impl Summary {
                 "  note        it waited for pages for much of its time: it uses more at once than --ram allows"
             )?;
         }
-        if self.counter("forks") > 0 && self.peak_resident_bytes > self.ram_budget_bytes {
+        if self.peak_resident_bytes <= self.ram_budget_bytes {
+            return Ok(());
+        }
+        if self.keeps_mapped_files {
+            writeln!(
+                f,
+                "  note        mapped files passed the budget for moments: the program touched their pages faster than they are dropped"
+            )?;
+        } else if self.counter("forks") > 0 {
             writeln!(
                 f,
                 "  note        before a fork all pages were brought into RAM, over the budget: see fork events in `pgmap doctor`"

@@ -24,7 +24,7 @@ pub struct Holder {
     pub label: Cow<'static, str>,
     /// Where in the source the hold was taken.
     pub site: &'static Location<'static>,
-    /// When, on the platform's clock, in nanoseconds.
+    /// When, on the platform's clock, in nanoseconds: [`MemoryMap::now_ns`](crate::memremap::MemoryMap::now_ns) says what it is now.
     pub since_ns: u64,
     /// The held addresses, in bytes.
     pub range: Range<usize>,

@@ -7,6 +7,7 @@
 use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::fmt;
 
 use pgmap_sync::atomic::{AtomicBool, Ordering};
 use pgmap_sync::{Mutex, RwSem};
@@ -48,7 +49,6 @@ use pgmap::Pgmap;
 pub use crate::sparse::SUBSECTION_FRAMES;
 
 /// All frames, and who has them.
-#[derive(Debug)]
 pub struct MemoryMap {
     platform: &'static dyn Platform,
     frames: ZeroedSlice<Frame>,
@@ -59,6 +59,15 @@ pub struct MemoryMap {
     memtypes: Memtypes,
     pub(crate) max_frames: u64,
     holders: Holders,
+}
+
+/// Short: everything that a user has of us leads here, and may be printed.
+impl fmt::Debug for MemoryMap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = f.debug_struct("MemoryMap");
+        f.field("max_frames", &self.max_frames)
+            .finish_non_exhaustive()
+    }
 }
 
 impl MemoryMap {

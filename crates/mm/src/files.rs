@@ -147,6 +147,12 @@ impl Files {
         Some((*vma, Arc::clone(cache)))
     }
 
+    /// Whether a file is mapped at an address whose group may have no more pages in RAM.
+    #[must_use]
+    pub fn is_at_limit(&self, at: VirtAddr) -> bool {
+        self.at(at).is_some_and(|(_, cache)| cache.is_at_limit())
+    }
+
     /// Pages of files that are in RAM.
     #[must_use]
     pub fn cached_pages(&self) -> u64 {

@@ -95,8 +95,13 @@ pub enum PinError {
         /// The first such address.
         at: VirtAddr,
     },
-    /// There is not enough RAM to have all the pages there at once.
-    #[error("no RAM is left for the page at {at:?}; unpin something, or raise the budget")]
+    /// The range has no page.
+    #[error("the range to be pinned is empty: pin a page at least")]
+    Empty,
+    /// There is not enough RAM to have all the pages there at once, or the group of the file may not have more.
+    #[error(
+        "no RAM is left for the page at {at:?}; unpin something, or raise the budget, or the limit of the file's group"
+    )]
     NoMemory {
         /// The first page that could not be had.
         at: VirtAddr,

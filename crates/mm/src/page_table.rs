@@ -61,7 +61,6 @@ pub trait Entry: Copy + PartialEq + fmt::Debug {
 }
 
 /// The page table of one address space, or of one file.
-#[derive(Debug)]
 pub struct PageTable<E = Pte> {
     entries: ZeroedSlice<AtomicU64>, // B: the lock of the entry's block
     /// One bit for each block: whether it has ever had an entry that was not empty.
@@ -70,6 +69,16 @@ pub struct PageTable<E = Pte> {
     base: VirtAddr,
     pages: u32,
     entry: PhantomData<fn() -> E>,
+}
+
+/// Without the locks, of which there are many.
+impl<E> fmt::Debug for PageTable<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PageTable")
+            .field("base", &self.base)
+            .field("pages", &self.pages)
+            .finish_non_exhaustive()
+    }
 }
 
 impl<E: Entry> PageTable<E> {

@@ -60,7 +60,6 @@ pub struct Parts {
 /// The machine maps a page only if its entry is `Present`. A frame of RAM belongs to exactly one entry that is
 /// `Present` or `Staged`, or to a [`Worker`] that serves a fault; a device page to exactly one entry that is `Device`, or
 /// that keeps it as a copy.
-#[derive(Debug)]
 pub struct AddressSpace {
     pub(crate) map: Arc<MemoryMap>,
     pub(crate) ram: Arc<Ram>,
@@ -84,6 +83,16 @@ pub struct AddressSpace {
     pub(crate) shed_from: AtomicU64,
     /// Whether an address outside all areas has been poisoned.
     strays: AtomicBool,
+}
+
+/// Short: each pin and each file has the address space, and may be printed.
+impl fmt::Debug for AddressSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AddressSpace")
+            .field("table", &self.table)
+            .field("ram", &self.ram)
+            .finish_non_exhaustive()
+    }
 }
 
 impl AddressSpace {

@@ -2,6 +2,8 @@
 //!
 //! All counters are zero when zeroed and stand alone, so that they can live in memory that several processes share.
 
+use core::fmt;
+
 use pgmap_core::driver::DeviceError;
 use pgmap_sync::atomic::{AtomicU64, Ordering};
 
@@ -129,11 +131,20 @@ const SUB: usize = 1 << SUB_BITS;
 const BUCKETS: usize = SUB * 31;
 
 /// A log-linear histogram of durations, exact to an eighth.
-#[derive(Debug)]
 #[repr(C)]
 pub struct Histogram {
     buckets: [AtomicU64; BUCKETS],
     total_ns: AtomicU64,
+}
+
+/// Without the buckets, of which there are hundreds.
+impl fmt::Debug for Histogram {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Histogram")
+            .field("half_ns", &self.percentile_ns(500))
+            .field("total_ns", &self.total_ns())
+            .finish_non_exhaustive()
+    }
 }
 
 impl Default for Histogram {

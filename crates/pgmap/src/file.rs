@@ -17,19 +17,20 @@
 //! While a file is open here, its pages are ours: what others write to it by other ways is not seen, and a lock keeps other
 //! pgmaps away. What must never happen here: bytes that are only in RAM dropped because somebody lets go of a handle.
 
+mod errors;
+
 use core::marker::PhantomData;
 use core::ops::{ControlFlow, Range};
 use core::ptr;
 use core::time::Duration;
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_core::memcg::Memcg;
-use pgmap_core::platform::OutOfAddressSpace;
 use pgmap_host::file_backing::FileBacking;
 use pgmap_host::file_memory::{FileMemory, Prot};
 use pgmap_mm::backing::{Backing, BackingError};
@@ -42,8 +43,10 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 
 use crate::memory::{Memory, PLATFORM};
-use crate::space::{AddressSpace, MapError};
+use crate::space::AddressSpace;
 use crate::writer::write_back;
+
+pub use errors::{MapFileError, OpenError, SyncError};
 
 /// How long a file may become while it is open: so many times as long as it is, and this many bytes at least. It costs
 /// addresses only.
@@ -56,56 +59,6 @@ const CLOSING: Duration = Duration::from_micros(50);
 const CLOSING_LOOKS: u32 = 1000;
 /// Between two looks at a pin that somebody waits for.
 const PIN_POLL: Duration = Duration::from_micros(200);
-
-/// Why a file could not be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The machine's answer.
-    #[error("{}: {error}", path.display())]
-    Open {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong.
-        error: std::io::Error,
-    },
-    /// Somebody else has it open as memory.
-    #[error("{}: somebody else has locked it, perhaps another pgmap", .0.display())]
-    Locked(PathBuf),
-    /// It is a directory, a socket, a device.
-    #[error("{}: not a regular file", .0.display())]
-    NotRegular(PathBuf),
-    /// It is longer than can be mapped.
-    #[error("{}: {bytes} bytes are more than can be mapped (16 TiB)", path.display())]
-    TooLong {
-        /// The file.
-        path: PathBuf,
-        /// Its length.
-        bytes: u64,
-    },
-    /// The machine has no room for the tables.
-    #[error(transparent)]
-    Tables(#[from] OutOfAddressSpace),
-    /// The machine has no memory for the pages, or no thread to write them back.
-    #[error("{}: no memory for its pages: {errno}", path.display())]
-    Memory {
-        /// The file.
-        path: PathBuf,
-        /// What the machine answered.
-        errno: Errno,
-    },
-}
-
-/// Why bytes are not on the medium. They are still in RAM, dirty, unless the medium itself has lost them.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum SyncError {
-    /// Writing them failed, now or before; each who has the file open is told once of each failure.
-    #[error("the file could not be written; its bytes stay in memory: {0}")]
-    Writeback(#[source] BackingError),
-    /// They are written, but the medium could not be told to keep them. The machine may have lost them: this stays so until the
-    /// file is opened again.
-    #[error("the file could not be made durable: {0}; open it again, and look at what is there")]
-    Flush(#[source] BackingError),
-}
 
 /// How pages are written back that somebody has pinned (WB-1, WB-2).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -150,8 +103,9 @@ impl Drop for Inner {
 
 /// An open file whose pages are memory.
 ///
-/// Dropping the last handle, the last mapping and the last pin writes back what is dirty, without saying whether that worked:
-/// [`sync_all`](Self::sync_all) says so.
+/// Dropping the last handle, the last mapping and the last pin writes back what is dirty, without saying whether that worked, and
+/// without making it durable: [`sync_all`](Self::sync_all) does both. That drop waits for the writing. While the file is open here,
+/// what others do to it by other ways is not seen: where somebody has cut it, what is not in RAM reads as zeros.
 #[derive(Debug)]
 pub struct File<'m> {
     inner: Arc<Inner>,
@@ -185,7 +139,8 @@ impl OpenOptions {
     }
 
     /// Its pages in RAM are charged to a group, and give way to each other when the group is at its limit (HMM-8). The group is
-    /// the same for all files that are to share it.
+    /// the same for all files that are to share it. Who touches a page while none of the group can give way (all are pinned, or
+    /// cannot be written) waits some seconds; then the process is killed, as by a full machine.
     #[must_use]
     pub fn memcg(mut self, memcg: &Arc<Memcg>) -> Self {
         self.memcg = Some(Arc::clone(memcg));
@@ -194,7 +149,8 @@ impl OpenOptions {
 }
 
 impl Memory {
-    /// Opens a file for reading and writing, to be mapped.
+    /// Opens a file that there is for reading and writing, to be mapped. It may be empty. An advisory lock (`flock`) keeps it from
+    /// being opened once more, here or by another process: [`File::another`] gives further handles.
     ///
     /// # Errors
     ///
@@ -304,7 +260,7 @@ impl File<'_> {
         self.inner.cache.size_bytes()
     }
 
-    /// Another handle to the same file, which is told of errors on its own.
+    /// Another handle to the same file, which is told of errors on its own: of those from now on.
     #[must_use]
     pub fn another(&self) -> Self {
         Self {
@@ -364,14 +320,16 @@ impl File<'_> {
         self.sync_range(0..u64::MAX, Writeback::Integrity).map(drop)
     }
 
-    /// Makes the file shorter or longer. Waits for so long at most while somebody has a page pinned that would go. Who touches a
-    /// mapping behind the new end gets SIGBUS.
+    /// Makes the file shorter or longer: to sixteen GiB, or to four times what it had when it was opened, if that is more. Waits for
+    /// so long at most while somebody has a page pinned that would go. Who touches a mapping behind the new end gets SIGBUS.
+    /// [`sync_all`](Self::sync_all) makes the new length durable.
     ///
     /// # Errors
     ///
     /// [`TruncateError`]: the file is as it was.
     pub fn set_len(&self, bytes: u64, patience: Duration) -> Result<(), TruncateError> {
         let began = Instant::now();
+        self.may_change()?;
         self.inner
             .cache
             .set_len(bytes, |_| keep_waiting(began, patience))
@@ -385,17 +343,25 @@ impl File<'_> {
     /// [`TruncateError`]: the file is as it was.
     pub fn punch(&self, bytes: Range<u64>, patience: Duration) -> Result<(), TruncateError> {
         let began = Instant::now();
+        self.may_change()?;
         self.inner
             .cache
             .punch(bytes, |_| keep_waiting(began, patience))
+    }
+
+    fn may_change(&self) -> Result<(), TruncateError> {
+        match self.inner.prot {
+            Prot::ReadWrite => Ok(()),
+            Prot::Read => Err(TruncateError::ReadOnly),
+        }
     }
 }
 
 impl File<'_> {
     /// Says that the RAM of the page with this byte has lost its bytes, to be told by whoever learns of it (`BUS_MCEERR_AO`, a
     /// checksum, a scrubber; not from inside a signal handler). Its frame is never used again. A page that the file has too is
-    /// read anew when it is touched. If it had bytes that only RAM had, who touches it gets SIGBUS, and each who has the file open
-    /// is told of the loss when they sync, until the page is truncated or punched (WB-6).
+    /// read anew when it is touched. If it had bytes that only RAM had, who touches it gets SIGBUS until it is truncated or punched,
+    /// and each handle is told of the loss once, when it syncs (WB-6).
     #[doc(alias = "MADV_HWPOISON")]
     pub fn memory_failure(&self, at_bytes: u64) -> Lost {
         let page = u32::try_from(at_bytes / PAGE_SIZE as u64).unwrap_or(u32::MAX);
@@ -462,29 +428,28 @@ impl AddressSpace {
     ///
     /// # Errors
     ///
-    /// [`MapError::OtherMemory`] if the file was opened by another [`Memory`], whose pager serves its pages;
-    /// [`MapError::BadRange`] if the range is empty, does not begin at a page, or is longer than the file may ever be;
-    /// [`MapError::Refused`] with what the machine answers, or with `EACCES` if a file that was opened for reading is to be mapped for
-    /// writing.
+    /// [`MapFileError`].
     pub fn map_file<'m>(
         &self,
         file: &File<'m>,
         bytes: Range<u64>,
         prot: Prot,
-    ) -> Result<FileMapping<'m>, MapError> {
+    ) -> Result<FileMapping<'m>, MapFileError> {
         let inner = Arc::clone(&file.inner);
-        if !ptr::eq(self, &raw const *inner.space) {
-            return Err(MapError::OtherMemory);
+        if !ptr::eq(self, Arc::as_ptr(&inner.space)) {
+            return Err(MapFileError::OtherMemory);
         }
+        let most_bytes = inner.cache.most_bytes();
+        let bad = MapFileError::BadRange { most_bytes };
         let page = |bytes: u64| u32::try_from(bytes / PAGE_SIZE as u64).ok();
         let aligned = bytes.start.is_multiple_of(PAGE_SIZE as u64);
-        if !aligned || bytes.is_empty() || bytes.end > inner.cache.most_bytes() {
-            return Err(MapError::BadRange);
+        if !aligned || bytes.is_empty() || bytes.end > most_bytes {
+            return Err(bad);
         }
         let pages = page(bytes.start).zip(page(bytes.end.next_multiple_of(PAGE_SIZE as u64)));
-        let (first, end) = pages.ok_or(MapError::BadRange)?;
+        let (first, end) = pages.ok_or(bad)?;
         if prot == Prot::ReadWrite && inner.prot == Prot::Read {
-            return Err(MapError::Refused(Errno::ACCESS));
+            return Err(MapFileError::ReadOnly);
         }
         let at = inner.memory.map(&(first..end), prot)?;
         let vma = FileVma {
@@ -538,7 +503,11 @@ impl FileMapping<'_> {
     ///
     /// If the mapping is not so long, or may not be written.
     pub fn write(&self, offset: usize, from: &[u8]) {
-        assert_eq!(self.prot, Prot::ReadWrite, "the mapping may not be written");
+        let may_write = self.prot == Prot::ReadWrite;
+        assert!(
+            may_write,
+            "the mapping is to be read only: map it with Prot::ReadWrite"
+        );
         let to = self.place(offset, from.len()).get() as *mut u8;
         // SAFETY: as in `read`; and it may be written.
         unsafe { ptr::copy_nonoverlapping(from.as_ptr(), to, from.len()) };
@@ -548,7 +517,8 @@ impl FileMapping<'_> {
         let end = offset.checked_add(len);
         assert!(
             end.is_some_and(|end| end <= self.len_bytes()),
-            "bytes {offset} and {len} more"
+            "{len} bytes from {offset} on are not in the mapping, which has {}",
+            self.len_bytes()
         );
         self.vma.at.checked_add(offset).unwrap_or(self.vma.at)
     }

@@ -100,10 +100,17 @@ impl MemoryBuilder {
         self
     }
 
-    /// Has `report` called with each pin that gets older than `limit`, once, from a thread of its own: a page that is pinned for
-    /// ever can neither leave RAM nor be truncated, and its writer has to be looked for (REF-7).
+    /// Has `report` called with each pin that gets older than `limit`, once, from a thread of its own, some hundredths of a second
+    /// later: a page that is pinned for ever can neither leave RAM nor be truncated, and its writer has to be looked for (REF-7).
+    ///
+    /// The thread is the one that writes dirty pages of files back, which waits while `report` runs. `report` may pin and unpin, and
+    /// ask for [`holders`](Memory::holders).
     #[must_use]
-    pub const fn report_pins_older_than(mut self, limit: Duration, report: fn(&Holder)) -> Self {
+    pub fn report_pins_older_than(
+        mut self,
+        limit: Duration,
+        report: impl Fn(&Holder) + Send + 'static,
+    ) -> Self {
         self.old_pins = Some(OldPins::new(limit, report));
         self
     }
@@ -185,7 +192,12 @@ pub(crate) fn machine_frames() -> u64 {
 
 /// Memory of which only a part is in RAM.
 ///
-/// Dropping it stops its pager; its mappings borrow it, so none is left then.
+/// Dropping it stops its pager; its mappings and files borrow it, so none is left then. A program that uses it to its end, from any
+/// thread, keeps it in a `static` [`OnceLock`](std::sync::OnceLock), or leaks it (`Box::leak`): then its files are `File<'static>`.
+/// [`PinnedPages`] may outlive it: their pages stay where they are, and are written back when they are unpinned.
+///
+/// An access that has to wait for a page (a read of a file, or of a device) waits in the fault, however long that takes. If there is
+/// no room for it, and none can be made within some seconds, the process is killed with a message that says why, as by a full machine.
 #[derive(Debug)]
 pub struct Memory {
     space: Arc<AddressSpace>,
@@ -257,6 +269,12 @@ impl Memory {
     #[must_use]
     pub fn stats(&self) -> &'static Stats {
         self.space.inner().stats()
+    }
+
+    /// The clock of [`Holder::since_ns`], in nanoseconds: the difference is how long a pin has lasted.
+    #[must_use]
+    pub fn now_ns(&self) -> u64 {
+        self.map_of_frames().now_ns()
     }
 
     /// Who has pages pinned, of files or of anonymous memory, oldest first: what they say they are, since when, and where in the

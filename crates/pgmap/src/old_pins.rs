@@ -3,6 +3,7 @@
 //! The flusher looks for them, as it may allocate, and is not waited for. What must never happen here: a pin reported twice, or
 //! a report made under a lock, as the one who is told may unpin.
 
+use core::fmt;
 use core::time::Duration;
 
 use pgmap_core::holders::{Holder, Told};
@@ -10,20 +11,25 @@ use pgmap_core::holders::{Holder, Told};
 use crate::space::AddressSpace;
 
 /// What counts as old, and who is told.
-#[derive(Debug)]
 pub(crate) struct OldPins {
     limit: Duration,
-    report: fn(&Holder),
+    report: Box<dyn Fn(&Holder) + Send>,
     told: Told,
 }
 
+impl fmt::Debug for OldPins {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut f = f.debug_struct("OldPins");
+        f.field("limit", &self.limit).finish_non_exhaustive()
+    }
+}
+
 impl OldPins {
-    pub(crate) const fn new(limit: Duration, report: fn(&Holder)) -> Self {
-        let told = Told::new();
+    pub(crate) fn new(limit: Duration, report: impl Fn(&Holder) + Send + 'static) -> Self {
         Self {
             limit,
-            report,
-            told,
+            report: Box::new(report),
+            told: Told::new(),
         }
     }
 
@@ -35,6 +41,6 @@ impl OldPins {
             return;
         };
         let old = map.holders().older_than(since_ns, &mut self.told);
-        old.iter().for_each(self.report);
+        old.iter().for_each(&self.report);
     }
 }

@@ -319,9 +319,7 @@ impl Pager {
                 }
                 Outcome::NoMemory => {
                     Stats::add(&stats.out_of_memory, 1);
-                    (surroundings.out_of_memory)(
-                        "RAM and devices are full, and nothing can be freed (a larger device, or one more, would help)",
-                    );
+                    (surroundings.out_of_memory)(self.why_full(at));
                 }
             }
         }
@@ -329,6 +327,18 @@ impl Pager {
             .fault_latency
             .record(start.elapsed().as_nanos().try_into().unwrap_or(u64::MAX));
         self.keep_ahead(surroundings);
+    }
+
+    /// Why there is no room for a page, for whoever has to make some.
+    fn why_full(&self, at: VirtAddr) -> &'static str {
+        let files = self.space.files();
+        if files.is_at_limit(at) {
+            "the group of a mapped file is at its limit, and none of its pages can leave: they are pinned, or cannot be written (a higher limit of the Memcg would help)"
+        } else if files.dirty_pages() > self.space.ram().limit() / 2 {
+            "RAM is full of pages of files that are pinned, or cannot be written (room for these files would help, or more RAM)"
+        } else {
+            "RAM and devices are full, and nothing can be freed (a larger device, or one more, would help)"
+        }
     }
 
     /// A fork's child gets every byte that is not mapped, and then runs on without us.

@@ -45,9 +45,6 @@ pub enum MapError {
     /// The range is not in managed memory, or not aligned to pages.
     #[error("the range is not a range of managed pages")]
     BadRange,
-    /// The file is open in another memory: map it there.
-    #[error("the file was opened by another memory, whose addresses it is to be mapped at")]
-    OtherMemory,
     /// A page of the range is pinned.
     #[error(transparent)]
     Pinned(#[from] Pinned),
@@ -424,8 +421,8 @@ impl AddressSpace {
         }
     }
 
-    /// Pins a range: its pages are in RAM and stay where they are until the guard is dropped. Waits a quarter of a second
-    /// at most for other pages to leave.
+    /// Pins a range: its pages are in RAM and stay where they are until the guard is dropped. All pages are pinned that hold any
+    /// byte of it. Reads what is not in RAM, and waits a quarter of a second at most for other pages to leave.
     ///
     /// The range is one of anonymous memory, or of mapped files. What is written through the pin, by whomever, reaches the file:
     /// the pages are dirty until they are unpinned, and written back after that.
@@ -437,8 +434,10 @@ impl AddressSpace {
     pub fn pin_user_pages(&self, range: Range<usize>, pin: &Pin) -> Result<PinnedPages, PinError> {
         let start = VirtAddr::new(range.start).page_start();
         let pages = range.end.saturating_sub(start.get()).div_ceil(PAGE_SIZE);
-        let pages = u32::try_from(pages).ok().filter(|pages| *pages > 0);
-        let pages = pages.ok_or(PinError::BadAddress { at: start })?;
+        if pages == 0 {
+            return Err(PinError::Empty);
+        }
+        let pages = u32::try_from(pages).map_err(|_| PinError::BadAddress { at: start })?;
         if let Some(pinned) = pin_user_pages_fast(self.pinnings.mine(), start, pages, pin) {
             return Ok(pinned);
         }

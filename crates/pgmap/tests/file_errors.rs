@@ -16,13 +16,14 @@ use std::time::Instant;
 
 use common::{MIB, PAGE, Scratch, check, child, memory, pattern, told, touch};
 use pgmap::{
-    Backing, BackingError, FileMapping, Lost, Memory, OpenOptions as OpenFile, Pin, PinError, Prot,
-    SyncError, Transfer, Writeback,
+    Backing, BackingError, FileMapping, Lost, Memcg, Memory, OpenOptions as OpenFile, Pin,
+    PinError, Prot, SyncError, Transfer, Writeback,
 };
 use pgmap_host::file_backing::FileBacking;
 use pgmap_sync::Mutex;
 
 const SIGBUS: i32 = 7;
+const SIGKILL: i32 = 9;
 const EIO: i32 = 5;
 const PAGES: usize = 64;
 
@@ -119,6 +120,67 @@ fn store(map: &FileMapping<'_>, page: usize, version: u64) {
 fn dies_of_sigbus(test: &str) {
     let status = child(test, "touch").status().unwrap();
     assert_eq!(status.signal(), Some(SIGBUS), "{status}");
+}
+
+/// The child is killed as by a full machine, and says why.
+fn is_killed_as_full(test: &str, why: &str) {
+    let output = child(test, "fill").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.signal(), Some(SIGKILL), "{said}");
+    assert!(said.contains(why), "{said}");
+}
+
+/// HMM-8: who touches a page of a group all of whose pages are pinned is told that it is the group that is full, not RAM.
+#[test]
+fn a_group_that_is_full_of_pins_is_named() {
+    let Some(memory) = memory(8 * MIB) else {
+        return;
+    };
+    if told().is_none() {
+        let test = "a_group_that_is_full_of_pins_is_named";
+        return is_killed_as_full(test, "the group of a mapped file");
+    }
+    let scratch = Scratch::new("full-group", PAGES);
+    let options = OpenFile::new().memcg(&Arc::new(Memcg::new(8)));
+    let file = memory.open_with(&scratch.0, &options).unwrap();
+    // Now, as this process is going to be killed.
+    drop(scratch);
+    let map = map(&memory, &file);
+    let start = map.range().start;
+    let pins = memory
+        .space()
+        .pin_user_pages(start..start + 8 * PAGE, &Pin::READ);
+    look(&map, 20, 0);
+    drop(pins.unwrap());
+}
+
+/// Dirty pages that cannot be written are not dropped, however many they are; who needs more room is told that they are why there
+/// is none.
+#[test]
+fn ram_that_is_full_of_what_cannot_be_written_is_named() {
+    let Some(memory) = memory(2 * MIB) else {
+        return;
+    };
+    if told().is_none() {
+        let test = "ram_that_is_full_of_what_cannot_be_written_is_named";
+        return is_killed_as_full(test, "RAM is full of pages of files");
+    }
+    let pages = 3 * MIB / PAGE;
+    let scratch = Scratch::new("full-ram", pages);
+    let failing = Failing::new(&scratch);
+    // Now, as this process is going to be killed.
+    drop(scratch);
+    *failing.writes.lock() = 0..pages as u64;
+    let bytes = (pages * PAGE) as u64;
+    let file = memory.open_over("failing", failing, bytes, &OpenFile::new());
+    let file = file.unwrap();
+    let map = memory
+        .space()
+        .map_file(&file, 0..bytes, Prot::ReadWrite)
+        .unwrap();
+    for page in 0..pages {
+        store(&map, page, 1);
+    }
 }
 
 /// FLT-1: a page that cannot be read is SIGBUS for who touches it, and an error for who pins it; all others are read, those that

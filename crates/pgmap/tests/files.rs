@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use common::{child, fork, told};
 use pgmap::{
-    Device, File, MapError, Memcg, Memory, OpenError, OpenOptions, Pin, PinError, Prot,
-    TruncateError, Writeback,
+    Device, File, Memcg, Memory, OpenError, OpenOptions, Pin, PinError, Prot, TruncateError,
+    Writeback,
 };
 
 const MIB: usize = 1 << 20;
@@ -363,41 +363,6 @@ fn a_sequential_writer_changes_nothing_that_it_has_not_reached() {
         assert_eq!(scratch.word(page), expected as u64);
         assert_eq!(word(&map, page), expected as u64);
     }
-}
-
-/// What is no file is refused at once, a pipe to which nobody writes, too.
-#[test]
-fn what_is_no_file_is_refused_at_once() {
-    let Some(memory) = memory() else { return };
-    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
-    let path = path.join(format!("pipe-{}", std::process::id()));
-    let mode = rustix::fs::Mode::from_raw_mode(0o600);
-    let kind = rustix::fs::FileType::Fifo;
-    rustix::fs::mknodat(rustix::fs::CWD, &path, kind, mode, 0).unwrap();
-    let read_only = OpenOptions::new().read_only();
-    for (path, options) in [
-        (path.as_path(), &read_only),
-        (path.as_path(), &OpenOptions::new()),
-        (std::path::Path::new("/dev/null"), &OpenOptions::new()),
-        (std::path::Path::new("/"), &read_only),
-    ] {
-        let refused = memory.open_with(path, options);
-        assert!(matches!(refused, Err(OpenError::NotRegular(_))), "{path:?}");
-    }
-    fs::remove_file(path).unwrap();
-}
-
-/// A file is mapped by the memory that has opened it: nobody else would serve its faults.
-#[test]
-fn another_memory_does_not_map_the_file() {
-    let (Some(memory), Some(other)) = (memory(), memory()) else {
-        return;
-    };
-    let scratch = numbered("other", 4);
-    let file = memory.open(&scratch.0).unwrap();
-    let refused = other.space().map_file(&file, 0..4096, Prot::Read);
-    assert!(matches!(refused, Err(MapError::OtherMemory)));
-    assert_eq!(word(&map(&memory, &file), 3), 3);
 }
 
 /// A file becomes as long as it may, and no longer, and its last page is a page like all others.

@@ -7,7 +7,7 @@ use core::time::Duration;
 use std::fs::OpenOptions;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
-use std::sync::Mutex;
+use std::sync::mpsc;
 use std::thread;
 
 use common::{MIB, PAGE, Scratch, check, memory, pattern};
@@ -40,11 +40,26 @@ fn holders_are_those_of_files_and_of_anonymous_memory() {
     assert!(memory.holders().is_empty());
 }
 
-/// What was reported, by `report`.
-static REPORTED: Mutex<Vec<String>> = Mutex::new(Vec::new());
-
-fn report(holder: &pgmap::Holder) {
-    REPORTED.lock().unwrap().push(holder.label.to_string());
+/// Whoever prints a mapping, or a pin in an assertion that failed, reads a page of text and not the whole memory.
+#[test]
+fn what_a_pin_prints_is_short() {
+    let Some(memory) = memory(8 * MIB) else {
+        return;
+    };
+    let scratch = Scratch::new("printed", 16);
+    let file = memory.open(&scratch.0).unwrap();
+    let space = memory.space();
+    let map = space.map_file(&file, 0..16 * PAGE as u64, Prot::ReadWrite);
+    let map = map.unwrap();
+    let pins = space.pin_user_pages(map.range(), &Pin::READ).unwrap();
+    let printed = [
+        format!("{memory:?}"),
+        format!("{map:?}"),
+        format!("{pins:?}"),
+    ];
+    for text in printed {
+        assert!(text.len() < 8000, "{} bytes: {text}", text.len());
+    }
 }
 
 /// REF-7: a pin that gets older than the limit is reported once, without anybody asking; one that ends before is not.
@@ -53,6 +68,8 @@ fn old_pins_are_reported_once() {
     let builder = Memory::builder().ram(8 << 20);
     let builder = builder.device(Device::compressed(1 << 30));
     let limit = Duration::from_millis(200);
+    let (report, reported) = mpsc::channel();
+    let report = move |holder: &pgmap::Holder| report.send(holder.clone()).unwrap();
     let Ok(memory) = builder.report_pins_older_than(limit, report).build() else {
         eprintln!("SKIPPED: this machine does not allow it");
         return;
@@ -68,7 +85,11 @@ fn old_pins_are_reported_once() {
     drop(pin("short"));
     let later = pin("later");
     thread::sleep(Duration::from_millis(600));
-    assert_eq!(*REPORTED.lock().unwrap(), ["old", "later"]);
+    let reported: Vec<_> = reported.try_iter().collect();
+    let labels: Vec<_> = reported.iter().map(|holder| &*holder.label).collect();
+    assert_eq!(labels, ["old", "later"]);
+    let age_ns = memory.now_ns() - reported[0].since_ns;
+    assert!(Duration::from_nanos(age_ns) > limit, "{age_ns}");
     drop((old, later));
 }
 

@@ -25,7 +25,7 @@ const HARMLESS: c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORE
 pub(crate) fn fail(error: MapError) -> c_int {
     let errno = match error {
         MapError::OutOfMemory { .. } => libc::ENOMEM,
-        MapError::BadRange | MapError::OtherMemory => libc::EINVAL,
+        MapError::BadRange => libc::EINVAL,
         MapError::Pinned(_) => libc::EBUSY,
         MapError::Refused(errno) => errno.raw_os_error(),
     };

@@ -456,7 +456,9 @@ impl FileHistory {
                 assert!(self.due || self.scarce, "what the file says agrees");
                 false
             }
-            Err(error @ TruncateError::TooLong { .. }) => panic!("{error}"),
+            Err(error @ (TruncateError::TooLong { .. } | TruncateError::ReadOnly)) => {
+                panic!("{error}")
+            }
         }
     }
 

@@ -30,6 +30,9 @@ pub enum TruncateError {
         /// The first such page.
         page: u32,
     },
+    /// It is open for reading only.
+    #[error("the file is open to be read only: open it to be written")]
+    ReadOnly,
     /// The file would be longer than its cache was made for.
     #[error("the file cannot become longer than {most_bytes} bytes while it is open")]
     TooLong {

@@ -74,7 +74,7 @@ pub struct Written {
     pub bounced: u64,
     /// Pages that were left dirty, as somebody has them pinned.
     pub skipped: u64,
-    /// Pages that could not be written, and are dirty still: [`PageCache::errors`] says why.
+    /// Pages that could not be written, and are dirty still.
     pub failed: u64,
 }
 

@@ -108,6 +108,13 @@ impl Control {
             .store(least_bytes, Ordering::Relaxed);
     }
 
+    /// Whether [`map_files`](Self::map_files) was called.
+    #[must_use]
+    pub fn keeps_mapped_files(&self) -> bool {
+        // Relaxed: a number that stands alone.
+        self.region.map_files().load(Ordering::Relaxed) > 0
+    }
+
     /// What the processes share.
     #[must_use]
     pub const fn region(&self) -> Region {
