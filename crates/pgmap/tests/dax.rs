@@ -404,19 +404,17 @@ fn mappings_come_and_go_while_sectors_are_lost() {
         let (ours, pmem) = (&memory, &pmem);
         let workers = [0_u64, 1].map(|half| {
             scope.spawn(move || {
-                for nth in 0..200 {
-                    let lost = half * 4096 + nth % 7 * 8192;
-                    for base in [0, 4 << 20] {
-                        pmem.inject_error(base + lost..base + lost + 512).unwrap();
-                        pmem.clear_error(base + lost..base + lost + 512).unwrap();
-                    }
+                let first = |nth: u64| [0, 4 << 20].map(|base| base + half * 4096 + nth % 7 * 8192);
+                for lost in (0..200).flat_map(first) {
+                    pmem.inject_error(lost..lost + 512).unwrap();
+                    pmem.clear_error(lost..lost + 512).unwrap();
                 }
                 assert!(ours.holders().is_empty());
             })
         });
-        workers
-            .into_iter()
-            .for_each(|worker| worker.join().unwrap());
+        for worker in workers {
+            worker.join().unwrap();
+        }
         done.store(true, Ordering::Relaxed);
     });
     let mut bytes = vec![0; MIB];
