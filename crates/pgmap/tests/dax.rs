@@ -374,6 +374,9 @@ fn a_mended_page_is_not_inherited() {
     let mapping = map(&memory, &pmem, 0..MIB);
     pmem.inject_error(4096..4608).unwrap();
     pmem.clear_error(4096..4608).unwrap();
+    // A pager that has served a fault has begun: one that begins may wait for what a thread that forks holds.
+    let mut managed = memory.map(PAGE).unwrap();
+    managed.as_mut_slice()[0] = 1;
     for page in 0..3 {
         let child = fork::fork(|| {
             mapping.read(page * PAGE, &mut [0]);
@@ -414,7 +417,9 @@ fn mappings_come_and_go_while_sectors_are_lost() {
                 assert!(ours.holders().is_empty());
             })
         });
-        workers.map(|worker| worker.join().unwrap());
+        for worker in workers {
+            worker.join().unwrap();
+        }
         done.store(true, Ordering::Relaxed);
     });
     let mut bytes = vec![0; MIB];
