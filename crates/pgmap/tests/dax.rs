@@ -386,8 +386,16 @@ fn a_mended_page_is_not_inherited() {
     }
 }
 
-/// WB-6: sectors that are lost and mended while others are, and while mappings come and go, harm nobody: in the end what is lost
-/// gives SIGBUS (a pin says so), and what is not has its bytes.
+/// Loses a sector of each of two mappings, and mends it.
+fn lose_and_mend(pmem: &Pmem, at: u64) {
+    for start in [at, (4 << 20) + at] {
+        pmem.inject_error(start..start + 512).unwrap();
+        pmem.clear_error(start..start + 512).unwrap();
+    }
+}
+
+/// WB-6: sectors that are lost and mended while others are, and while mappings come and go, harm nobody: in the end all bytes are
+/// there.
 #[test]
 fn mappings_come_and_go_while_sectors_are_lost() {
     let Some(memory) = memory() else { return };
@@ -407,13 +415,7 @@ fn mappings_come_and_go_while_sectors_are_lost() {
         let (ours, pmem) = (&memory, &pmem);
         let workers = [0_u64, 1].map(|half| {
             scope.spawn(move || {
-                for nth in 0..200 {
-                    let lost = half * 4096 + nth % 7 * 8192;
-                    for base in [0, 4 << 20] {
-                        pmem.inject_error(base + lost..base + lost + 512).unwrap();
-                        pmem.clear_error(base + lost..base + lost + 512).unwrap();
-                    }
-                }
+                (0..200).for_each(|nth| lose_and_mend(pmem, half * 4096 + nth % 7 * 8192));
                 assert!(ours.holders().is_empty());
             })
         });
