@@ -84,9 +84,9 @@ fn a_charge_that_looks_first_is_found() {
     explore(everybody_against_limit);
 }
 
-/// HMM-8: a charge without a page.
+/// HMM-8: charges without pages, until nothing is left of the limit.
 #[test]
-#[should_panic = "each page in RAM is charged once"]
+#[should_panic = "a group at its limit goes on"]
 fn a_reader_that_keeps_its_charge_is_found() {
     seed(SeededBug::ReadAheadKeepsTheCharge);
     explore(everybody_against_limit);
