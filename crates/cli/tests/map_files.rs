@@ -299,8 +299,9 @@ fn lmdb_works_on_a_mapped_database() {
         let loaded = load(Memory::Managed, name, how);
         assert_eq!(succeeded(&loaded), succeeded(&plain));
         let (samples, last) = residents(&loaded);
-        // The budget is kept after the fact, and others want the processors, too.
-        assert!(samples[samples.len() / 2] <= 40, "{samples:?} MiB");
+        // The budget is kept after the fact, and others want the processors and the disk, too: not every sample fits. Without a budget
+        // only the first few would, before the database is as large.
+        assert!(samples[samples.len() / 4] <= 40, "{samples:?} MiB");
         assert!(last <= 32, "{last} MiB are in RAM");
         let verified = lmdb.output(Memory::Managed, &["verify", name]);
         assert_eq!(succeeded(&verified), expected);
