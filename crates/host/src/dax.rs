@@ -79,8 +79,8 @@ impl DaxMapping {
         let mapping = Self {
             start,
             len,
-            prot,
             made_here,
+            prot,
         };
         mapping.withhold_from_children(0, len)?;
         Ok(mapping)

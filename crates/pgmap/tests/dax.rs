@@ -402,21 +402,21 @@ fn mappings_come_and_go_while_sectors_are_lost() {
             }
         });
         let (ours, pmem) = (&memory, &pmem);
+        let lose_and_mend = |lost| {
+            for base in [0, 4 << 20] {
+                pmem.inject_error(base + lost..base + lost + 512).unwrap();
+                pmem.clear_error(base + lost..base + lost + 512).unwrap();
+            }
+        };
         let workers = [0_u64, 1].map(|half| {
             scope.spawn(move || {
-                for nth in 0..200 {
-                    let lost = half * 4096 + nth % 7 * 8192;
-                    for base in [0, 4 << 20] {
-                        pmem.inject_error(base + lost..base + lost + 512).unwrap();
-                        pmem.clear_error(base + lost..base + lost + 512).unwrap();
-                    }
-                }
+                (0..200).for_each(|nth| lose_and_mend(half * 4096 + nth % 7 * 8192));
                 assert!(ours.holders().is_empty());
             })
         });
-        workers
-            .into_iter()
-            .for_each(|worker| worker.join().unwrap());
+        for worker in workers {
+            worker.join().unwrap();
+        }
         done.store(true, Ordering::Relaxed);
     });
     let mut bytes = vec![0; MIB];
