@@ -10,9 +10,10 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use pgmap_core::addr::PAGE_SIZE;
 use pgmap_mm::backing::{Backing, BackingError, Transfer};
-use rustix::fs::{self, FallocateFlags, OFlags};
+use rustix::fs::{self, FallocateFlags, FlockOperation, OFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
+use rustix::process::{Pid, getpid};
 
 /// What direct transfers begin and end at, in bytes: every device's block.
 const BLOCK: usize = PAGE_SIZE;
@@ -23,6 +24,17 @@ pub struct FileBacking {
     file: File,
     /// The same file, past the kernel's cache, if its file system can do that.
     direct: Option<OwnedFd>,
+    /// Who opened it.
+    process: Pid,
+}
+
+impl Drop for FileBacking {
+    fn drop(&mut self) {
+        // A fork's child has the same lock: it keeps it for as long as it lives, unless we give it up, and is not to give up ours.
+        if self.process == getpid() {
+            let _ = fs::flock(&self.file, FlockOperation::Unlock);
+        }
+    }
 }
 
 impl FileBacking {
@@ -30,7 +42,11 @@ impl FileBacking {
     #[must_use]
     pub fn new(file: File) -> Self {
         let direct = reopen_direct(&file);
-        Self { file, direct }
+        Self {
+            file,
+            direct,
+            process: getpid(),
+        }
     }
 
     /// Whether bytes go past the kernel's cache.

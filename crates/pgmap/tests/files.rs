@@ -365,6 +365,28 @@ fn a_sequential_writer_changes_nothing_that_it_has_not_reached() {
     }
 }
 
+/// A fork's child, which has the same descriptors, keeps nobody from opening a file again that its parent has closed.
+#[test]
+fn a_forks_child_does_not_keep_the_lock() {
+    if told().is_none() {
+        // Alone in its process: a fork waits for all pagers of its process.
+        let mut alone = child("a_forks_child_does_not_keep_the_lock", "fork");
+        assert!(alone.status().unwrap().success());
+        return;
+    }
+    let Some(memory) = memory() else { return };
+    let scratch = numbered("inherited", 4);
+    let file = memory.open(&scratch.0).unwrap();
+    let child = fork::fork(|| {
+        std::thread::sleep(Duration::from_secs(2));
+        true
+    });
+    drop(file);
+    let again = memory.open(&scratch.0).map(drop);
+    assert_eq!(fork::wait(child), 0);
+    again.unwrap();
+}
+
 /// A file becomes as long as it may, and no longer, and its last page is a page like all others.
 #[test]
 fn a_file_becomes_as_long_as_it_may() {
