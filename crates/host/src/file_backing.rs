@@ -67,12 +67,12 @@ impl FileBacking {
             }
             for transfer in group {
                 let span = Span::of(slice::from_ref(transfer));
-                transfer.outcome = self.transfer_one(&span, way).map_err(error);
+                transfer.outcome = self.transfer_one(&span, way);
             }
         }
     }
 
-    fn transfer_one(&self, span: &Span, way: Way) -> Result<(), Errno> {
+    fn transfer_one(&self, span: &Span, way: Way) -> Result<(), BackingError> {
         let whole = span.len_bytes / BLOCK * BLOCK;
         let direct = self.direct.as_ref().map(AsRawFd::as_raw_fd);
         let file = self.file.as_raw_fd();
@@ -80,11 +80,16 @@ impl FileBacking {
         Self::move_bytes(span, way, whole..span.len_bytes, file)
     }
 
-    fn move_bytes(span: &Span, way: Way, mut bytes: Range<usize>, fd: i32) -> Result<(), Errno> {
+    fn move_bytes(
+        span: &Span,
+        way: Way,
+        mut bytes: Range<usize>,
+        fd: i32,
+    ) -> Result<(), BackingError> {
         while !bytes.is_empty() {
             let at = span.at.as_ptr().wrapping_add(bytes.start);
             let offset = span.offset_bytes + bytes.start as u64;
-            let offset = libc::off_t::try_from(offset).map_err(|_| Errno::FBIG)?;
+            let offset = libc::off_t::try_from(offset).map_err(|_| error(Errno::FBIG))?;
             let len = bytes.len();
             let moved = match way {
                 // SAFETY: the bytes are those of some transfers' pages, which may be written by anybody at any time.
@@ -93,13 +98,12 @@ impl FileBacking {
                 Way::Write => unsafe { libc::pwrite(fd, at.cast(), len, offset) },
             };
             match usize::try_from(moved) {
-                // The file is shorter than it was: what is not there reads as zeros, as memory does that has never been used.
-                Ok(0) if way == Way::Read => return Ok(()),
-                Ok(0) => return Err(Errno::NOSPC),
+                Ok(0) if way == Way::Read => return Err(BackingError::Cut),
+                Ok(0) => return Err(error(Errno::NOSPC)),
                 Ok(moved) => bytes.start += moved,
                 Err(_) => match last_errno() {
                     Errno::INTR => {}
-                    errno => return Err(errno),
+                    errno => return Err(error(errno)),
                 },
             }
         }

@@ -16,6 +16,9 @@ pub enum BackingError {
     /// There is no room for the bytes (`ENOSPC`, `EDQUOT`, `EFBIG`).
     #[error("there is no room left for the file (errno {0})")]
     NoSpace(i32),
+    /// The bytes are not there any more.
+    #[error("somebody else has made the file shorter, while it was open as memory")]
+    Cut,
     /// What else the machine answers.
     #[error("the file's device failed (errno {0})")]
     Io(i32),
@@ -30,7 +33,7 @@ pub struct Transfer<'a> {
     pub pages: SharedPages<'a>,
     /// How many bytes: all of the pages, or fewer where the file ends in the last.
     pub len_bytes: usize,
-    /// What became of it. Bytes beyond the end of the file are zeros when they are read.
+    /// What became of it. Bytes of the last page beyond the end of the file are zeros when they are read.
     pub outcome: Result<(), BackingError>,
 }
 

@@ -105,7 +105,7 @@ impl Drop for Inner {
 ///
 /// Dropping the last handle, the last mapping and the last pin writes back what is dirty, without saying whether that worked, and
 /// without making it durable: [`sync_all`](Self::sync_all) does both. That drop waits for the writing. While the file is open here,
-/// what others do to it by other ways is not seen: where somebody has cut it, what is not in RAM reads as zeros.
+/// what others do to it by other ways is not seen: where somebody has cut it, what is not in RAM is SIGBUS for who touches it.
 #[derive(Debug)]
 pub struct File<'m> {
     inner: Arc<Inner>,
