@@ -102,7 +102,18 @@ impl Files {
     /// All open files.
     #[must_use]
     pub fn all(&self) -> Vec<Arc<PageCache>> {
-        self.open.lock().clone()
+        // The room is not made under the lock, which the fault path takes: see `Pause::NoRoom` of writeback.
+        let mut all = Vec::new();
+        loop {
+            let open = self.open.lock();
+            if open.len() <= all.capacity() {
+                all.extend(open.iter().cloned());
+                return all;
+            }
+            let len = open.len();
+            drop(open);
+            all.reserve(len);
+        }
     }
 
     /// Enters a mapping, before anybody touches it.

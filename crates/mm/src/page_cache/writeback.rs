@@ -178,6 +178,9 @@ enum Pause {
     Busy,
     /// The page is pinned, and the caller wants to wait.
     Pinned,
+    /// There is no room for copies yet. It is not made under the cursor: the allocator may belong to a thread that forks, which
+    /// waits for the one that serves faults, which may wait for the cursor.
+    NoRoom,
 }
 
 impl PageCache {
@@ -246,6 +249,7 @@ impl PageCache {
                     self.barrier.wait_while_closed(pages.start);
                 }
                 Pause::Pinned => on_pinned.wait(pages.start),
+                Pause::NoRoom => batch.bounce = Some(Bounce::new(COPIES)),
             }
         }
     }
@@ -300,7 +304,10 @@ impl PageCache {
                     return Some(Pause::Pinned);
                 }
                 OnPinned::Skip => batch.written.skipped += 1,
-                OnPinned::Bounce | OnPinned::Wait(_) => self.copy(batch, &mut cursor, at),
+                OnPinned::Bounce | OnPinned::Wait(_) if !self.copy(batch, &mut cursor, at) => {
+                    return Some(Pause::NoRoom);
+                }
+                OnPinned::Bounce | OnPinned::Wait(_) => {}
             }
             pages.start += 1;
         }
@@ -360,12 +367,14 @@ impl PageCache {
         (ready && self.claim(cached.frame)).then_some(cached.frame)
     }
 
-    /// Takes a copy of a page into the batch; the page stays dirty.
-    fn copy(&self, batch: &mut Batch, cursor: &mut Cursor<'_, CachePage>, page: u32) {
-        let Some(cached) = cursor.get(PageIndex(page)).cached() else {
-            return;
+    /// Takes a copy of a page into the batch, if that has room for copies; the page stays dirty.
+    fn copy(&self, batch: &mut Batch, cursor: &mut Cursor<'_, CachePage>, page: u32) -> bool {
+        let Some(bounce) = &mut batch.bounce else {
+            return false;
         };
-        let bounce = batch.bounce.get_or_insert_with(|| Bounce::new(COPIES));
+        let Some(cached) = cursor.get(PageIndex(page)).cached() else {
+            return true;
+        };
         bounce.copy(batch.copies, self.mmu.pages(page, 1));
         let writeback = Writeback::UnderWay;
         cursor.set(
@@ -376,6 +385,7 @@ impl PageCache {
             }),
         );
         batch.push_copy(page);
+        true
     }
 
     /// Writes the batch, and ends its writeback.
