@@ -3,6 +3,7 @@
 
 use alloc::sync::Arc;
 use core::array;
+use core::fmt;
 use core::ops::Deref;
 
 use crate::space::AddressSpace;
@@ -11,11 +12,10 @@ use crate::space::AddressSpace;
 const HANDLES: usize = 16;
 
 /// A handle on an address space that a pin keeps.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Pinning(Arc<Apart>);
 
 /// With cache lines of its own, and so is the count.
-#[derive(Debug)]
 #[repr(align(128))]
 struct Apart(Arc<AddressSpace>);
 
@@ -24,6 +24,13 @@ impl Pinning {
     #[must_use]
     pub fn new(space: &Arc<AddressSpace>) -> Self {
         Self(Arc::new(Apart(Arc::clone(space))))
+    }
+}
+
+impl fmt::Debug for Pinning {
+    /// Whose it is, its owner says: there are many of them.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Pinning")
     }
 }
 
