@@ -186,22 +186,21 @@ impl PageCache {
         at: VirtAddr,
         access: Access,
     ) -> u32 {
+        let next = self.written_next(cursor, page, plan);
         match access {
             Access::Read => {}
-            // Who has written so many pages in a row is let write the next ones, too: at worst they are written as they are.
-            Access::Write if plan.forwards().is_some() => {
-                let next = page.0..page.0.saturating_add(FAULT_AROUND);
-                let next = clip(next, &clip(rest(page), &(0..self.size_pages())));
-                next.for_each(|page| self.set_dirty(cursor, PageIndex(page)));
+            Access::Write | Access::WriteProtected => {
+                next.clone()
+                    .for_each(|page| self.set_dirty(cursor, PageIndex(page)));
             }
-            Access::Write | Access::WriteProtected => self.set_dirty(cursor, page),
         }
         // Nothing to do if the mapping is gone: so is the access.
         let end = self.vmas.with_page(at, page, |vma| match access {
             Access::WriteProtected => {
                 Stats::add(&self.stats.faults_file_write, 1);
-                self.mmu.unprotect(at, 1);
-                page.0 + 1
+                let next = clip(next, &vma.file_pages());
+                self.mmu.unprotect(at, next.len());
+                next.end
             }
             Access::Read | Access::Write => {
                 Stats::add(&self.stats.faults_file, 1);
@@ -210,6 +209,23 @@ impl PageCache {
             }
         });
         end.unwrap_or(page.0)
+    }
+
+    /// The pages from this one on that become dirty together, all of them in RAM. Who has written so many in a row is let write the
+    /// next ones, too: at worst they are written as they are. Not who makes each page durable before the next: a page that is
+    /// clean again ends the row.
+    fn written_next(
+        &self,
+        cursor: &Cursor<'_, CachePage>,
+        page: PageIndex,
+        plan: &Plan,
+    ) -> Range<u32> {
+        let is_dirty = |page| self.peek(page).cached().is_some_and(Cached::is_dirty);
+        let goes_on = plan.forwards().is_some() && page.0.checked_sub(1).is_some_and(is_dirty);
+        let most = if goes_on { FAULT_AROUND } else { 1 };
+        let limit = page.0..page.0.saturating_add(most).min(self.size_pages());
+        let run = cursor.run(page.0, &limit, |entry| entry.cached().is_some());
+        page.0..run.end.max(page.0 + 1)
     }
 
     /// Maps a page at its place in a mapping, and the pages after it that may be mapped alike. Answers where they end.
