@@ -365,6 +365,48 @@ fn a_sequential_writer_changes_nothing_that_it_has_not_reached() {
     }
 }
 
+/// A file whose pages are all in RAM, in which a fault of a first write is seldom, as nothing is written back meanwhile.
+fn written_in_order(act: impl FnOnce(&File<'_>, &pgmap::FileMapping<'_>)) -> Option<u64> {
+    let builder = Memory::builder().ram(64 << 20);
+    let memory = builder.device(Device::compressed(1 << 30)).build();
+    let memory = memory
+        .inspect_err(|error| eprintln!("SKIPPED: {error}"))
+        .ok()?;
+    let scratch = numbered("in-order", 1024);
+    let file = memory.open(&scratch.0).unwrap();
+    let map = map(&memory, &file);
+    (0..1024).for_each(|page| assert_eq!(word(&map, page), page as u64));
+    act(&file, &map);
+    let mut counters = memory.stats().counters();
+    let faults = counters.find(|(name, _)| *name == "faults_file_write");
+    Some(faults.unwrap().1)
+}
+
+/// Who writes page after page takes a fault for several of them.
+#[test]
+fn stores_in_order_take_few_faults() {
+    let faults = written_in_order(|_, map| {
+        (0..1024).for_each(|page| map.write(page * PAGE, &[1]));
+    });
+    assert!(
+        faults.is_none_or(|faults| faults < 512),
+        "{faults:?} faults"
+    );
+}
+
+/// Who makes each page durable before the next has one page written each time.
+#[test]
+fn a_log_is_written_page_by_page() {
+    let faults = written_in_order(|file, map| {
+        for page in 0..100 {
+            map.write(page * PAGE, &[1]);
+            let written = file.sync_range(0..u64::MAX, pgmap::Writeback::Integrity);
+            assert_eq!(written.unwrap().pages, 1, "page {page}");
+        }
+    });
+    assert!(faults.is_none_or(|faults| faults == 100));
+}
+
 /// A fork's child, which has the same descriptors, keeps nobody from opening a file again that its parent has closed.
 #[test]
 fn a_forks_child_does_not_keep_the_lock() {
