@@ -6,7 +6,7 @@
 use core::ffi::c_void;
 use core::ops::Range;
 use core::ptr;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::thread;
 
 use anyhow::ensure;
@@ -218,6 +218,23 @@ impl Mapped {
     /// The first address.
     pub(crate) fn address(&self) -> usize {
         self.start as usize
+    }
+
+    /// Writes some of its bytes to a file.
+    pub(crate) fn write_to(
+        &self,
+        file: BorrowedFd<'_>,
+        bytes: Range<usize>,
+        offset: u64,
+    ) -> anyhow::Result<()> {
+        anyhow::ensure!(bytes.end <= self.len, "{bytes:?} of {} bytes", self.len);
+        let from = self.start.cast::<u8>().wrapping_add(bytes.start);
+        let (fd, offset) = (file.as_raw_fd(), libc::off_t::try_from(offset)?);
+        // SAFETY: by the type invariant and the check above the bytes are ours, and the kernel only reads them.
+        let written = unsafe { libc::pwrite(fd, from.cast(), bytes.len(), offset) };
+        let whole = usize::try_from(written).is_ok_and(|written| written == bytes.len());
+        anyhow::ensure!(whole, "a write ended with {written}");
+        Ok(())
     }
 
     /// Reads every word.

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use pgmap::{FileMapping, Memory, Pin, Prot, Writeback};
 use pgmap_core::addr::PAGE_SIZE;
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::{MIB, REQUEST, Scratch, compared, memory, seconds};
 use crate::bench::Effort;
@@ -42,7 +43,20 @@ pub(super) fn measure(directory: &Path, effort: Effort) -> anyhow::Result<Table>
             effort,
         )?,
         warm(&large, &scratch, effort)?,
-        writeback(&large, &scratch, effort)?,
+        writeback(
+            &large,
+            "dirty pages written back",
+            REQUEST,
+            &scratch,
+            effort,
+        )?,
+        writeback(
+            &large,
+            "the same, beside `O_DIRECT` from as much memory",
+            whole,
+            &scratch,
+            effort,
+        )?,
         writer(&small, &scratch, effort)?,
         pinned_sync(&large, &scratch, effort)?,
     ];
@@ -83,12 +97,18 @@ fn read_direct(file: &File, into: usize) -> anyhow::Result<f64> {
     })
 }
 
-fn write_direct(file: &File) -> anyhow::Result<f64> {
-    let mut memory = vec![1; REQUEST + PAGE_SIZE];
-    let buffer = aligned(&mut memory, REQUEST);
+/// Writes the file, from so many bytes of a memory file, again and again.
+fn write_direct(file: &File, from: usize) -> anyhow::Result<f64> {
+    let memory = File::from(memfd_create("bench", MemfdFlags::CLOEXEC)?);
+    memory.write_all_at(&vec![1; from], 0)?;
+    let memory = Mapped::new(memory.as_fd(), 0, from as u64)?;
+    black_box(memory.sum());
     milliseconds(|| {
-        let mut offsets = (0..BYTES).step_by(REQUEST);
-        Ok(offsets.try_for_each(|offset| file.write_all_at(buffer, offset))?)
+        for (offset, nth) in (0..BYTES).step_by(REQUEST).zip(0..) {
+            let at = nth * REQUEST % from;
+            memory.write_to(file.as_fd(), at..at + REQUEST, offset)?;
+        }
+        Ok(())
     })
 }
 
@@ -143,19 +163,25 @@ fn warm(memory: &Memory, scratch: &Scratch, effort: Effort) -> anyhow::Result<Ro
     row
 }
 
-/// Dirty pages of the whole file, written by who asks for it.
-fn writeback(memory: &Memory, scratch: &Scratch, effort: Effort) -> anyhow::Result<Row> {
+/// Dirty pages of the whole file, written by who asks for it; beside requests from so many bytes of memory.
+fn writeback(
+    memory: &Memory,
+    what: &str,
+    from: usize,
+    scratch: &Scratch,
+    effort: Effort,
+) -> anyhow::Result<Row> {
     let direct = scratch.open_direct()?;
     let file = memory.open(&scratch.0)?;
     let map = memory.space().map_file(&file, 0..BYTES, Prot::ReadWrite)?;
-    let want = ("dirty pages written back", "ms", Want::AtMost(1.11));
+    let want = (what, "ms", Want::AtMost(1.11));
     compared(effort, want, || {
         dirty(&map, map.len_bytes() / PAGE_SIZE);
         let ours = milliseconds(|| {
             file.sync_range(0..BYTES, Writeback::Background)?;
             Ok(())
         })?;
-        Ok((ours, write_direct(&direct)?))
+        Ok((ours, write_direct(&direct, from)?))
     })
 }
 
@@ -170,7 +196,7 @@ fn writer(memory: &Memory, scratch: &Scratch, effort: Effort) -> anyhow::Result<
             dirty(&map, map.len_bytes() / PAGE_SIZE);
             Ok(file.sync_all()?)
         })?;
-        let theirs = read_direct(&direct, REQUEST)? + write_direct(&direct)?;
+        let theirs = read_direct(&direct, REQUEST)? + write_direct(&direct, REQUEST)?;
         Ok((ours, theirs + milliseconds(|| Ok(direct.sync_data()?))?))
     })
 }
