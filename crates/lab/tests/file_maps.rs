@@ -18,6 +18,7 @@ use pgmap_lab::file_machine::word;
 use pgmap_lab::machine::Signal;
 use pgmap_mm::gup::{Pin, PinError, pin_user_pages_fast};
 use pgmap_mm::page_cache::{OnPinned, VmaAccess};
+use pgmap_mm::pinning::Pinning;
 use pgmap_mm::seeded_bug::{SeededBug, seed};
 use shuttle::thread;
 
@@ -173,7 +174,7 @@ fn readers_against_writers() {
             assert_eq!(stored, Err(Signal::Segv), "a reader writes nothing");
             let at = word(&shown, 0, 0);
             let space = &machine.machine.space;
-            let fast = pin_user_pages_fast(space, at, 1, &Pin::WRITE);
+            let fast = pin_user_pages_fast(&Pinning::new(space), at, 1, &Pin::WRITE);
             assert!(fast.is_none(), "a reader pins nothing to be written");
             let slow = cpu.pin(at, 1, &Pin::WRITE).map(drop);
             assert!(
