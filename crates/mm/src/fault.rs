@@ -223,6 +223,8 @@ impl AddressSpace {
         plan: &Plan,
         access: Access,
     ) -> Outcome {
+        // Before a look at whose the addresses are: who takes them away looks for used blocks after that, and waits for us.
+        cursor.mark_used();
         let Some(file) = self.file_behind(page) else {
             return self.zero_fill(cursor, worker, page, plan);
         };

@@ -141,7 +141,7 @@ impl<E: Entry> PageTable<E> {
         let blocks = self.pages / BLOCK_PAGES;
         let mut block = from.0;
         while block < blocks {
-            // Acquire: pairs with the release in `Cursor::set`; a block that is used later is later.
+            // Acquire: pairs with the release in `Cursor::mark_used`; a block that is used later is later.
             let word = self.used[(block / u64::BITS) as usize].load(Ordering::Acquire);
             let rest = word >> (block % u64::BITS);
             if rest != 0 {
@@ -205,15 +205,22 @@ impl<E: Entry> Cursor<'_, E> {
 
     /// Replaces the entry of a page of this block.
     pub fn set(&mut self, page: PageIndex, entry: E) {
-        let (word, bit) = (self.block.0 / u64::BITS, 1 << (self.block.0 % u64::BITS));
-        let used = &self.table.used[word as usize];
-        // Relaxed: a bit that is seen stays; one that is not is set again.
-        if entry != E::EMPTY && used.load(Ordering::Relaxed) & bit == 0 {
-            // Release: pairs with the acquire in `next_used`.
-            used.fetch_or(bit, Ordering::Release);
+        if entry != E::EMPTY {
+            self.mark_used();
         }
         // Release: pairs with the acquire in `PageTable::peek`.
         self.word(page).store(entry.to_word(), Ordering::Release);
+    }
+
+    /// Notes that the block is used, though it has no entry yet: who looks for used blocks finds it, and waits for this cursor.
+    pub fn mark_used(&self) {
+        let (word, bit) = (self.block.0 / u64::BITS, 1 << (self.block.0 % u64::BITS));
+        let used = &self.table.used[word as usize];
+        // Relaxed: a bit that is seen stays; one that is not is set again.
+        if used.load(Ordering::Relaxed) & bit == 0 {
+            // Release: pairs with the acquire in `next_used`.
+            used.fetch_or(bit, Ordering::Release);
+        }
     }
 
     /// The longest run of pages around `page`, inside `limit` and this block, whose entries `wanted` accepts;
