@@ -142,9 +142,9 @@ impl Pager {
         Ok([reclaimer, faults])
     }
 
-    /// The first thing that one of the pager's threads does.
-    fn begin(&self, which: usize) {
-        enter_pager_thread(which);
+    /// Says that one of the pager's threads has allocated what it needs. Who forks holds the allocator's locks until the fault
+    /// thread has read of it: a fault thread that allocates after this would wait for ever.
+    fn begin(&self) {
         // Release: pairs with the acquire in `start`.
         self.begun.fetch_add(1, Ordering::Release);
         self.beginning.wake_all();
@@ -198,7 +198,8 @@ impl Pager {
 
     /// The reclaimer: keeps frames free.
     fn reclaim(&self, surroundings: Surroundings) {
-        self.begin(0);
+        enter_pager_thread(0);
+        self.begin();
         let mut ticked = Instant::now();
         let mut worked = ticked;
         let mut placement = Placement::new();
@@ -261,9 +262,10 @@ impl Pager {
 
     /// The fault thread.
     fn serve(&self, surroundings: Surroundings) {
-        self.begin(1);
+        enter_pager_thread(1);
         let mut worker = Worker::new();
         let mut placement = Placement::new();
+        self.begin();
         let mut events = [const { Event::Kick }; EVENTS];
         while !self.stopping() {
             let count = self.mmu.next_events(&mut events, None);
