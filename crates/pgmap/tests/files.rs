@@ -400,7 +400,7 @@ fn a_log_is_written_page_by_page() {
     let faults = written_in_order(|file, map| {
         for page in 0..100 {
             map.write(page * PAGE, &[1]);
-            let written = file.sync_range(0..u64::MAX, pgmap::Writeback::Integrity);
+            let written = file.sync_range(0..u64::MAX, Writeback::Integrity);
             assert_eq!(written.unwrap().pages, 1, "page {page}");
         }
     });
