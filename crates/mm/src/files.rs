@@ -250,8 +250,8 @@ impl AddressSpace {
         }
         loop {
             let outcome = cache.fault(worker, at, access);
-            let ahead = mem::replace(&mut worker.ahead, 0..0);
-            if !ahead.is_empty() {
+            let ahead = mem::take(&mut worker.ahead);
+            if !ahead.groups.is_empty() {
                 self.files.ahead.ask(cache.number(), ahead);
             }
             let wants_more = outcome == Outcome::NoMemory;

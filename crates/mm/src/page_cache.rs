@@ -43,7 +43,7 @@ mod truncate;
 mod unread;
 mod writeback;
 
-pub(crate) use ahead::GROUP_PAGES;
+pub(crate) use ahead::{Ahead, GROUP_PAGES};
 pub use ahead::{Group, ReadAhead};
 pub use entry::{CachePage, Cached};
 pub use failure::Lost;

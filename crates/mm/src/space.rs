@@ -17,7 +17,7 @@ use crate::dax::DaxVmas;
 use crate::devices::Devices;
 use crate::files::Files;
 use crate::mmu::Mmu;
-use crate::page_cache::GROUP_PAGES;
+use crate::page_cache::{Ahead, GROUP_PAGES};
 use crate::page_table::{PageIndex, PageTable};
 use crate::policy::Queues;
 use crate::private_file::{FilePages, PrivateFiles};
@@ -290,7 +290,7 @@ pub struct Worker {
     pub(crate) readahead: Readahead,
     pub(crate) file_readahead: Readahead,
     /// Groups of the file's pages that the reader who has just faulted will want.
-    pub(crate) ahead: Range<u32>,
+    pub(crate) ahead: Ahead,
     pub(crate) pages: Box<[Page; MAX_WINDOW as usize]>,
     pub(crate) frames: FrameCache,
     pub(crate) write_back: WriteBack,
@@ -308,7 +308,7 @@ impl Worker {
         Self {
             readahead: Readahead::default(),
             file_readahead: Readahead::default(),
-            ahead: 0..0,
+            ahead: Ahead::default(),
             pages,
             frames: FrameCache::new(),
             write_back: WriteBack::default(),

@@ -46,57 +46,94 @@ impl Group {
     }
 }
 
-/// Groups of a file that somebody will want.
-#[derive(Clone, PartialEq, Eq, Debug)]
+/// What a stream's fault found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) enum Found {
+    /// Its page, which others had read ahead, or were about to.
+    #[default]
+    Cached,
+    /// Nothing: it read the page itself.
+    Absent,
+}
+
+/// What a fault asks to be read ahead.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Ahead {
+    pub(crate) groups: Range<u32>,
+    pub(crate) found: Found,
+}
+
+/// Groups of a file that somebody will want. Where there are none it says how far a stream has been read ahead of.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
 struct Wanted {
     file: FileNumber,
     groups: Range<u32>,
 }
 
+impl Wanted {
+    fn goes_on_with(&self, file: FileNumber, groups: &Range<u32>) -> bool {
+        self.file == file && self.groups.start <= groups.end && groups.start <= self.groups.end
+    }
+}
+
 /// What is to be read ahead.
 #[derive(Debug, Default)]
 pub struct ReadAhead {
-    wanted: Mutex<[Option<Wanted>; STREAMS]>,
+    /// That of the last request comes first.
+    wanted: Mutex<[Wanted; STREAMS]>,
     asked: WaitQueue,
 }
 
 impl ReadAhead {
-    /// Asks for groups of a file; they are forgotten if there are too many streams.
-    pub(crate) fn ask(&self, file: FileNumber, groups: Range<u32>) {
+    /// Asks for groups of a file; they are forgotten if there are too many streams. Those that were asked for before, for the same
+    /// stream, are read once, unless the stream has come to a page that is not there.
+    pub(crate) fn ask(&self, file: FileNumber, ahead: Ahead) {
         let mut wanted = self.wanted.lock();
-        let goes_on = |known: &&mut Wanted| {
-            known.file == file
-                && known.groups.start <= groups.end
-                && groups.start <= known.groups.end
+        let groups = ahead.groups;
+        let known = wanted
+            .iter()
+            .position(|known| known.goes_on_with(file, &groups));
+        let free = || wanted.iter().rposition(|place| place.groups.is_empty());
+        let Some(place) = known.or_else(free) else {
+            return;
         };
-        if let Some(known) = wanted.iter_mut().flatten().find(goes_on) {
-            known.groups.start = known.groups.start.max(groups.start);
-            known.groups.end = known.groups.end.max(groups.end);
-        } else if let Some(free) = wanted.iter_mut().find(|place| place.is_none()) {
-            *free = Some(Wanted { file, groups });
+        let stream = &mut wanted[place];
+        if known.is_none() {
+            *stream = Wanted { file, groups };
+        } else {
+            stream.groups.start = match ahead.found {
+                Found::Cached => stream.groups.start.max(groups.start),
+                Found::Absent => groups.start,
+            };
+            stream.groups.end = stream.groups.end.max(groups.end);
         }
+        wanted[..=place].rotate_right(1);
+        let asked = is_asked(&*wanted);
         drop(wanted);
-        self.asked.wake_all();
+        if asked {
+            self.asked.wake_all();
+        }
     }
 
     /// Waits for a group that is to be read, for so long at most.
     pub fn next(&self, patience: Duration) -> Option<(FileNumber, Group)> {
-        let is_asked = || self.wanted.lock().iter().any(Option::is_some);
-        self.asked.wait_until(Some(patience), is_asked);
+        self.asked
+            .wait_until(Some(patience), || is_asked(&*self.wanted.lock()));
         self.take()
     }
 
     fn take(&self) -> Option<(FileNumber, Group)> {
         let mut wanted = self.wanted.lock();
-        let place = wanted.iter_mut().find(|place| place.is_some())?;
-        let stream = place.as_mut()?;
+        let mut streams = wanted.iter_mut();
+        let stream = streams.rfind(|stream| !stream.groups.is_empty())?;
         let group = (stream.file, Group(stream.groups.start));
         stream.groups.start += 1;
-        if stream.groups.is_empty() {
-            *place = None;
-        }
         Some(group)
     }
+}
+
+fn is_asked(wanted: &[Wanted]) -> bool {
+    wanted.iter().any(|wanted| !wanted.groups.is_empty())
 }
 
 impl PageCache {
@@ -211,27 +248,43 @@ mod tests {
         core::iter::from_fn(next).collect()
     }
 
+    fn ask(ahead: &ReadAhead, file: u32, groups: Range<u32>) {
+        let found = Found::Cached;
+        ahead.ask(FileNumber(file), Ahead { groups, found });
+    }
+
     /// What a stream asks for again is read once, and what it has passed is not read at all.
     #[test]
     fn a_stream_that_goes_on_is_one_request() {
         let ahead = ReadAhead::default();
-        ahead.ask(FileNumber(1), 1..4);
-        ahead.ask(FileNumber(1), 2..5);
-        ahead.ask(FileNumber(1), 5..6);
+        ask(&ahead, 1, 1..4);
+        ask(&ahead, 1, 2..5);
+        ask(&ahead, 1, 5..6);
         assert_eq!(taken(&ahead), [(1, 5)]);
-        ahead.ask(FileNumber(1), 2..5);
-        ahead.ask(FileNumber(2), 3..4);
-        ahead.ask(FileNumber(1), 3..6);
-        assert_eq!(taken(&ahead), [(1, 3), (1, 4), (1, 5), (2, 3)]);
+        ask(&ahead, 1, 2..6);
+        ask(&ahead, 2, 3..4);
+        ask(&ahead, 1, 3..8);
+        assert_eq!(taken(&ahead), [(2, 3), (1, 6), (1, 7)]);
     }
 
-    /// Streams that find no place are not read ahead of, and no harm is done.
+    /// A stream that comes to a page which is not there, as it has left again, is read ahead of anew.
+    #[test]
+    fn what_has_left_again_is_read_again() {
+        let ahead = ReadAhead::default();
+        ask(&ahead, 1, 1..3);
+        assert_eq!(taken(&ahead), [(1, 1), (1, 2)]);
+        let (groups, found) = (1..3, Found::Absent);
+        ahead.ask(FileNumber(1), Ahead { groups, found });
+        assert_eq!(taken(&ahead), [(1, 1), (1, 2)]);
+    }
+
+    /// Streams that find no place are not read ahead of, and no harm is done; one that is served makes room.
     #[test]
     fn too_many_streams_are_forgotten() {
         let ahead = ReadAhead::default();
-        for file in 0..20 {
-            ahead.ask(FileNumber(file), 0..1);
-        }
+        (0..20).for_each(|file| ask(&ahead, file, 0..1));
+        assert_eq!(taken(&ahead).len(), STREAMS);
+        (20..40).for_each(|file| ask(&ahead, file, 0..1));
         assert_eq!(taken(&ahead).len(), STREAMS);
     }
 }

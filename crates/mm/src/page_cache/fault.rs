@@ -9,6 +9,7 @@ use core::slice;
 use pgmap_core::addr::VirtAddr;
 use pgmap_sync::atomic::Ordering;
 
+use super::ahead::{Ahead, Found};
 use super::entry::Mapping;
 use super::rmap::FileVma;
 use super::{CachePage, Cached, FilePage, PageCache};
@@ -47,7 +48,10 @@ impl PageCache {
         };
         let page = PageIndex(page);
         let plan = worker.file_readahead.plan(page);
-        worker.ahead = self.ahead_of(&plan);
+        worker.ahead = Ahead {
+            groups: self.ahead_of(&plan),
+            found: Found::Cached,
+        };
         let outcome = self.serve(worker, page, &plan, at, access);
         worker.frames.give_all(&self.ram);
         outcome
@@ -83,6 +87,7 @@ impl PageCache {
             if !self.has_room(worker) {
                 return Outcome::NoMemory;
             }
+            worker.ahead.found = Found::Absent;
             let mapped = self.vmas.with_page(at, page, FileVma::file_pages);
             let wanted = mapped.unwrap_or(page.0..page.0 + 1);
             let run = plan.forwards().map_or(plan.run(), rest);

@@ -7,7 +7,7 @@ use super::{CachePage, Cached, PageCache};
 use crate::page_table::PageIndex;
 
 /// The number of an open file, of which no two are open at the same time.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub struct FileNumber(pub(crate) u32);
 
 /// A page of an open file.
