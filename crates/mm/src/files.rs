@@ -3,7 +3,6 @@
 //! Mapped files have addresses of their own, outside those of anonymous memory. A look at the list is a lock that is taken
 //! once for a fault, or once for a range that is pinned.
 
-use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::mem;
@@ -16,6 +15,7 @@ use pgmap_sync::{Mutex, WaitQueue};
 
 use crate::discard::Pinned;
 use crate::fault::{Access, Outcome};
+use crate::mapped::{MappedFile, MappedFiles};
 use crate::page_cache::{FileNumber, FileVma, PageCache, ReadAhead};
 use crate::reclaim::Caller;
 #[cfg(shuttle)]
@@ -38,8 +38,7 @@ pub struct Files {
     dirtied: WaitQueue,
     /// The number that the next file gets.
     next: AtomicU32,
-    /// By first address.
-    mapped: Mutex<BTreeMap<VirtAddr, (FileVma, Arc<PageCache>)>>,
+    mapped: MappedFiles,
 }
 
 impl Files {
@@ -65,12 +64,7 @@ impl Files {
 
     /// The file with this number, though only pins may keep it and its mappings.
     pub(crate) fn of_any(&self, number: FileNumber) -> Option<Arc<PageCache>> {
-        let pinned = || {
-            let mapped = self.mapped.lock();
-            let mut caches = mapped.values().map(|(_, cache)| cache);
-            caches.find(|cache| cache.number() == number).cloned()
-        };
-        self.of(number).or_else(pinned)
+        self.of(number).or_else(|| self.mapped.of(number))
     }
 
     /// Adds a file: from now on its pages are reclaimed with all others.
@@ -119,15 +113,13 @@ impl Files {
     /// Enters a mapping, before anybody touches it.
     pub fn map(&self, cache: &Arc<PageCache>, vma: FileVma) {
         cache.add_vma(vma);
-        self.mapped.lock().insert(vma.at, (vma, Arc::clone(cache)));
+        self.mapped.insert(vma, cache);
     }
 
     /// Takes a mapping out: when this returns, nobody changes anything there. Its addresses are still the caller's.
     pub fn unmap(&self, vma: &FileVma) {
-        let gone = self.mapped.lock().remove(&vma.at);
-        if let Some((vma, cache)) = gone {
-            cache.remove_vma(&vma);
-        }
+        // Nobody is asked, so nobody refuses.
+        let _ = self.unmap_unless(vma, || false);
     }
 
     /// Takes a mapping out as [`unmap`](Self::unmap) does, unless `is_pinned`: who pins registers first and then looks here.
@@ -137,31 +129,28 @@ impl Files {
             let looked = seeded_bug::has(SeededBug::UnmapLooksForPinsFirst).then(&is_pinned);
             move || looked.unwrap_or_else(&is_pinned)
         };
-        let mut mapped = self.mapped.lock();
-        if is_pinned() {
-            return Err(Pinned { at: vma.at });
-        }
-        let gone = mapped.remove(&vma.at);
-        drop(mapped);
-        if let Some((vma, cache)) = gone {
-            cache.remove_vma(&vma);
+        if let Some(cache) = self.mapped.remove_unless(vma.at, is_pinned)? {
+            cache.remove_vma(vma);
         }
         Ok(())
     }
 
-    /// The mapping at an address, and its file.
+    /// The mapping at an address, and its file, for as long as a pin keeps it.
+    pub(crate) fn mapping_at(&self, at: VirtAddr) -> Option<(FileVma, MappedFile)> {
+        self.mapped.at(at)
+    }
+
+    /// The file that is mapped at an address.
     #[must_use]
-    pub fn at(&self, at: VirtAddr) -> Option<(FileVma, Arc<PageCache>)> {
-        let mapped = self.mapped.lock();
-        let (_, (vma, cache)) = mapped.range(..=at).next_back()?;
-        vma.page_at(at)?;
-        Some((*vma, Arc::clone(cache)))
+    pub fn at(&self, at: VirtAddr) -> Option<Arc<PageCache>> {
+        let (_, file) = self.mapped.at(at)?;
+        Some(Arc::clone(&file))
     }
 
     /// Whether a file is mapped at an address whose group may have no more pages in RAM.
     #[must_use]
     pub fn is_at_limit(&self, at: VirtAddr) -> bool {
-        self.at(at).is_some_and(|(_, cache)| cache.is_at_limit())
+        self.at(at).is_some_and(|cache| cache.is_at_limit())
     }
 
     /// Pages of files that are in RAM.
@@ -240,7 +229,7 @@ impl AddressSpace {
 
     /// Serves a fault outside anonymous memory.
     pub(crate) fn file_fault(&self, worker: &mut Worker, at: VirtAddr, access: Access) -> Outcome {
-        let Some((_, cache)) = self.files.at(at) else {
+        let Some(cache) = self.files.at(at) else {
             return Outcome::BadAddress;
         };
         // Before the page can be written, not after: it would be protected again before the store is made, and again.

@@ -16,9 +16,11 @@ use core::panic::Location;
 use pgmap_core::addr::{PAGE_SIZE, Pfn, VirtAddr};
 use pgmap_core::holders::{Holder, Ticket, Who};
 use pgmap_core::ram::{NotReplaced, Target};
+use smallvec::SmallVec;
 
 use crate::dax::DaxPin;
 use crate::fault::{Access, Outcome};
+use crate::mapped::MappedFile;
 use crate::page_cache::{NotPinned, PageCache, VmaAccess};
 use crate::page_table::PageIndex;
 use crate::pinning::Pinning;
@@ -28,6 +30,8 @@ use crate::reclaim::Caller;
 use crate::seeded_bug::{self, SeededBug};
 use crate::space::{AddressSpace, BATCH, Worker};
 
+/// Pages that are pinned without room for their frames being allocated.
+const FEW: usize = 4;
 /// How often a page that is to be pinned for long is moved, or tried to, before it is refused.
 const MOVES: u32 = 8;
 
@@ -191,12 +195,12 @@ pub struct PinnedPages {
     space: Pinning,
     at: VirtAddr,
     pages: u32,
-    frames: Vec<Pfn>,
+    frames: SmallVec<[Pfn; FEW]>,
     access: PinAccess,
     whose: Whose,
     dax: Vec<DaxPin>,
     /// The files of which they are: what is written through the pins reaches them, even if nobody else has them open any more.
-    files: Vec<Arc<PageCache>>,
+    files: SmallVec<[MappedFile; 1]>,
     ticket: Ticket,
 }
 
@@ -211,10 +215,9 @@ impl PinnedPages {
             since_ns: space.map.now_ns(),
             range: at.get()..end,
         });
+        // Of devices only `pin_user_pages` knows: the fast path finds no file there.
         let whose = if space.page_at(at).is_some() {
             Whose::Anonymous
-        } else if space.dax.at(at).is_some() {
-            Whose::Device
         } else {
             Whose::File
         };
@@ -223,11 +226,11 @@ impl PinnedPages {
             space,
             at,
             pages,
-            frames: Vec::new(),
+            frames: SmallVec::new(),
             access: pin.access,
             whose,
             dax: Vec::new(),
-            files: Vec::new(),
+            files: SmallVec::new(),
             ticket,
         }
     }
@@ -295,6 +298,9 @@ pub fn pin_user_pages(
     let at = at.page_start();
     let site = Location::caller();
     let mut pinned = PinnedPages::begin(Pinning::new(space), at, pages, pin);
+    if pinned.whose == Whose::File && space.dax.at(at).is_some() {
+        pinned.whose = Whose::Device;
+    }
     // INVARIANT: each of these pins the frame that the page's entry names; an early return drops the pins so far.
     match pinned.whose {
         Whose::Anonymous => {
@@ -366,7 +372,7 @@ impl AddressSpace {
         access: PinAccess,
         pinned: &mut PinnedPages,
     ) -> Option<()> {
-        let (vma, cache) = self.files.at(at)?;
+        let (vma, cache) = self.files.mapping_at(at)?;
         let first = vma.page_at(at)?;
         let run = first..first.checked_add(pages)?;
         let may_not = access == PinAccess::Write && vma.access == VmaAccess::Read;
@@ -392,7 +398,7 @@ impl AddressSpace {
         let mut done = 0;
         while done < pages {
             let start = nth_page(at, done)?;
-            let found = self.files.at(start);
+            let found = self.files.mapping_at(start);
             let found = found.and_then(|(vma, cache)| Some((vma.page_at(start)?, vma, cache)));
             let (first, vma, cache) = found.ok_or(PinError::BadAddress { at: start })?;
             match (pin.access, pin.term, vma.access) {

@@ -17,6 +17,7 @@ pub mod fault;
 pub mod files;
 pub mod fork;
 pub mod gup;
+mod mapped;
 pub mod mmu;
 pub mod offline;
 pub mod page_cache;

@@ -24,7 +24,8 @@ const LONGER: usize = 40;
 const RANGES: [usize; 3] = [1, 16, 512];
 
 pub(super) fn measure(directory: &Path, effort: Effort) -> anyhow::Result<Table> {
-    let memory = memory(256 * MIB)?;
+    // So large that the flusher leaves the pages alone that are pinned to be written.
+    let memory = memory(1024 * MIB)?;
     let scratch = Scratch::new(directory, (PAGES * PAGE_SIZE) as u64)?;
     let file = memory.open(&scratch.0)?;
     let mapped = memory
