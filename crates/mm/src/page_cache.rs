@@ -271,9 +271,10 @@ impl PageCache {
         if let CachePage::Cached(cached) = cursor.get(page)
             && !cached.is_dirty()
         {
+            // First: who finds the page dirty without the cursor, and writes to it through a pin, is to find the block, too.
+            self.dirty_blocks.set(page.block());
             let state = State::Dirty;
             cursor.set(page, CachePage::Cached(Cached { state, ..cached }));
-            self.dirty_blocks.set(page.block());
             self.dirty.fetch_add(1, Ordering::Relaxed);
         }
     }

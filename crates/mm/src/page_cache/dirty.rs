@@ -32,7 +32,8 @@ impl DirtyBlocks {
 
     pub(super) fn set(&self, block: BlockIndex) {
         let (word, bit) = self.word(block);
-        // Relaxed, here and below: the block's lock orders its bit; who finds it takes that lock.
+        // Relaxed, both: bits change under their block's lock only; who finds this one takes that lock, and the entry, which is set
+        // after it with a release, shows it to who pins the page.
         if word.load(Ordering::Relaxed) & bit == 0 {
             word.fetch_or(bit, Ordering::Relaxed);
         }
@@ -40,7 +41,8 @@ impl DirtyBlocks {
 
     pub(super) fn clear(&self, block: BlockIndex) {
         let (word, bit) = self.word(block);
-        word.fetch_and(!bit, Ordering::Relaxed);
+        // Release: pairs with the acquire in `next`. Who finds no bit, and takes no lock, finds the pages under writeback.
+        word.fetch_and(!bit, Ordering::Release);
     }
 
     /// The dirty block in the middle of those of a range, if there are at least so many.
@@ -58,7 +60,8 @@ impl DirtyBlocks {
     pub(super) fn next(&self, from: BlockIndex) -> Option<BlockIndex> {
         let mut block = from.0;
         while block < self.blocks {
-            let word = self.word(BlockIndex(block)).0.load(Ordering::Relaxed);
+            // Acquire: pairs with the release in `clear`.
+            let word = self.word(BlockIndex(block)).0.load(Ordering::Acquire);
             let rest = word >> (block % u64::BITS);
             if rest != 0 {
                 return Some(BlockIndex(block + rest.trailing_zeros()));

@@ -99,12 +99,13 @@ unsafe impl SharedMmu for Memory {
     }
 }
 
-/// A file that knows whether it was punched, and whether what was read last was read before.
+/// A file that knows whether it was punched, whether what was read last was read before, and whether it was written.
 #[derive(Debug, Default)]
 struct File {
-    // Relaxed, both: a cursor or a closed range is to order them.
+    // Relaxed, all: a cursor or a closed range is to order them.
     punched: AtomicBool,
     read_old: AtomicBool,
+    written: AtomicBool,
 }
 
 impl Backing for File {
@@ -113,7 +114,9 @@ impl Backing for File {
         self.read_old.store(old, Ordering::Relaxed);
     }
 
-    fn write(&self, _: &mut [Transfer<'_>]) {}
+    fn write(&self, _: &mut [Transfer<'_>]) {
+        self.written.store(true, Ordering::Relaxed);
+    }
 
     fn sync(&self) -> Result<(), BackingError> {
         Ok(())
@@ -317,4 +320,47 @@ fn a_pin_and_a_cleaning_exclude_each_other() {
 fn a_cleaning_that_looks_first_is_found() {
     seed(SeededBug::ClaimLooksFirst);
     explore(pin_against_clean);
+}
+
+/// A page becomes dirty, is written through a pin, and made durable.
+fn pin_against_first_store() {
+    let model = Model::with_page(PinAccess::Read);
+    let storer = {
+        let model = Arc::clone(&model);
+        thread::spawn(move || model.read(0, PinAccess::Write))
+    };
+    if let Some(frame) = model.cache.try_pin(PageIndex(0), PinAccess::Write) {
+        let written = model.cache.write_back(0..1, OnPinned::Bounce);
+        assert_eq!(
+            written.pages, 1,
+            "what was written through a pin is written"
+        );
+        model.cache.ram.unpin(frame);
+    }
+    assert_eq!(storer.join().unwrap(), Ok(()));
+}
+
+/// WB-2: who may write through a pin, as the page is dirty, is not forgotten by a sync after that.
+#[test]
+fn a_sync_finds_every_page_that_may_be_written() {
+    explore(pin_against_first_store);
+}
+
+/// A dirty page is written back while somebody makes it durable.
+fn sync_against_writeback() {
+    let model = Model::with_page(PinAccess::Write);
+    let flusher = {
+        let model = Arc::clone(&model);
+        thread::spawn(move || model.cache.write_back(0..1, OnPinned::Skip))
+    };
+    model.cache.write_back(0..1, OnPinned::Bounce);
+    let written = model.file.written.load(Ordering::Relaxed);
+    assert!(written, "what was dirty before a sync is written after it");
+    flusher.join().unwrap();
+}
+
+/// WB-2: a sync waits for the writeback that is under way.
+#[test]
+fn a_sync_waits_for_writeback_that_is_under_way() {
+    explore(sync_against_writeback);
 }
