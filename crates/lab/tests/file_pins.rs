@@ -305,6 +305,28 @@ fn removed_bytes_stay_away() {
     explore(faults_against_removal);
 }
 
+/// A hole is punched to the end of a file that somebody makes shorter.
+fn punch_against_truncate() {
+    let (machine, _) = machine(4, 3 * PAGE, SOUND);
+    let give_up = |_| ControlFlow::Break(());
+    let puncher = spawn(&machine, move |machine| {
+        let page = PAGE as u64;
+        assert_eq!(machine.cache.punch(page..3 * page, give_up), Ok(()));
+    });
+    assert_eq!(machine.cache.set_len(2 * PAGE as u64, give_up), Ok(()));
+    puncher.join().unwrap();
+    let written = machine.disk.written();
+    assert_eq!(written.len(), 2 * PAGE);
+    assert_eq!(word_of(&written, 1, 0), 0);
+    machine.assert_empty();
+}
+
+/// WB-5: what is punched to the end of a file leaves the file as short as somebody has made it meanwhile.
+#[test]
+fn a_punch_lengthens_no_file() {
+    explore(punch_against_truncate);
+}
+
 /// A page of a block that nobody has touched is read in while it is cut off, and does not come back with the file (FLT-2).
 fn first_faults_against_truncate() {
     let start = NEXT_BLOCK as usize * PAGE;

@@ -101,8 +101,13 @@ impl PageCache {
         if bytes.is_empty() {
             return Ok(());
         }
+        let closed = self.close(&pages_of(&bytes), &whole_pages(&bytes), wait)?;
+        // Somebody may have made the file shorter before the range was closed, and is not to find it longer again.
+        let bytes = bytes.start..bytes.end.min(self.size_bytes());
+        if bytes.is_empty() {
+            return Ok(());
+        }
         let whole = whole_pages(&bytes);
-        let closed = self.close(&pages_of(&bytes), &whole, wait)?;
         self.backing.punch(bytes.clone())?;
         self.drop_pages(&whole);
         self.zero_edges(&bytes, &whole);
