@@ -9,6 +9,7 @@
 
 use alloc::borrow::Cow;
 use alloc::vec::Vec;
+use core::mem;
 use core::ops::Range;
 use core::panic::Location;
 
@@ -24,7 +25,7 @@ pub struct Holder {
     pub label: Cow<'static, str>,
     /// Where in the source the hold was taken.
     pub site: &'static Location<'static>,
-    /// When, on the platform's clock, in nanoseconds: [`MemoryMap::now_ns`](crate::memremap::MemoryMap::now_ns) says what it is now.
+    /// When, on the platform's clock, in nanoseconds, to a few milliseconds: [`MemoryMap::now_ns`](crate::memremap::MemoryMap::now_ns) says what it is now.
     pub since_ns: u64,
     /// The held addresses, in bytes.
     pub range: Range<usize>,
@@ -65,8 +66,25 @@ struct Place {
 #[derive(Debug)]
 struct Registry<H> {
     next: u64,
-    places: Vec<Option<(u64, H)>>,
-    free: Vec<usize>,
+    places: Vec<Entry<H>>,
+    /// The first of the free places.
+    free: Option<usize>,
+}
+
+#[derive(Debug)]
+enum Entry<H> {
+    Held(u64, H),
+    /// With the next free place.
+    Free(Option<usize>),
+}
+
+impl<H> Entry<H> {
+    const fn held(&self) -> Option<(u64, &H)> {
+        match self {
+            Self::Held(number, holder) => Some((*number, holder)),
+            Self::Free(_) => None,
+        }
+    }
 }
 
 impl<H> Default for Registry<H> {
@@ -74,19 +92,36 @@ impl<H> Default for Registry<H> {
         Self {
             next: 0,
             places: Vec::new(),
-            free: Vec::new(),
+            free: None,
         }
     }
 }
 
 impl<H: Clone> Registry<H> {
+    /// Whether there is room for one more, perhaps in `room`, which is what was there before then.
+    fn has_room(&mut self, room: &mut Vec<Entry<H>>) -> bool {
+        if self.free.is_none() && self.places.len() == self.places.capacity() {
+            if room.capacity() <= self.places.len() {
+                return false;
+            }
+            room.append(&mut self.places);
+            mem::swap(room, &mut self.places);
+        }
+        true
+    }
+
     fn add(&mut self, holder: H) -> Place {
         self.next += 1;
         let number = self.next;
-        let nth = self.free.pop().unwrap_or(self.places.len());
+        let held = Entry::Held(number, holder);
+        let nth = self.free.unwrap_or(self.places.len());
         match self.places.get_mut(nth) {
-            Some(place) => *place = Some((number, holder)),
-            None => self.places.push(Some((number, holder))),
+            Some(place) => {
+                if let Entry::Free(next) = mem::replace(place, held) {
+                    self.free = next;
+                }
+            }
+            None => self.places.push(held),
         }
         Place { nth, number }
     }
@@ -94,23 +129,31 @@ impl<H: Clone> Registry<H> {
     /// Nothing if the place is somebody else's by now.
     fn remove(&mut self, place: Place) -> Option<(u64, H)> {
         let given = self.places.get_mut(place.nth)?;
-        let removed = given.take_if(|(number, _)| *number == place.number)?;
-        self.free.push(place.nth);
-        Some(removed)
+        given.held().filter(|(number, _)| *number == place.number)?;
+        match mem::replace(given, Entry::Free(self.free)) {
+            Entry::Held(number, holder) => {
+                self.free = Some(place.nth);
+                Some((number, holder))
+            }
+            Entry::Free(_) => None,
+        }
     }
 
     fn remove_all(&mut self, gone: impl Fn(&H) -> bool) {
         for (nth, place) in self.places.iter_mut().enumerate() {
-            if place.take_if(|(_, holder)| gone(holder)).is_some() {
-                self.free.push(nth);
+            if place.held().is_some_and(|(_, holder)| gone(holder)) {
+                *place = Entry::Free(self.free.replace(nth));
             }
         }
     }
 
+    fn all(&self) -> impl Iterator<Item = (u64, &H)> {
+        self.places.iter().filter_map(Entry::held)
+    }
+
     /// Those who are wanted, oldest first.
-    fn sorted(&self, wanted: impl Fn(&H) -> bool) -> Vec<&(u64, H)> {
-        let all = self.places.iter().flatten();
-        let mut found: Vec<_> = all.filter(|(_, holder)| wanted(holder)).collect();
+    fn sorted(&self, wanted: impl Fn(&H) -> bool) -> Vec<(u64, &H)> {
+        let mut found: Vec<_> = self.all().filter(|(_, holder)| wanted(holder)).collect();
         found.sort_unstable_by_key(|(number, _)| *number);
         found
     }
@@ -118,6 +161,23 @@ impl<H: Clone> Registry<H> {
     fn of(&self, wanted: impl Fn(&H) -> bool) -> Vec<H> {
         let found = self.sorted(wanted).into_iter();
         found.map(|(_, holder)| holder.clone()).collect()
+    }
+}
+
+/// Adds who `holder` says, under the lock. Room is made without it: who waits for it may be waited for by a thread that forks, which
+/// has the allocator's locks.
+fn add<H: Clone>(registry: &Mutex<Registry<H>>, holder: impl FnOnce() -> H) -> Place {
+    let mut room = Vec::new();
+    loop {
+        let mut registry = registry.lock();
+        if registry.has_room(&mut room) {
+            let place = registry.add(holder());
+            drop(registry);
+            return place;
+        }
+        let more = registry.places.len() * 2 + 8;
+        drop(registry);
+        room = Vec::with_capacity(more);
     }
 }
 
@@ -162,10 +222,11 @@ impl Told {
 pub struct FrameTicket(Place);
 
 impl Holders {
-    /// Registers a holder until [`remove`](Self::remove). When this returns, everybody who asks finds it.
-    pub fn add(&self, holder: Holder) -> Ticket {
+    /// Registers a holder until [`remove`](Self::remove). When this returns, everybody who asks finds it. `holder` is called under a
+    /// lock, so that in each part who comes later says a later time; it must not allocate.
+    pub fn add(&self, holder: impl FnOnce() -> Holder) -> Ticket {
         let part = pgmap_sync::thread_number() % PARTS;
-        let place = self.parts[part].0.lock().add(holder);
+        let place = add(&self.parts[part].0, holder);
         Ticket { part, place }
     }
 
@@ -203,7 +264,7 @@ impl Holders {
             let old = registry.sorted(|holder| holder.since_ns < since_ns);
             for (number, holder) in old.into_iter().filter(|(number, _)| *number > before) {
                 found.push(holder.clone());
-                *told = *number;
+                *told = number;
             }
         }
         oldest_first(found)
@@ -214,14 +275,13 @@ impl Holders {
     pub fn has_any_of(&self, range: &Range<usize>) -> bool {
         self.parts.iter().any(|part| {
             let registry = part.0.lock();
-            let mut holders = registry.places.iter().flatten();
-            holders.any(|(_, holder)| overlaps(holder, range))
+            registry.all().any(|(_, holder)| overlaps(holder, range))
         })
     }
 
     /// Registers a holder of a device's pages until [`remove_frames`](Self::remove_frames).
     pub fn add_frames(&self, holder: FrameHolder) -> FrameTicket {
-        FrameTicket(self.frames.lock().add(holder))
+        FrameTicket(add(&self.frames, || holder))
     }
 
     /// Forgets a holder of a device's pages.
@@ -282,7 +342,7 @@ mod tests {
         let holders = Holders::default();
         let add = |since_ns: u64| {
             let start = usize::try_from(since_ns).unwrap() * 10;
-            holders.add(Holder {
+            holders.add(|| Holder {
                 label: "test".into(),
                 site: Location::caller(),
                 since_ns,

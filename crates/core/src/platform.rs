@@ -102,7 +102,7 @@ pub unsafe trait Platform: Send + Sync + fmt::Debug {
         Err(BackError::Unsupported)
     }
 
-    /// Nanoseconds since some moment that stays the same.
+    /// Nanoseconds since some moment that stays the same; it may stand still for some milliseconds.
     fn now_ns(&self) -> u64;
 }
 

@@ -209,9 +209,10 @@ impl PinnedPages {
     #[track_caller]
     fn begin(space: Pinning, at: VirtAddr, pages: u32, pin: &Pin) -> Self {
         let end = at.get().saturating_add(pages as usize * PAGE_SIZE);
-        let ticket = space.map.holders().add(Holder {
-            label: pin.label.clone(),
-            site: Location::caller(),
+        let (label, site) = (pin.label.clone(), Location::caller());
+        let ticket = space.map.holders().add(|| Holder {
+            label,
+            site,
             since_ns: space.map.now_ns(),
             range: at.get()..end,
         });
