@@ -19,6 +19,8 @@ use crate::writer::write_back;
 const PERIOD: Duration = Duration::from_secs(1);
 /// How often the flusher looks at pins and mappings. There may be so many dirty pages that it is called at once.
 const LOOK: Duration = Duration::from_millis(20);
+/// Pages that are too few to go on at once when there is much to write.
+const FEW: u64 = 256;
 /// Who touches a page that could not be read gets SIGBUS for so long; then it is read again. Long enough for who waits to run.
 const SIGBUS_FOR: Duration = Duration::from_millis(100);
 
@@ -50,7 +52,7 @@ fn flush(pager: &Pager, space: &AddressSpace, mut old_pins: Option<OldPins>) {
             continue;
         }
         written = Instant::now();
-        if write_all(space.inner()) == 0 {
+        if write_all(space.inner()) < FEW {
             // What is dirty is pinned, or cannot be written: trying again at once is not worth a CPU.
             thread::park_timeout(LOOK);
         }
@@ -59,9 +61,8 @@ fn flush(pager: &Pager, space: &AddressSpace, mut old_pins: Option<OldPins>) {
 
 /// Writes what is dirty in each file, pinned pages excepted. Says how many pages it wrote.
 fn write_all(space: &pgmap_mm::space::AddressSpace) -> u64 {
-    let files = space.files().all();
-    let written = files
-        .iter()
-        .map(|cache| write_back(cache, 0..u32::MAX, OnPinned::Skip).pages);
+    // One at a time: a file that is closed while another is written is not kept open by us.
+    let files = (0..).map_while(|nth| space.files().get(nth));
+    let written = files.map(|cache| write_back(&cache, 0..u32::MAX, OnPinned::Skip).pages);
     written.sum()
 }
