@@ -35,6 +35,7 @@ pub(super) fn measure(directory: &Path, effort: Effort) -> anyhow::Result<Table>
             &scratch,
             effort,
         )?,
+        kernel_cold(&large, &scratch, effort)?,
         cold(
             &small,
             "read, cold, 4 x the budget",
@@ -66,7 +67,8 @@ pub(super) fn measure(directory: &Path, effort: Effort) -> anyhow::Result<Table>
         rows,
         notes: vec![format!(
             "A file of {} MiB; medians of {} rounds. The peers: `O_DIRECT` requests of 1 MiB, one at a time, for what is cold or \
-             written; the kernel's mapping of the cached file for what is warm; the same `fsync` without pins.",
+             written, into or from one buffer of 1 MiB if nothing else is said; the kernel's mapping of the cached file for what is warm; \
+             the same `fsync` without pins.",
             BYTES / MIB,
             effort.rounds
         )],
@@ -97,12 +99,16 @@ fn read_direct(file: &File, into: usize) -> anyhow::Result<f64> {
     })
 }
 
-/// Writes the file, from so many bytes of a memory file, again and again.
+/// Writes the file, from so many bytes of a memory file, again and again. A word of each of its pages was written just before, as of
+/// the pages that are written back.
 fn write_direct(file: &File, from: usize) -> anyhow::Result<f64> {
-    let memory = File::from(memfd_create("bench", MemfdFlags::CLOEXEC)?);
-    memory.write_all_at(&vec![1; from], 0)?;
-    let memory = Mapped::new(memory.as_fd(), 0, from as u64)?;
+    let bytes = File::from(memfd_create("bench", MemfdFlags::CLOEXEC)?);
+    bytes.write_all_at(&vec![1; from], 0)?;
+    let memory = Mapped::new(bytes.as_fd(), 0, from as u64)?;
     black_box(memory.sum());
+    for offset in (0..from as u64).step_by(PAGE_SIZE) {
+        bytes.write_all_at(&offset.to_le_bytes(), offset)?;
+    }
     milliseconds(|| {
         for (offset, nth) in (0..BYTES).step_by(REQUEST).zip(0..) {
             let at = nth * REQUEST % from;
@@ -141,6 +147,27 @@ fn cold(
         let file = memory.open(&scratch.0)?;
         let map = memory.space().map_file(&file, 0..BYTES, Prot::ReadWrite)?;
         Ok((read_all(&map)?, read_direct(&direct, into)?))
+    })
+}
+
+/// Beside the kernel's mapping of the file, of which nothing is cached either.
+fn kernel_cold(memory: &Memory, scratch: &Scratch, effort: Effort) -> anyhow::Result<Row> {
+    let what = "the same, beside the kernel's mapping";
+    compared(effort, (what, "ms", Want::AtMost(1.3)), || {
+        let file = memory.open(&scratch.0)?;
+        let map = memory.space().map_file(&file, 0..BYTES, Prot::ReadWrite)?;
+        let ours = read_all(&map)?;
+        drop(map);
+        drop(file);
+        scratch.drop_cache()?;
+        let plain = scratch.open()?;
+        let theirs = Mapped::new(plain.as_fd(), 0, BYTES)?;
+        let theirs = milliseconds(|| {
+            black_box(theirs.sum());
+            Ok(())
+        })?;
+        scratch.drop_cache()?;
+        Ok((ours, theirs))
     })
 }
 
