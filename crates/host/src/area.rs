@@ -78,6 +78,11 @@ impl Area {
         Ok(area)
     }
 
+    /// Asks for huge pages. Machines without refuse, and small ones will do.
+    pub(crate) fn prefer_huge_pages(&self) {
+        let _ = self.advise(Advice::LinuxHugepage);
+    }
+
     fn advise(&self, advice: Advice) -> Result<(), Errno> {
         // SAFETY: the advice given here changes no contents, and by the type invariant the memory is ours.
         unsafe { madvise(self.start.as_ptr().cast(), self.len, advice) }

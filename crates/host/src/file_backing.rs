@@ -1,19 +1,25 @@
 //! A file as the page cache's backing: read and written past the kernel's own cache where the file system can (`O_DIRECT`).
 //!
-//! Only the end of the file, which is seldom a whole block, goes through the kernel's cache.
+//! Only the end of the file, which is seldom a whole block, goes through the kernel's cache. What goes to or comes from a memory file
+//! goes through a buffer, which is quicker: see `buffers`.
 
 use core::ops::Range;
 use core::ptr::NonNull;
 use core::slice;
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
 
 use pgmap_core::addr::PAGE_SIZE;
 use pgmap_mm::backing::{Backing, BackingError, Transfer};
+use pgmap_mm::shared_mmu::SharedPages;
 use rustix::fs::{self, FallocateFlags, FlockOperation, OFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 use rustix::process::{Pid, getpid};
+
+use crate::buffers::Buffer;
+use crate::file_memory::FileMemory;
 
 /// What direct transfers begin and end at, in bytes: every device's block.
 const BLOCK: usize = PAGE_SIZE;
@@ -26,6 +32,8 @@ pub struct FileBacking {
     direct: Option<OwnedFd>,
     /// Who opened it.
     process: Pid,
+    /// Where the file's pages are, if their bytes may go through its buffers.
+    memory: Option<Arc<FileMemory>>,
 }
 
 impl Drop for FileBacking {
@@ -46,7 +54,15 @@ impl FileBacking {
             file,
             direct,
             process: getpid(),
+            memory: None,
         }
+    }
+
+    /// The same, of whose transfers those to and from this memory go through its buffers.
+    #[must_use]
+    pub fn with_memory(mut self, memory: Arc<FileMemory>) -> Self {
+        self.memory = Some(memory);
+        self
     }
 
     /// Whether bytes go past the kernel's cache.
@@ -59,17 +75,73 @@ impl FileBacking {
     /// devices are fast at; if it fails, each is made alone.
     fn transfer(&self, transfers: &mut [Transfer<'_>], way: Way) {
         for group in transfers.chunk_by_mut(is_followed_by) {
-            if way == Way::Read {
-                Span::of(group).populate();
-            }
-            if group.len() > 1 && self.transfer_one(&Span::of(group), way).is_ok() {
+            if group.len() > 1 && self.transfer_span(&Span::of(group), way).is_ok() {
                 continue;
             }
             for transfer in group {
                 let span = Span::of(slice::from_ref(transfer));
-                transfer.outcome = self.transfer_one(&span, way);
+                transfer.outcome = self.transfer_span(&span, way);
             }
         }
+    }
+
+    /// Through a buffer, if the pages are those of our memory, and one is free.
+    fn transfer_span(&self, span: &Span, way: Way) -> Result<(), BackingError> {
+        let memory = self.memory.as_ref();
+        let through = memory.and_then(|memory| {
+            let place = memory.place_of(span.at)?;
+            Some((memory, place, memory.buffers().take()?))
+        });
+        match (through, way) {
+            (Some((memory, place, buffer)), Way::Read) => {
+                self.read_through(buffer, span, |bytes, at| {
+                    memory.fill(place + at as u64, bytes).map_err(error)
+                })
+            }
+            (Some((_, _, buffer)), Way::Write) => self.write_through(buffer, span),
+            (None, Way::Read) => {
+                span.populate();
+                self.transfer_one(span, way)
+            }
+            (None, Way::Write) => self.transfer_one(span, way),
+        }
+    }
+
+    /// Reads into a buffer, and gives `fill` whole pages, and where in the span they are.
+    fn read_through(
+        &self,
+        mut buffer: Buffer<'_>,
+        span: &Span,
+        fill: impl Fn(&[u8], usize) -> Result<(), BackingError>,
+    ) -> Result<(), BackingError> {
+        let bytes = buffer.bytes();
+        for start in (0..span.len_bytes).step_by(bytes.len()) {
+            let part = span.part(start, bytes);
+            self.transfer_one(&part, Way::Read)?;
+            let whole = part.len_bytes.next_multiple_of(PAGE_SIZE);
+            bytes[part.len_bytes..whole].fill(0);
+            fill(&bytes[..whole], start)?;
+        }
+        Ok(())
+    }
+
+    /// Copies to a buffer, and writes from there.
+    fn write_through(&self, mut buffer: Buffer<'_>, span: &Span) -> Result<(), BackingError> {
+        for start in (0..span.len_bytes).step_by(buffer.bytes().len()) {
+            let pages = buffer.pages();
+            let count = (span.len_bytes - start)
+                .div_ceil(PAGE_SIZE)
+                .min(pages.len());
+            // SAFETY: a multiple of a buffer's length, and less than the span's.
+            let at = unsafe { span.at.add(start) };
+            // SAFETY: the pages are some of the transfers', which live as long as the span.
+            let from = unsafe { SharedPages::new(at, count) };
+            for (nth, page) in pages[..count].iter_mut().enumerate() {
+                from.copy_page(nth, page);
+            }
+            self.transfer_one(&span.part(start, buffer.bytes()), Way::Write)?;
+        }
+        Ok(())
     }
 
     fn transfer_one(&self, span: &Span, way: Way) -> Result<(), BackingError> {
@@ -126,6 +198,15 @@ impl Span {
             at: transfers[0].pages.as_ptr(),
             offset_bytes: transfers[0].offset_bytes,
             len_bytes: transfers.iter().map(|transfer| transfer.len_bytes).sum(),
+        }
+    }
+
+    /// Bytes from `start` on, as many as are left and go into a buffer, which is where they are in memory.
+    fn part(&self, start: usize, buffer: &mut [u8]) -> Self {
+        Self {
+            len_bytes: (self.len_bytes - start).min(buffer.len()),
+            offset_bytes: self.offset_bytes + start as u64,
+            at: NonNull::from(buffer).cast(),
         }
     }
 

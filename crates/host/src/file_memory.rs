@@ -16,6 +16,7 @@ use rustix::fs::{self, FallocateFlags, MemfdFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
+use crate::buffers::Buffers;
 use crate::fds::OurFd;
 use crate::mmu::HostMmu;
 use crate::uffd::Done;
@@ -65,6 +66,42 @@ impl FileMemory {
             pages,
             mmu,
         })
+    }
+
+    /// How many pages there is room for.
+    #[must_use]
+    pub const fn most_pages(&self) -> u32 {
+        self.pages
+    }
+
+    /// The place of a page in the memory file, in bytes, if `pages` gave it out.
+    pub(crate) fn place_of(&self, page: NonNull<u8>) -> Option<u64> {
+        let offset = page.addr().get().checked_sub(self.start.addr().get())?;
+        (offset < self.pages as usize * PAGE_SIZE).then_some(offset as u64)
+    }
+
+    /// Writes bytes to their place in the memory file; a page that has no memory yet gets some.
+    ///
+    /// # Errors
+    ///
+    /// What the machine answers if it has no memory for them.
+    pub(crate) fn fill(&self, mut place: u64, mut bytes: &[u8]) -> Result<(), Errno> {
+        while !bytes.is_empty() {
+            match rustix::io::pwrite(&self.fd, bytes, place) {
+                Ok(written) => {
+                    bytes = &bytes[written..];
+                    place += written as u64;
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        Ok(())
+    }
+
+    /// Buffers for transfers of its pages.
+    pub(crate) fn buffers(&self) -> &Buffers {
+        &self.mmu.buffers
     }
 
     /// Maps pages of the file. The pager is to know of the mapping before anybody touches it.

@@ -6,6 +6,7 @@
 
 pub mod affinity;
 mod area;
+mod buffers;
 pub mod dax;
 pub mod device_dax;
 pub mod event;

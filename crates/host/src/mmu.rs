@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use rustix::mm::{Advice, ProtFlags, madvise};
 
 use crate::area::{Area, ForkMark, OnFork};
+use crate::buffers::Buffers;
 use crate::event::Event;
 use crate::fds::OurFd;
 use crate::forks::{Drained, Forks};
@@ -95,6 +96,7 @@ pub struct HostMmu {
     staging: Area,
     zeros: Area,
     pub(crate) restricted: Mutex<Restricted>,
+    pub(crate) buffers: Buffers,
 }
 
 /// What a fork's child has of the managed memory.
@@ -136,6 +138,7 @@ impl HostMmu {
         let zeros = reserve(ZEROS * PAGE_SIZE, ProtFlags::READ, OnFork::Inherit)?;
         let restricted =
             Restricted::new(&staging_uffd).map_err(|errno| other("reserving memory", errno))?;
+        let buffers = Buffers::new().map_err(|errno| other("reserving memory", errno))?;
         let registered = uffd.register(arena.address(), arena.len());
         registered.map_err(|errno| other("registering the arena with userfaultfd", errno))?;
         let registered = staging_uffd.register_missing(staging.address(), staging.len());
@@ -152,6 +155,7 @@ impl HostMmu {
             staging,
             zeros,
             restricted: Mutex::new(restricted),
+            buffers,
         })
     }
 

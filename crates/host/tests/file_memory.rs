@@ -6,15 +6,18 @@
 
 mod common;
 
-use core::ptr;
+use core::{ptr, slice};
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use common::arena;
-use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
+use pgmap_core::addr::{PAGE_SIZE, Page, VirtAddr};
 use pgmap_host::event::Event;
+use pgmap_host::file_backing::FileBacking;
 use pgmap_host::file_memory::{FileMemory, Prot};
 use pgmap_host::mmu::HostMmu;
+use pgmap_mm::backing::{Backing, Transfer};
 use pgmap_mm::mmu::{Progress, Protect, Stop};
 use pgmap_mm::shared_mmu::SharedMmu;
 use rustix::mm::{MapFlags, MlockFlags, ProtFlags};
@@ -142,4 +145,41 @@ fn a_child_takes_nothing_away() {
     assert!(good, "the child's own memory");
     // SAFETY: the address is mapped.
     assert_eq!(unsafe { store.read_volatile() }, 7, "the parent's memory");
+}
+
+/// Bytes of a file come to their pages, and go back, in requests of several buffers' length; behind its end there are zeros.
+#[test]
+fn a_transfer_longer_than_a_buffer_has_every_byte() {
+    let _alone = alone();
+    let Some(mmu) = arena(1) else {
+        return;
+    };
+    let (pages, len) = (600, 599 * PAGE_SIZE + 100);
+    let mut bytes: Vec<u8> = (0..pages * PAGE_SIZE / 8)
+        .flat_map(|word| (word as u64).to_le_bytes())
+        .collect();
+    bytes.truncate(len);
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(&bytes, 0).unwrap();
+    let memory = Arc::new(FileMemory::new(Arc::new(mmu), 600).unwrap());
+    let backing = FileBacking::new(file.try_clone().unwrap()).with_memory(Arc::clone(&memory));
+    let transfer = || Transfer::new(0, memory.pages(0, pages), len as u64);
+    let mut read = transfer();
+    // Something is there before.
+    memory.pages(599, 1).touch(0);
+    backing.read(slice::from_mut(&mut read));
+    assert_eq!(read.outcome, Ok(()));
+    bytes.resize(pages * PAGE_SIZE, 0);
+    for (nth, expected) in bytes.chunks(PAGE_SIZE).enumerate() {
+        let mut page = Page::ZERO;
+        memory.pages(0, pages).copy_page(nth, &mut page);
+        assert!(page.0 == expected, "page {nth}");
+    }
+    backing.punch(0..len as u64).unwrap();
+    let mut write = transfer();
+    backing.write(slice::from_mut(&mut write));
+    assert_eq!(write.outcome, Ok(()));
+    let mut written = vec![0; pages * PAGE_SIZE];
+    assert_eq!(file.read_at(&mut written, 0).unwrap(), len);
+    assert!(written == bytes);
 }

@@ -192,8 +192,9 @@ impl Memory {
             Errno::WOULDBLOCK => OpenError::Locked(path.to_owned()),
             errno => failed(errno.into()),
         })?;
-        let backing = Arc::new(FileBacking::new(file));
-        self.open_over(path, backing, metadata.len(), options)
+        let memory = self.file_memory(path, metadata.len())?;
+        let backing = Arc::new(FileBacking::new(file).with_memory(Arc::clone(&memory)));
+        self.open_in(path, memory, backing, metadata.len(), options)
     }
 
     /// Opens something else than a file of the machine, so many bytes long, of which errors speak as `path`: an image in a format
@@ -210,17 +211,29 @@ impl Memory {
         options: &OpenOptions,
     ) -> Result<File<'_>, OpenError> {
         let path = path.as_ref();
-        let no_memory = |errno| OpenError::Memory {
-            path: path.to_owned(),
-            errno,
-        };
-        let most_pages = most_pages(size_bytes).ok_or_else(|| OpenError::TooLong {
+        let memory = self.file_memory(path, size_bytes)?;
+        self.open_in(path, memory, backing, size_bytes, options)
+    }
+
+    /// Memory for the pages of a file of this length.
+    fn file_memory(&self, path: &Path, size_bytes: u64) -> Result<Arc<FileMemory>, OpenError> {
+        let pages = most_pages(size_bytes).ok_or_else(|| OpenError::TooLong {
             path: path.to_owned(),
             bytes: size_bytes,
         })?;
-        let (space, pager) = (self.space(), self.pager());
-        let memory = FileMemory::new(Arc::clone(&pager.mmu), most_pages).map_err(no_memory)?;
-        let memory = Arc::new(memory);
+        let memory = FileMemory::new(Arc::clone(&self.pager().mmu), pages);
+        memory.map(Arc::new).map_err(|errno| no_memory(path, errno))
+    }
+
+    fn open_in(
+        &self,
+        path: &Path,
+        memory: Arc<FileMemory>,
+        backing: Arc<dyn Backing>,
+        size_bytes: u64,
+        options: &OpenOptions,
+    ) -> Result<File<'_>, OpenError> {
+        let space = self.space();
         let cache = PageCache::new(CacheParts {
             platform: &PLATFORM,
             number: space.inner().files().next_number(),
@@ -230,12 +243,13 @@ impl Memory {
             backing,
             memcg: options.memcg.clone(),
             size_bytes,
-            most_pages,
+            most_pages: memory.most_pages(),
             stats: self.stats(),
         })?;
         let cache = Arc::new(cache);
-        self.start_file_threads()
-            .map_err(|error| no_memory(Errno::from_io_error(&error).unwrap_or(Errno::AGAIN)))?;
+        self.start_file_threads().map_err(|error| {
+            no_memory(path, Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))
+        })?;
         space.inner().files().open(Arc::clone(&cache));
         let seen = Mutex::new(cache.errors().sample());
         let inner = Arc::new(Inner {
@@ -250,6 +264,13 @@ impl Memory {
             seen,
             memory: PhantomData,
         })
+    }
+}
+
+fn no_memory(path: &Path, errno: Errno) -> OpenError {
+    OpenError::Memory {
+        path: path.to_owned(),
+        errno,
     }
 }
 
