@@ -87,23 +87,23 @@ impl FileBacking {
 
     /// Through a buffer, if the pages are those of our memory, and one is free.
     fn transfer_span(&self, span: &Span, way: Way) -> Result<(), BackingError> {
-        let memory = self.memory.as_ref();
-        let through = memory.and_then(|memory| {
-            let place = memory.place_of(span.at)?;
-            Some((memory, place, memory.buffers().take()?))
-        });
-        match (through, way) {
-            (Some((memory, place, buffer)), Way::Read) => {
+        let ours = self.memory.as_ref();
+        let ours = ours.and_then(|memory| Some((memory, memory.place_of(span.at)?)));
+        let buffer = ours.and_then(|(memory, _)| memory.buffers().take());
+        match (ours, buffer, way) {
+            (Some((memory, place)), Some(buffer), Way::Read)
+                if memory.may_fill(place, span.len_bytes.next_multiple_of(PAGE_SIZE)) =>
+            {
                 self.read_through(buffer, span, |bytes, at| {
                     memory.fill(place + at as u64, bytes).map_err(error)
                 })
             }
-            (Some((_, _, buffer)), Way::Write) => self.write_through(buffer, span),
-            (None, Way::Read) => {
+            (Some(_), Some(buffer), Way::Write) => self.write_through(buffer, span),
+            (_, _, Way::Read) => {
                 span.populate();
                 self.transfer_one(span, way)
             }
-            (None, Way::Write) => self.transfer_one(span, way),
+            (_, _, Way::Write) => self.transfer_one(span, way),
         }
     }
 

@@ -15,6 +15,7 @@ use pgmap_mm::shared_mmu::{SharedMmu, SharedPages};
 use rustix::fs::{self, FallocateFlags, MemfdFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
+use rustix::process::{Resource, getrlimit};
 
 use crate::buffers::Buffers;
 use crate::fds::OurFd;
@@ -78,6 +79,13 @@ impl FileMemory {
     pub(crate) fn place_of(&self, page: NonNull<u8>) -> Option<u64> {
         let offset = page.addr().get().checked_sub(self.start.addr().get())?;
         (offset < self.pages as usize * PAGE_SIZE).then_some(offset as u64)
+    }
+
+    /// Whether so many bytes at a place may be written to the memory file. Behind the limit that a process has set itself for its files it
+    /// would be killed (`SIGXFSZ`).
+    pub(crate) fn may_fill(&self, place: u64, bytes: usize) -> bool {
+        let limit = getrlimit(Resource::Fsize).current;
+        limit.is_none_or(|limit| place.saturating_add(bytes as u64) <= limit)
     }
 
     /// Writes bytes to their place in the memory file; a page that has no memory yet gets some.
