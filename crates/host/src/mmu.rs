@@ -267,6 +267,12 @@ impl HostMmu {
         self.settle_forks();
     }
 
+    /// Whether this process has forked since the memory is there, as far as anybody has read of it.
+    #[must_use]
+    pub fn has_forked(&self) -> bool {
+        self.forks.next_id() > 0
+    }
+
     /// Whether this is a fork's child, where the descriptors still mean the parent's memory.
     #[must_use]
     pub fn is_foreign(&self) -> bool {

@@ -346,6 +346,7 @@ impl Pager {
                     break;
                 }
                 Outcome::NoMemory if waiting.elapsed() < PATIENCE => {
+                    self.note_forks();
                     self.keep_ahead(surroundings);
                     thread::sleep(Duration::from_millis(1));
                     waiting = wait_longer(waiting, surroundings);
@@ -360,6 +361,14 @@ impl Pager {
             .fault_latency
             .record(start.elapsed().as_nanos().try_into().unwrap_or(u64::MAX));
         self.keep_ahead(surroundings);
+    }
+
+    /// While a fault waits for memory the turn of a fork behind it does not come, and perhaps nothing can leave that is not made
+    /// private first, as all pages are shared with the child.
+    fn note_forks(&self) {
+        if self.mmu.has_forked() {
+            self.space.note_fork();
+        }
     }
 
     /// Why there is no room for a page, for whoever has to make some.
