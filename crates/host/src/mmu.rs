@@ -102,7 +102,7 @@ pub struct HostMmu {
 /// What a fork's child has of the managed memory.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Children {
-    /// All of it, as children should.
+    /// All of it, as children should, while somebody serves faults.
     Served,
     /// Nothing, and an access there is a SIGSEGV, unless the fork is announced: see [`HostMmu::let_children_inherit`]. This
     /// process may not be told of its forks (that takes `CAP_SYS_PTRACE`), and a child that reads zeros instead of its
@@ -110,7 +110,7 @@ pub enum Children {
     Announced,
 }
 
-/// What the child of an announced fork finds in a part of the arena.
+/// What the child of a fork finds in a part of the arena.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Inherit {
     /// The pages of its parent.
@@ -120,7 +120,8 @@ pub enum Inherit {
 }
 
 impl HostMmu {
-    /// Reserves `bytes` bytes of managed addresses and `slots` staging slots.
+    /// Reserves `bytes` bytes of managed addresses and `slots` staging slots. The children of forks have none of the addresses until
+    /// [`let_children_inherit`](Self::let_children_inherit) says so.
     ///
     /// # Errors
     ///
@@ -131,7 +132,8 @@ impl HostMmu {
         let kick = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK);
         let kick = OurFd::new(kick.map_err(|errno| other("eventfd", errno))?);
         let read_write = ProtFlags::READ | ProtFlags::WRITE;
-        let arena = reserve(bytes, read_write, children.on_fork())?;
+        // Until somebody serves faults nobody would hear of forks either.
+        let arena = reserve(bytes, read_write, OnFork::Leave)?;
         // A child has no use for slots; and pages that it does not share are never refused on their way back.
         let staging = reserve(slots as usize * PAGE_SIZE, read_write, OnFork::Wipe)?;
         let made_here = ForkMark::new().map_err(|errno| other("marking a page", errno))?;
@@ -165,8 +167,8 @@ impl HostMmu {
         self.children
     }
 
-    /// Lets the children of forks inherit a part of the arena, or not. It is for those that are
-    /// [announced](Children::Announced), when all pages are there.
+    /// Lets the children of forks inherit a part of the arena, or not. Where forks are [announced](Children::Announced), they may
+    /// while all pages are there; where they are [served](Children::Served), while somebody reads of them, as each fork waits for that.
     ///
     /// # Errors
     ///
@@ -181,6 +183,8 @@ impl HostMmu {
             Inherit::Pages => Advice::LinuxDoFork,
             Inherit::Nothing => Advice::LinuxDontFork,
         };
+        // Pages that are on a detour would come back with the old advice.
+        let _restricted = self.restricted.lock();
         // SAFETY: the advice changes no contents.
         unsafe { madvise(range.start as *mut _, range.len(), advice) }
     }
@@ -254,13 +258,34 @@ impl HostMmu {
         self.is_foreign() || self.forks.hold().is_settled()
     }
 
+    /// Waits until every fork that has begun has been told of, and its child has all its pages: those of forks that begin meanwhile
+    /// may [inherit nothing](Self::let_children_inherit). Not for the thread that serves faults.
+    pub fn finish_forks(&self) {
+        let (at, zeros) = (self.arena.address(), self.zeros.as_ptr());
+        // While the message of a fork is unread the kernel refuses to copy, before it looks how much is to be copied.
+        // SAFETY: no byte is.
+        let copy_nothing = || unsafe { self.uffd.copy(at, zeros, 0, Protect::ReadWrite) };
+        while !self.is_foreign() && copy_nothing().error == Some(Errno::AGAIN) {
+            self.drain();
+        }
+        self.settle_forks();
+    }
+
+    /// Whether this process has forked since the memory is there, as far as anybody has read of it.
+    #[must_use]
+    pub fn has_forked(&self) -> bool {
+        self.forks.next_id() > 0
+    }
+
     /// Whether this is a fork's child, where the descriptors still mean the parent's memory.
-    pub(crate) fn is_foreign(&self) -> bool {
+    #[must_use]
+    pub fn is_foreign(&self) -> bool {
         self.made_here.is_forked()
     }
 
-    /// Reads the messages that keep the kernel from copying and moving.
-    pub(crate) fn drain(&self) {
+    /// Reads the messages that keep the kernel from copying and moving, and forks from ending, and leaves them to the thread that
+    /// serves faults. Takes no lock but that of the messages, and allocates nothing.
+    pub fn drain(&self) {
         match self.forks.drain(&self.uffd) {
             Drained::Some => self.kick(),
             // Somebody else has read them, or the forking thread has not come to send them.
@@ -450,15 +475,6 @@ unsafe impl Mmu for HostMmu {
         self.check(at, 1);
         // SAFETY: touching a page of the arena for writing changes none of its bytes.
         unsafe { madvise(at.get() as *mut _, PAGE_SIZE, Advice::LinuxPopulateWrite) }.is_ok()
-    }
-}
-
-impl Children {
-    const fn on_fork(self) -> OnFork {
-        match self {
-            Self::Served => OnFork::Inherit,
-            Self::Announced => OnFork::Leave,
-        }
     }
 }
 

@@ -33,8 +33,7 @@ impl AddressSpace {
     /// had; then the child must not inherit any. To be called by a thread that serves no faults.
     #[must_use]
     pub fn before_fork(&self, worker: &mut Worker) -> bool {
-        // Relaxed: a hint for reclaim, which looks at it again and again.
-        self.forked.store(true, Ordering::Relaxed);
+        self.note_fork();
         Stats::add(&self.stats.forks, 1);
         *self.forking.lock() += 1;
         self.ram.suspend_limit();
@@ -75,14 +74,19 @@ impl AddressSpace {
         true
     }
 
+    /// Says that a child may share pages, though none has been given its missing ones yet.
+    pub fn note_fork(&self) {
+        // Relaxed: a hint for reclaim, which looks at it again and again.
+        self.forked.store(true, Ordering::Relaxed);
+    }
+
     /// Gives every page that is not mapped to `install`, until that breaks off. Called between the fork and the moment when the child runs on.
     pub fn for_each_missing(
         &self,
         worker: &mut Worker,
         mut install: impl FnMut(VirtAddr, ChildPage<'_>) -> ControlFlow<()>,
     ) -> ControlFlow<()> {
-        // Relaxed: a hint for reclaim, which looks at it again and again.
-        self.forked.store(true, Ordering::Relaxed);
+        self.note_fork();
         let mut next = BlockIndex(0);
         while let Some(block) = self.table.next_used(next) {
             next = BlockIndex(block.0 + 1);

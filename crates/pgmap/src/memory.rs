@@ -1,6 +1,6 @@
 //! A RAM budget, devices, and the pager that moves pages between them.
 
-use core::mem;
+use core::mem::{self, ManuallyDrop};
 use core::ops::Range;
 use core::slice;
 use core::time::Duration;
@@ -21,7 +21,7 @@ use pgmap_sync::Mutex;
 use crate::device::Device;
 use crate::flusher;
 use crate::old_pins::OldPins;
-use crate::pager::{Pager, Surroundings, kill_as_out_of_memory};
+use crate::pager::{Allocator, Pager, Surroundings, kill_as_out_of_memory};
 use crate::reader;
 use crate::space::{AddressSpace, MapError};
 
@@ -164,13 +164,15 @@ impl MemoryBuilder {
         })?);
         let most = (ram_frames + device_frames).saturating_mul(PAGE_SIZE as u64);
         let pager = Pager::new(Arc::clone(&inner), Arc::clone(&mmu));
-        let threads = pager.start(self.surroundings)?;
+        let started = pager.start(self.surroundings);
+        let threads = started.inspect_err(|_| pager.stop())?;
         let space = Arc::new(AddressSpace::new(inner, mmu, most));
+        space.begin_forks();
         let memory = Memory {
             space,
             pager,
-            threads: Some(threads),
-            file_threads: Mutex::new(Vec::new()),
+            threads: ManuallyDrop::new(threads),
+            file_threads: ManuallyDrop::default(),
         };
         if let Some(old_pins) = self.old_pins {
             memory.start_flusher(Some(old_pins))?;
@@ -196,15 +198,19 @@ pub(crate) fn machine_frames() -> u64 {
 /// thread, keeps it in a `static` [`OnceLock`](std::sync::OnceLock), or leaks it (`Box::leak`): then its files are `File<'static>`.
 /// [`PinnedPages`] may outlive it: their pages stay where they are, and are written back when they are unpinned.
 ///
+/// A fork's child has what was mapped of anonymous memory, as it was, and in RAM; it has no pager, and no mappings of files. A process that
+/// may not be told of its forks (that takes `CAP_SYS_PTRACE`) has children without any of it.
+///
 /// An access that has to wait for a page (a read of a file, or of a device) waits in the fault, however long that takes. If there is
 /// no room for it, and none can be made within some seconds, the process is killed with a message that says why, as by a full machine.
 #[derive(Debug)]
 pub struct Memory {
     space: Arc<AddressSpace>,
     pager: Arc<Pager>,
-    threads: Option<[JoinHandle<()>; 2]>,
+    /// Handles are not to be dropped in a fork's child, which has no such threads.
+    threads: ManuallyDrop<Vec<JoinHandle<()>>>,
     /// Those that write files back, and read them ahead.
-    file_threads: Mutex<Vec<JoinHandle<()>>>,
+    file_threads: ManuallyDrop<Mutex<Vec<JoinHandle<()>>>>,
 }
 
 impl Memory {
@@ -212,6 +218,7 @@ impl Memory {
     #[must_use]
     pub fn builder() -> MemoryBuilder {
         let surroundings = Surroundings {
+            allocator: Allocator::Shared,
             out_of_memory: kill_as_out_of_memory,
             short_of_frames: || {},
             hold_out: || false,
@@ -307,10 +314,18 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
+        if self.space.is_inherited() {
+            // A fork's child has no pager.
+            return;
+        }
+        self.space.end_forks();
         self.pager.stop();
         let file_threads = mem::take(&mut *self.file_threads.lock());
-        let threads = self.threads.take().into_iter().flatten();
-        for thread in threads.chain(file_threads) {
+        for thread in mem::take(&mut *self.threads)
+            .into_iter()
+            .chain(file_threads)
+        {
+            thread.thread().unpark();
             // A pager thread that panicked has ended the process already.
             let _ = thread.join();
         }
@@ -360,6 +375,9 @@ impl Mapping<'_> {
 
 impl Drop for Mapping<'_> {
     fn drop(&mut self) {
+        if self.memory.space.is_inherited() {
+            return self.memory.space.drop_inherited(&self.range);
+        }
         // It fails only while somebody has a page pinned; then the addresses stay taken, which is what the pin's
         // holder needs.
         // SAFETY: by the type invariant the range is ours, and nobody borrows it any more.

@@ -1,8 +1,13 @@
-//! The pager's two threads: one serves faults, one reclaims.
+//! The pager's threads: one serves faults, one reclaims, and one listens.
 //!
 //! The fault thread follows the CPU of the thread that faults, because waking a thread on the same CPU is
 //! several times quicker than on another. The reclaimer frees frames ahead of need, on whatever CPU is idle.
 //! Neither ever touches managed memory, and neither allocates once it runs.
+//!
+//! Who forks waits until somebody has read of it, and holds the locks of the C library's allocator meanwhile. The fault thread reads
+//! it, but it may be waiting for somebody who waits for the allocator, or run code of others that allocates, such as a file's
+//! [`Backing`](crate::Backing). So in a program that allocates where we do the *listener* reads what the fault thread has not come
+//! to read. What must never happen: that it allocates, or takes a lock but that of the messages.
 
 use core::mem;
 use core::ops::ControlFlow;
@@ -10,13 +15,13 @@ use core::time::Duration;
 use std::process;
 use std::sync::Arc;
 use std::sync::OnceLock;
-use std::thread::{self, Thread};
+use std::thread::{self, JoinHandle, Thread};
 use std::time::Instant;
 
 use pgmap_core::addr::{PAGE_SIZE, Page, VirtAddr};
 use pgmap_host::affinity::Placement;
 use pgmap_host::event::{ChildSpace, Event};
-use pgmap_host::mmu::HostMmu;
+use pgmap_host::mmu::{Children, HostMmu};
 use pgmap_mm::fault::{Access, Outcome};
 use pgmap_mm::fork::ChildPage;
 use pgmap_mm::mmu::Stop;
@@ -46,6 +51,8 @@ const STARVING: Duration = Duration::from_secs(1);
 const LINGER: Duration = Duration::from_millis(5);
 /// How often the reclaimer looks around when nobody calls it.
 const TICK: Duration = Duration::from_millis(100);
+/// How often the listener listens: a fork that meets a fault thread which waits for the allocator takes so much longer.
+const LISTEN: Duration = Duration::from_millis(10);
 
 /// Where the stacks of the pager's threads are: a byte near the top of each, 0 while it does not run.
 ///
@@ -77,7 +84,7 @@ fn stack_pointer() -> usize {
     &raw const here as usize
 }
 
-/// What both threads share.
+/// What the threads share.
 #[derive(Debug)]
 pub(crate) struct Pager {
     pub(crate) space: Arc<AddressSpace>,
@@ -93,9 +100,19 @@ pub(crate) struct Pager {
     fault_cpu: AtomicUsize,
 }
 
+/// Where the pager's threads allocate.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Allocator {
+    /// Where the program does: who forks has its locks.
+    Shared,
+    /// Where nobody else does.
+    Own,
+}
+
 /// What a pager is told about its surroundings.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Surroundings {
+    pub(crate) allocator: Allocator,
     pub(crate) out_of_memory: OnFull,
     /// Called by the fault thread when frames are short: more may be had by now.
     pub(crate) short_of_frames: fn(),
@@ -123,12 +140,12 @@ impl Pager {
         })
     }
 
-    /// Starts both threads. When this returns they are known as the pager's, and have allocated what a thread's start
+    /// Starts the threads. When this returns they are known as the pager's, and have allocated what a thread's start
     /// allocates.
     pub(crate) fn start(
         self: &Arc<Self>,
         surroundings: Surroundings,
-    ) -> std::io::Result<[thread::JoinHandle<()>; 2]> {
+    ) -> std::io::Result<Vec<JoinHandle<()>>> {
         let pager = Arc::clone(self);
         let reclaimer =
             pgmap_host::thread::spawn("pgmap-reclaim", move || pager.reclaim(surroundings))?;
@@ -136,23 +153,28 @@ impl Pager {
         let _ = self.reclaimer.set(reclaimer.thread().clone());
         let pager = Arc::clone(self);
         let faults = pgmap_host::thread::spawn("pgmap-fault", move || pager.serve(surroundings))?;
+        let mut threads = vec![reclaimer, faults];
+        if surroundings.allocator == Allocator::Shared && self.mmu.children() == Children::Served {
+            let pager = Arc::clone(self);
+            let listener = pgmap_host::thread::spawn("pgmap-listen", move || pager.listen())?;
+            threads.push(listener);
+        }
         // Acquire: pairs with the release in `begin`.
         self.beginning
-            .wait_until(None, || self.begun.load(Ordering::Acquire) == 2);
-        Ok([reclaimer, faults])
+            .wait_until(None, || self.begun.load(Ordering::Acquire) == threads.len());
+        Ok(threads)
     }
 
-    /// Says that one of the pager's threads has allocated what it needs. Who forks holds the allocator's locks until the fault
-    /// thread has read of it: a fault thread that allocates after this would wait for ever.
+    /// Says that one of the pager's threads has allocated what it needs: forks may come.
     fn begin(&self) {
         // Release: pairs with the acquire in `start`.
         self.begun.fetch_add(1, Ordering::Release);
         self.beginning.wake_all();
     }
 
-    /// Tells both threads to end.
+    /// Tells the threads to end.
     pub(crate) fn stop(&self) {
-        // Release: pairs with the acquire loads in both threads' loops.
+        // Release: pairs with the acquire loads in the threads' loops.
         self.stopping.store(true, Ordering::Release);
         self.mmu.kick();
         self.wake_reclaimer();
@@ -260,6 +282,15 @@ impl Pager {
         (ram.free_count() >= self.low_water()).then_some(TICK)
     }
 
+    /// The listener.
+    fn listen(&self) {
+        self.begin();
+        while !self.stopping() {
+            self.mmu.drain();
+            thread::park_timeout(LISTEN);
+        }
+    }
+
     /// The fault thread.
     fn serve(&self, surroundings: Surroundings) {
         enter_pager_thread(1);
@@ -315,6 +346,7 @@ impl Pager {
                     break;
                 }
                 Outcome::NoMemory if waiting.elapsed() < PATIENCE => {
+                    self.note_forks();
                     self.keep_ahead(surroundings);
                     thread::sleep(Duration::from_millis(1));
                     waiting = wait_longer(waiting, surroundings);
@@ -329,6 +361,14 @@ impl Pager {
             .fault_latency
             .record(start.elapsed().as_nanos().try_into().unwrap_or(u64::MAX));
         self.keep_ahead(surroundings);
+    }
+
+    /// While a fault waits for memory the turn of a fork behind it does not come, and perhaps nothing can leave that is not made
+    /// private first, as all pages are shared with the child.
+    fn note_forks(&self) {
+        if self.mmu.has_forked() {
+            self.space.note_fork();
+        }
     }
 
     /// Why there is no room for a page, for whoever has to make some.

@@ -24,7 +24,7 @@ pub use control::{
 
 use crate::budget::Grant;
 use crate::memory::{Memory, machine_frames};
-use crate::pager::{Surroundings, kill_as_out_of_memory};
+use crate::pager::{Allocator, Surroundings, kill_as_out_of_memory};
 use crate::shared::{Process, Region};
 use crate::space::AddressSpace;
 use file_maps::FileMaps;
@@ -139,6 +139,7 @@ fn build(region: Region) -> Result<Memory, String> {
         .ram_at_most(machine_frames() * PAGE_SIZE as u64)
         .stats(region.stats());
     builder.surroundings = Surroundings {
+        allocator: Allocator::Own,
         out_of_memory: kill_as_out_of_memory,
         short_of_frames,
         hold_out,

@@ -18,6 +18,7 @@ use pgmap_host::mmu::{Children, HostMmu, Inherit};
 use pgmap_host::private_file::PrivateFile;
 use pgmap_mm::discard::Pinned;
 use pgmap_mm::gup::{Pin, PinError, PinnedPages, pin_user_pages, pin_user_pages_fast};
+use pgmap_mm::mmu::Mmu;
 use pgmap_mm::pinning::Pinnings;
 use pgmap_mm::space::Worker;
 use pgmap_mm::vma::Vmas;
@@ -409,6 +410,36 @@ impl AddressSpace {
         }
         drop(announced);
         self.inner.after_fork();
+    }
+
+    /// Somebody serves faults from now on: the children of forks have the memory, if that one hears of them.
+    pub(crate) fn begin_forks(&self) {
+        match self.mmu.children() {
+            Children::Served => self.let_children_inherit(Inherit::Pages),
+            Children::Announced => {}
+        }
+    }
+
+    /// Nobody serves faults after this, or hears of forks: children of later forks do not have the memory, and those of earlier ones
+    /// have all of it. So no fork waits for a message to be read, however long pins keep the memory.
+    pub(crate) fn end_forks(&self) {
+        self.let_children_inherit(Inherit::Nothing);
+        self.mmu.finish_forks();
+    }
+
+    /// Whether this is a fork's child, where nobody serves faults.
+    pub(crate) fn is_inherited(&self) -> bool {
+        self.mmu.is_foreign()
+    }
+
+    /// In a fork's child: gives back what it has inherited of a range. Takes no lock, since who had one may not be here.
+    pub(crate) fn drop_inherited(&self, range: &Range<usize>) {
+        let (at, pages) = (VirtAddr::new(range.start), range.len() / PAGE_SIZE);
+        match self.mmu.children() {
+            Children::Served => self.mmu.zap(at, pages),
+            // It has nothing of it, and may have mapped something else there.
+            Children::Announced => {}
+        }
     }
 
     /// What the program has mapped over managed addresses is its own business.

@@ -6,14 +6,20 @@
 #![allow(dead_code, reason = "every test file uses some of these")]
 
 use pgmap_core::addr::{PAGE_SIZE, Page, VirtAddr};
-use pgmap_host::mmu::{HostError, HostMmu};
+use pgmap_host::mmu::{Children, HostError, HostMmu, Inherit};
 use pgmap_mm::mmu::{Mmu, Protect};
 
-/// An arena of some pages with as many slots, or a loud skip.
+/// An arena of some pages with as many slots, or a loud skip. Children of forks have it, if somebody is told of them.
 pub(crate) fn arena(pages: usize) -> Option<HostMmu> {
     let slots = u32::try_from(pages).unwrap();
     match HostMmu::new(pages * PAGE_SIZE, slots) {
-        Ok(mmu) => Some(mmu),
+        Ok(mmu) => {
+            if mmu.children() == Children::Served {
+                mmu.let_children_inherit(mmu.range(), Inherit::Pages)
+                    .unwrap();
+            }
+            Some(mmu)
+        }
         Err(error @ (HostError::Forbidden(_) | HostError::TooOld)) => {
             eprintln!("SKIPPED, because this machine lacks what the test needs: {error}");
             None

@@ -1,4 +1,43 @@
-//! Children of the test's process: one that looks at memory, and one that is killed.
+//! Children of the test's process: one that looks at memory, and one that is killed; and an end for tests that hang.
+
+use core::time::Duration;
+use std::sync::Arc;
+use std::time::Instant;
+
+use pgmap_sync::atomic::{AtomicBool, Ordering};
+
+/// Ends the process if it is not dropped in time. A thread that hangs in a fork may have the allocator's locks, and then nothing
+/// else can say so.
+pub(crate) struct Watchdog(Arc<AtomicBool>);
+
+impl Watchdog {
+    pub(crate) fn new(patience: Duration) -> Self {
+        let done = Arc::new(AtomicBool::new(false));
+        let (watched, end) = (Arc::clone(&done), Instant::now() + patience);
+        std::thread::spawn(move || watch(&watched, end));
+        Self(done)
+    }
+}
+
+fn watch(done: &AtomicBool, end: Instant) {
+    // Relaxed, here and below: a flag that stands alone.
+    while !done.load(Ordering::Relaxed) {
+        if Instant::now() >= end {
+            let message = b"the test hangs\n";
+            // SAFETY: the bytes are those of the message.
+            unsafe { libc::write(2, message.as_ptr().cast(), message.len()) };
+            // SAFETY: it ends the process.
+            unsafe { libc::_exit(124) };
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
 
 /// Forks, and answers whether `look` said yes in the child, which does nothing else.
 ///
