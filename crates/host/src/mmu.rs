@@ -471,6 +471,10 @@ unsafe impl Mmu for HostMmu {
         };
     }
 
+    fn is_inherited(&self) -> bool {
+        self.is_foreign()
+    }
+
     fn unshare(&self, at: VirtAddr) -> bool {
         self.check(at, 1);
         // SAFETY: touching a page of the arena for writing changes none of its bytes.

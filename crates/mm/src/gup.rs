@@ -10,6 +10,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use alloc::borrow::Cow;
+use core::mem::{self, ManuallyDrop};
 use core::ops::Range;
 use core::panic::Location;
 
@@ -270,6 +271,12 @@ impl PinnedPages {
 
 impl Drop for PinnedPages {
     fn drop(&mut self) {
+        if self.space.mmu.is_inherited() {
+            // The pins are the parent's, and whoever had a lock of this copy may not be here to let go of it.
+            let _files = ManuallyDrop::new(mem::take(&mut self.files));
+            let _dax = ManuallyDrop::new(mem::take(&mut self.dax));
+            return;
+        }
         for frame in &self.frames {
             self.space.ram.unpin(*frame);
         }

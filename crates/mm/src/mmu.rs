@@ -114,6 +114,11 @@ pub unsafe trait Mmu: Send + Sync + fmt::Debug {
     /// Drops the pages at these addresses, poison too. They are missing afterwards.
     fn zap(&self, at: VirtAddr, count: usize);
 
+    /// Whether this is a fork's child, which has a copy of all that its parent knew, and no say in the parent's pages.
+    fn is_inherited(&self) -> bool {
+        false
+    }
+
     /// Breaks the sharing of a page with a fork's child, so that it can be moved again. Called under the cursor, for a
     /// page that is mapped and not protected. Never called by the thread that serves faults. False if the page could not
     /// be made private.

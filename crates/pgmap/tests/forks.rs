@@ -329,3 +329,43 @@ fn a_child_may_end_the_memory() {
     assert_eq!(scratch.page(0)[0], 8);
     assert!(anonymous.as_slice().iter().all(|byte| *byte == 7));
 }
+
+/// A child's pins are its parent's: ending them there waits for nobody, though other threads of the parent were pinning when it was forked.
+#[test]
+fn a_child_may_end_pins() {
+    let _alone = alone();
+    let Some(memory) = memory(8 * MIB) else {
+        return;
+    };
+    let scratch = Scratch::new("forks-pins", 64);
+    let file = memory.open(&scratch.0).unwrap();
+    let (space, whole) = (memory.space(), 0..64 * PAGE as u64);
+    let map = space.map_file(&file, whole, Prot::ReadWrite).unwrap();
+    let first = map.range().start..map.range().start + PAGE;
+    let pins = space.pin_user_pages(first, &Pin::WRITE).unwrap();
+    let others = map.range().start + PAGE..map.range().start + 2 * PAGE;
+    let end = Instant::now() + LENGTH;
+    let pin = |_| space.pin_user_pages(others.clone(), &Pin::READ);
+    let pin_many = || {
+        while Instant::now() < end {
+            drop((0..100).map(pin).collect::<Vec<_>>());
+        }
+    };
+    thread::scope(|scope| {
+        // More than the register has parts.
+        for _ in 0..20 {
+            scope.spawn(pin_many);
+        }
+        while Instant::now() < end {
+            let ended = in_a_child(|| {
+                // SAFETY: the child ends if it hangs.
+                unsafe { libc::alarm(10) };
+                // SAFETY: the child drops what it has once, here, and ends.
+                drop(unsafe { ptr::read(&raw const pins) });
+                true
+            });
+            assert!(ended, "the child did not end well");
+        }
+    });
+    drop(pins);
+}
