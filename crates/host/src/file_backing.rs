@@ -19,7 +19,7 @@ use rustix::mm::{Advice, madvise};
 use rustix::process::{Pid, getpid};
 
 use crate::buffers::Buffer;
-use crate::file_memory::FileMemory;
+use crate::file_memory::{FileMemory, may_fill};
 
 /// What direct transfers begin and end at, in bytes: every device's block.
 const BLOCK: usize = PAGE_SIZE;
@@ -92,7 +92,7 @@ impl FileBacking {
         let buffer = ours.and_then(|(memory, _)| memory.buffers().take());
         match (ours, buffer, way) {
             (Some((memory, place)), Some(buffer), Way::Read)
-                if memory.may_fill(place, span.len_bytes.next_multiple_of(PAGE_SIZE)) =>
+                if may_fill(place + span.len_bytes.next_multiple_of(PAGE_SIZE) as u64) =>
             {
                 self.read_through(buffer, span, |bytes, at| {
                     memory.fill(place + at as u64, bytes).map_err(error)

@@ -81,14 +81,7 @@ impl FileMemory {
         (offset < self.pages as usize * PAGE_SIZE).then_some(offset as u64)
     }
 
-    /// Whether so many bytes at a place may be written to the memory file. Behind the limit that a process has set itself for its files it
-    /// would be killed (`SIGXFSZ`).
-    pub(crate) fn may_fill(&self, place: u64, bytes: usize) -> bool {
-        let limit = getrlimit(Resource::Fsize).current;
-        limit.is_none_or(|limit| place.saturating_add(bytes as u64) <= limit)
-    }
-
-    /// Writes bytes to their place in the memory file; a page that has no memory yet gets some.
+    /// Writes bytes to their place in the memory file, as [`may_fill`] says; a page that has no memory yet gets some.
     ///
     /// # Errors
     ///
@@ -171,6 +164,13 @@ impl FileMemory {
         // stay taken.
         let _ = unsafe { munmap(at.get() as *mut _, pages as usize * PAGE_SIZE) };
     }
+}
+
+/// Whether a memory file may be written up to this place. Behind the limit that a process has set itself for its files it would be
+/// killed (`SIGXFSZ`).
+pub(crate) fn may_fill(end: u64) -> bool {
+    let limit = getrlimit(Resource::Fsize).current;
+    limit.is_none_or(|limit| end <= limit)
 }
 
 /// A mapping of a part of a memory file, which children do not have.
