@@ -96,12 +96,33 @@ fn what_is_removed_is_not_read_ahead() {
     explore(readers_against_removal);
 }
 
+/// A group that nobody has used is read ahead while one of its pages is punched.
+fn reader_against_punch() {
+    let (machine, vma) = full_machine(FRAMES, 2 * PAGE);
+    let reader = reader(&machine, [0]);
+    let hole = PAGE as u64..2 * PAGE as u64;
+    let punched = machine.cache.punch(hole, |_| ControlFlow::Break(()));
+    assert_eq!(punched, Ok(()));
+    reader.join().unwrap();
+    let mut cpu = machine.cpu();
+    let found = cpu.load(word(&vma, 1, 0));
+    assert_eq!(found, Ok(0), "removed bytes stay away");
+    drop(cpu);
+    machine.assert_empty();
+}
+
+/// FLT-2: what is punched is not read ahead, though nobody has used its block.
+#[test]
+fn what_is_punched_is_not_read_ahead() {
+    explore(reader_against_punch);
+}
+
 /// FLT-2: `remove-stale-source`.
 #[test]
 #[should_panic = "removed"]
 fn a_reader_that_ignores_a_truncation_is_found() {
     seed(SeededBug::ReadIgnoresTheBarrier);
-    explore(readers_against_removal);
+    explore(reader_against_punch);
 }
 
 /// Pages of a group are stored to, written back and reclaimed while the group is read ahead (FLT-4).

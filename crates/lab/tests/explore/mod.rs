@@ -13,7 +13,7 @@ const ORDERS: usize = 2000;
 /// Where a thread is stopped for long, at most, in one order: bugs that need more such places are not looked for.
 const STOPS: usize = 3;
 /// What the first draw begins with.
-const SEED: usize = 3;
+const SEED: usize = 1;
 
 std::thread_local! {
     // The models run all their threads on one of the machine's, which is this test's.
