@@ -283,7 +283,7 @@ impl PageCache {
                 self.mmu.wake(at, 1);
             }
         }
-        run.end
+        page.0 + u32::try_from(progress.done).map_or(1, |done| done.max(1))
     }
 
     /// Answers an access with SIGBUS: there is no such page, or its bytes are lost (FLT-1).
