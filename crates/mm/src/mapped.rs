@@ -39,11 +39,11 @@ type List = BTreeMap<VirtAddr, (FileVma, MappedFile)>;
 
 #[derive(Debug, Default)]
 #[repr(align(128))]
-struct Copy(Mutex<List>);
+struct ListCopy(Mutex<List>);
 
 /// The mappings of files in one address space, by first address.
 #[derive(Debug, Default)]
-pub(crate) struct MappedFiles([Copy; COPIES]);
+pub(crate) struct MappedFiles([ListCopy; COPIES]);
 
 impl MappedFiles {
     /// Enters a mapping, before anybody touches it.

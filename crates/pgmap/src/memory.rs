@@ -278,7 +278,7 @@ impl Memory {
         self.space.inner().stats()
     }
 
-    /// The clock of [`Holder::since_ns`], in nanoseconds: the difference is how long a pin has lasted.
+    /// The clock of [`Holder::since_ns`], in nanoseconds, to a few milliseconds: the difference is how long a pin has lasted.
     #[must_use]
     pub fn now_ns(&self) -> u64 {
         self.map_of_frames().now_ns()
