@@ -15,17 +15,18 @@ use std::sync::Arc;
 use explore::explore;
 use pgmap_core::addr::VirtAddr;
 use pgmap_lab::machine::{Machine, Signal};
+use pgmap_lab::model::Fault;
 use pgmap_lab::private_file::ModelPrivateFile;
 use pgmap_mm::fork::ChildPage;
 use pgmap_mm::seeded_bug::{SeededBug, seed};
 use shuttle::thread;
 use small::{SOUND, machine, reclaimer};
 
-/// A file of three pages, four of which are mapped, on a machine with two frames.
-fn mapped() -> (Arc<Machine>, impl Fn(u32, usize) -> VirtAddr + Clone) {
+/// A file of so many pages, one more of which is mapped, on a machine with two frames.
+fn mapped(pages: u32) -> (Arc<Machine>, impl Fn(u32, usize) -> VirtAddr + Clone) {
     let machine = machine(1, SOUND);
-    let file = Arc::new(ModelPrivateFile { pages: 3 });
-    let start = machine.space.map_private_file(4, file).unwrap();
+    let file = Arc::new(ModelPrivateFile { pages });
+    let start = machine.space.map_private_file(pages + 1, file).unwrap();
     let word = move |page: u32, nth: usize| {
         let offset = page as usize * pgmap_core::addr::PAGE_SIZE + nth * 8;
         start.checked_add(offset).unwrap()
@@ -36,7 +37,7 @@ fn mapped() -> (Arc<Machine>, impl Fn(u32, usize) -> VirtAddr + Clone) {
 /// Pages have the file's bytes until they are changed, and what was stored last from then on, however they come and go; a
 /// discard brings the file's back (FLT-2, FLT-4).
 fn faults_against_reclaim() {
-    let (machine, word) = mapped();
+    let (machine, word) = mapped(3);
     let reclaimer = reclaimer(&machine);
     let programs = [0u32, 1].map(|page| {
         let (machine, word) = (Arc::clone(&machine), word.clone());
@@ -80,7 +81,7 @@ fn a_changed_page_that_counts_as_the_files_is_found() {
 
 /// Whoever gets the addresses finds zeros; and who replaces the mapping, too (FLT-2).
 fn faults_against_forgetting() {
-    let (machine, word) = mapped();
+    let (machine, word) = mapped(3);
     let reclaimer = reclaimer(&machine);
     let late = {
         let (machine, word) = (Arc::clone(&machine), word.clone());
@@ -113,7 +114,7 @@ fn faults_and_forgetting_leave_nothing_of_the_file() {
 
 /// A fork's child is given every page of the file that its parent has not touched, or not changed and dropped.
 fn forks_against_reclaim() {
-    let (machine, word) = mapped();
+    let (machine, word) = mapped(3);
     let mut cpu = machine.cpu();
     assert_eq!(cpu.store(word(0, 0), 1), Ok(()));
     assert_eq!(cpu.load(word(1, 0)), Ok(ModelPrivateFile::word(1)));
@@ -144,4 +145,32 @@ fn forks_against_reclaim() {
 #[test]
 fn forks_have_every_page_of_the_file() {
     explore(forks_against_reclaim);
+}
+
+/// FLT-3: from its announcement until it is done, a fork finds the file's page where the child inherits it, also if it was on its way
+/// out.
+fn announced_forks_against_reclaim() {
+    let (machine, word) = mapped(1);
+    let files = ModelPrivateFile::word(0);
+    let mut cpu = machine.cpu();
+    for _ in 0..2 {
+        assert_eq!(cpu.load(word(0, 0)), Ok(files), "the file's bytes");
+        let reclaimer = reclaimer(&machine);
+        assert!(machine.space.before_fork(&mut cpu.worker));
+        for _ in 0..2 {
+            thread::yield_now();
+            let inherited = machine.mmu.load(word(0, 0));
+            assert_eq!(inherited, Ok(files), "a child inherits every page");
+        }
+        assert_eq!(machine.mmu.load(word(1, 0)), Err(Fault::Poisoned));
+        machine.space.after_fork();
+        reclaimer.join().unwrap();
+    }
+    drop(cpu);
+    machine.assert_empty();
+}
+
+#[test]
+fn announced_forks_have_every_page_of_the_file() {
+    explore(announced_forks_against_reclaim);
 }

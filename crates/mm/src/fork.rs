@@ -37,9 +37,6 @@ impl AddressSpace {
         Stats::add(&self.stats.forks, 1);
         *self.forking.lock() += 1;
         self.ram.suspend_limit();
-        if !self.bring_in_files(worker) {
-            return false;
-        }
         let mut next = BlockIndex(0);
         while let Some(block) = self.table.next_used(next) {
             next = BlockIndex(block.0 + 1);
@@ -50,7 +47,8 @@ impl AddressSpace {
                 return false;
             }
         }
-        true
+        // Last, when nothing is on its way out any more: a page that only the file has now may have been until just now.
+        self.bring_in_files(worker)
     }
 
     /// The fork is done, or has failed: pages may leave again.
