@@ -174,3 +174,26 @@ fn announced_forks_against_reclaim() {
 fn announced_forks_have_every_page_of_the_file() {
     explore(announced_forks_against_reclaim);
 }
+
+/// What somebody else unmaps while a fork is announced is nothing that the child would miss.
+fn announced_forks_against_unmap() {
+    let (machine, word) = mapped(1);
+    let mut cpu = machine.cpu();
+    assert_eq!(cpu.store(machine.word(0, 0), 1), Ok(()));
+    let other = {
+        let (machine, word) = (Arc::clone(&machine), word.clone());
+        thread::spawn(move || assert_eq!(machine.space.unmap(word(0, 0), 2), Ok(())))
+    };
+    let complete = machine.space.before_fork(&mut cpu.worker);
+    assert!(complete, "the child has every page that is left");
+    assert_eq!(machine.mmu.load(machine.word(0, 0)), Ok(1));
+    other.join().unwrap();
+    machine.space.after_fork();
+    drop(cpu);
+    machine.assert_empty();
+}
+
+#[test]
+fn announced_forks_do_not_miss_what_is_unmapped() {
+    explore(announced_forks_against_unmap);
+}

@@ -63,10 +63,16 @@ impl AddressSpace {
     /// Whether a page is where a child inherits it, or needs nothing.
     fn bring_in(&self, worker: &mut Worker, page: PageIndex) -> bool {
         let at = self.table.address(page);
-        let is_away = |pte| matches!(pte, Pte::Staged { .. } | Pte::Device { .. });
-        while is_away(self.table.lock(page.block()).get(page)) {
-            if self.fault(worker, at, Access::Read) != Outcome::Resolved {
-                return false;
+        let is_away = || {
+            let pte = self.table.lock(page.block()).get(page);
+            matches!(pte, Pte::Staged { .. } | Pte::Device { .. })
+        };
+        while is_away() {
+            match self.fault(worker, at, Access::Read) {
+                Outcome::Resolved => {}
+                // Somebody has unmapped it since.
+                Outcome::BadAddress => return !is_away(),
+                Outcome::NoMemory => return false,
             }
         }
         true

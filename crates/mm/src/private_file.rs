@@ -252,8 +252,9 @@ impl AddressSpace {
             next = page + 1;
             let page = PageIndex(page);
             let is_untouched = || self.table.lock(page.block()).get(page) == Pte::None;
+            // What somebody has unmapped since is not missed.
             if is_untouched()
-                && self.fault(worker, self.table.address(page), Access::Read) != Outcome::Resolved
+                && self.fault(worker, self.table.address(page), Access::Read) == Outcome::NoMemory
             {
                 return false;
             }
