@@ -47,7 +47,8 @@ impl PrivateFile {
             return Err(Errno::NODEV);
         }
         mapped::check()?;
-        let (any, flags) = (ptr::null_mut(), MapFlags::SHARED);
+        // A shared mapping of a file that is open for writing counts as one that may be written: the program could not seal it.
+        let (any, flags) = (ptr::null_mut(), MapFlags::PRIVATE);
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
         let start = unsafe { mmap(any, len, ProtFlags::READ, flags, file, offset) }?;
         let start = NonNull::new(start.cast::<u8>()).ok_or(Errno::NOMEM)?;
@@ -95,6 +96,8 @@ mod tests {
     use std::os::fd::AsFd;
     use std::os::unix::fs::FileExt;
 
+    use rustix::fs::{MemfdFlags, SealFlags};
+
     /// Pages are those of the file as it is now; where it has none, that is said.
     #[test]
     fn a_file_is_read_as_far_as_it_goes() {
@@ -114,6 +117,19 @@ mod tests {
         assert_eq!(mapped.read(7, &mut pages), 0);
         file.set_len(0).unwrap();
         assert_eq!(mapped.read(0, &mut pages), 0);
+    }
+
+    /// A program may forbid writing to a file that we have mapped.
+    #[test]
+    fn a_mapped_file_can_be_sealed() {
+        let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+        let file = rustix::fs::memfd_create("private", flags).unwrap();
+        rustix::io::write(&file, &[3; PAGE_SIZE]).unwrap();
+        let mapped = PrivateFile::map(file.as_fd(), 0, PAGE_SIZE).unwrap();
+        rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
+        let mut pages = [Page::ZERO];
+        assert_eq!(mapped.read(0, &mut pages), 1);
+        assert_eq!(pages[0].0[0], 3);
     }
 
     /// What is not a file of usual pages is left to the kernel.
