@@ -6,6 +6,7 @@
 
 use core::ptr::{self, NonNull};
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
 
 use pgmap_core::addr::{PAGE_SIZE, Page};
 use pgmap_mm::private_file::FilePages;
@@ -13,6 +14,8 @@ use rustix::fs::{FileType, fstat, fstatfs};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
 
+use crate::area::ForkMark;
+use crate::mmu::HostMmu;
 use crate::shared::mapped;
 
 /// `HUGETLBFS_MAGIC` of `linux/magic.h`: its pages are larger, and in RAM for ever.
@@ -22,11 +25,13 @@ const HUGETLBFS: i64 = 0x9584_58f6;
 ///
 /// # Invariants
 ///
-/// `start..start + len` is a mapping of the file that can only be read, and nobody else's.
+/// `start..start + len` is a mapping of the file that can only be read, and nobody else's; except in children of the process that
+/// `made_here` marks.
 #[derive(Debug)]
 pub struct PrivateFile {
     start: NonNull<u8>,
     len: usize,
+    made_here: Arc<ForkMark>,
 }
 
 // SAFETY: the mapping is as good on every thread.
@@ -40,7 +45,22 @@ impl PrivateFile {
     /// # Errors
     ///
     /// What the machine answers; [`Errno::NODEV`] for what is not a file of usual pages.
-    pub fn map(file: BorrowedFd<'_>, offset: u64, len: usize) -> Result<Self, Errno> {
+    pub fn map(
+        mmu: &HostMmu,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+    ) -> Result<Self, Errno> {
+        // Programs map thousands of files: a mark for each would be too dear.
+        Self::map_marked(Arc::clone(&mmu.made_here), file, offset, len)
+    }
+
+    fn map_marked(
+        made_here: Arc<ForkMark>,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        len: usize,
+    ) -> Result<Self, Errno> {
         if FileType::from_raw_mode(fstat(file)?.st_mode) != FileType::RegularFile
             || fstatfs(file)?.f_type == HUGETLBFS
         {
@@ -52,16 +72,24 @@ impl PrivateFile {
         // SAFETY: a fresh mapping at an address of the kernel's choice touches no other memory.
         let start = unsafe { mmap(any, len, ProtFlags::READ, flags, file, offset) }?;
         let start = NonNull::new(start.cast::<u8>()).ok_or(Errno::NOMEM)?;
-        // A child has the pages themselves. If it were to have this too, that would be a waste only.
+        // A child has the pages themselves. If it were to keep this too, that would be a waste only.
         // SAFETY: the advice changes no contents.
         let _ = unsafe { madvise(start.as_ptr().cast(), len, Advice::LinuxDontFork) };
         // INVARIANT: it was just made.
-        Ok(Self { start, len })
+        Ok(Self {
+            start,
+            len,
+            made_here,
+        })
     }
 }
 
 impl FilePages for PrivateFile {
     fn read(&self, first: u32, pages: &mut [Page]) -> usize {
+        if self.made_here.is_forked() {
+            // Whatever is there is not the file.
+            return 0;
+        }
         let offset = first as usize * PAGE_SIZE;
         let there = self.len.saturating_sub(offset).div_ceil(PAGE_SIZE);
         let count = pages.len().min(there);
@@ -85,6 +113,10 @@ impl FilePages for PrivateFile {
 
 impl Drop for PrivateFile {
     fn drop(&mut self) {
+        if self.made_here.is_forked() {
+            // The addresses are somebody else's by now.
+            return;
+        }
         // SAFETY: by the type invariant the mapping is ours, and nobody reads it any more.
         let _ = unsafe { munmap(self.start.as_ptr().cast(), self.len) };
     }
@@ -97,6 +129,12 @@ mod tests {
     use std::os::unix::fs::FileExt;
 
     use rustix::fs::{MemfdFlags, SealFlags};
+    use rustix::mm::mmap_anonymous;
+
+    fn map(file: impl AsFd, offset: u64, pages: usize) -> Result<PrivateFile, Errno> {
+        let made_here = Arc::new(ForkMark::new().unwrap());
+        PrivateFile::map_marked(made_here, file.as_fd(), offset, pages * PAGE_SIZE)
+    }
 
     /// Pages are those of the file as it is now; where it has none, that is said.
     #[test]
@@ -105,7 +143,7 @@ mod tests {
         let bytes: Vec<u8> = (1..=5).flat_map(|nth| [nth; PAGE_SIZE]).collect();
         file.write_all_at(&bytes[..4 * PAGE_SIZE + 7], 0).unwrap();
         let offset = PAGE_SIZE as u64;
-        let mapped = PrivateFile::map(file.as_fd(), offset, 7 * PAGE_SIZE).unwrap();
+        let mapped = map(&file, offset, 7).unwrap();
         let mut pages = vec![Page::ZERO; 8];
         assert_eq!(mapped.read(0, &mut pages), 4);
         let firsts: Vec<_> = pages.iter().map(|page| page.0[0]).collect();
@@ -125,18 +163,56 @@ mod tests {
         let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
         let file = rustix::fs::memfd_create("private", flags).unwrap();
         rustix::io::write(&file, &[3; PAGE_SIZE]).unwrap();
-        let mapped = PrivateFile::map(file.as_fd(), 0, PAGE_SIZE).unwrap();
+        let mapped = map(&file, 0, 1).unwrap();
         rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
         let mut pages = [Page::ZERO];
         assert_eq!(mapped.read(0, &mut pages), 1);
         assert_eq!(pages[0].0[0], 3);
     }
 
+    /// A fork's child does not have the mapping: it can map something else at its addresses, which it neither reads as the file's
+    /// nor loses when it drops what it has inherited.
+    #[test]
+    fn a_child_that_drops_a_file_unmaps_nothing() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(PAGE_SIZE as u64).unwrap();
+        let mapped = map(&file, 0, 1).unwrap();
+        let start = mapped.start.as_ptr().cast::<core::ffi::c_void>();
+        // SAFETY: the child makes system calls and touches its own memory, and then exits.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
+            let read_write = ProtFlags::READ | ProtFlags::WRITE;
+            // SAFETY: nothing is there that could be replaced.
+            let own = unsafe { mmap_anonymous(start, PAGE_SIZE, read_write, flags) };
+            let mut pages = [Page::ZERO];
+            let read = mapped.read(0, &mut pages);
+            drop(mapped);
+            let good = own.is_ok_and(|own| {
+                // SAFETY: the child has just mapped it. If it is gone, the child dies.
+                unsafe { own.cast::<u64>().write_volatile(9) };
+                read == 0
+            });
+            // SAFETY: it runs nothing of this process any more.
+            unsafe { libc::_exit(i32::from(!good)) };
+        }
+        assert_eq!(status_of(child), 0);
+    }
+
+    /// How a child has ended.
+    fn status_of(child: libc::pid_t) -> i32 {
+        let mut status = -1;
+        // SAFETY: the status lives during the call.
+        let waited = unsafe { libc::waitpid(child, &raw mut status, 0) };
+        assert_eq!(waited, child);
+        status
+    }
+
     /// What is not a file of usual pages is left to the kernel.
     #[test]
     fn only_files_are_mapped() {
         let zeros = std::fs::File::open("/dev/zero").unwrap();
-        let refused = PrivateFile::map(zeros.as_fd(), 0, PAGE_SIZE);
+        let refused = map(&zeros, 0, 1);
         assert_eq!(refused.unwrap_err(), Errno::NODEV);
     }
 }
