@@ -199,6 +199,35 @@ mod tests {
         assert_eq!(status_of(child), 0);
     }
 
+    /// A program's first thread may end before the others: its files have not ended then.
+    #[test]
+    fn a_file_is_read_after_the_first_thread_has_ended() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(PAGE_SIZE as u64).unwrap();
+        // SAFETY: the child runs what is here, and then exits.
+        let child = unsafe { libc::fork() };
+        if child == 0 {
+            std::thread::spawn(move || {
+                let mapped = map(&file, 0, 1);
+                let is_first_gone =
+                    || Ok(std::fs::read_to_string("/proc/self/stat")?.contains(") Z "));
+                let gone: std::io::Result<bool> = loop {
+                    match is_first_gone() {
+                        Ok(false) => std::thread::yield_now(),
+                        answer => break answer,
+                    }
+                };
+                let read = mapped.map(|mapped| mapped.read(0, &mut [Page::ZERO]));
+                let good = gone.is_ok() && read == Ok(1);
+                // SAFETY: it runs nothing of this process any more.
+                unsafe { libc::_exit(i32::from(!good)) };
+            });
+            // SAFETY: it ends this thread alone, which has nothing that the other one uses.
+            unsafe { libc::syscall(libc::SYS_exit, 0) };
+        }
+        assert_eq!(status_of(child), 0);
+    }
+
     /// How a child has ended.
     fn status_of(child: libc::pid_t) -> i32 {
         let mut status = -1;
