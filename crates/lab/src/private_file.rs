@@ -2,15 +2,28 @@
 
 use pgmap_core::addr::{PAGE_SIZE, Page};
 use pgmap_mm::private_file::FilePages;
+use pgmap_sync::atomic::{AtomicU32, Ordering, spin_loop};
 
-/// A file of so many pages.
-#[derive(Clone, Copy, Debug)]
+/// A file of so many pages; behind them there is nothing.
+#[derive(Debug)]
 pub struct ModelPrivateFile {
-    /// Behind them there is nothing.
-    pub pages: u32,
+    pages: AtomicU32,
 }
 
 impl ModelPrivateFile {
+    /// A file of `pages` pages.
+    #[must_use]
+    pub fn new(pages: u32) -> Self {
+        let pages = AtomicU32::new(pages);
+        Self { pages }
+    }
+
+    /// From now on the file has `pages` pages.
+    pub fn cut(&self, pages: u32) {
+        // Relaxed: a number that nothing else depends on.
+        self.pages.store(pages, Ordering::Relaxed);
+    }
+
     /// Every word of a page.
     #[must_use]
     pub const fn word(page: u32) -> u64 {
@@ -20,11 +33,13 @@ impl ModelPrivateFile {
 
 impl FilePages for ModelPrivateFile {
     fn read(&self, first: u32, pages: &mut [Page]) -> usize {
-        let there = self.pages.saturating_sub(first) as usize;
-        let numbers = first..self.pages;
+        // Relaxed: see `cut`.
+        let end = self.pages.load(Ordering::Relaxed);
+        let there = end.saturating_sub(first) as usize;
+        let numbers = first..end;
         for (page, number) in pages.iter_mut().zip(numbers) {
             // A place at which another thread may go on: the disk takes its time.
-            pgmap_sync::atomic::spin_loop();
+            spin_loop();
             let word = Self::word(number).to_le_bytes();
             for at in (0..PAGE_SIZE).step_by(word.len()) {
                 page.0[at..at + word.len()].copy_from_slice(&word);

@@ -24,8 +24,14 @@ use small::{SOUND, machine, reclaimer};
 
 /// A file of so many pages, one more of which is mapped, on a machine with two frames.
 fn mapped(pages: u32) -> (Arc<Machine>, impl Fn(u32, usize) -> VirtAddr + Clone) {
+    mapped_file(Arc::new(ModelPrivateFile::new(pages)), pages)
+}
+
+fn mapped_file(
+    file: Arc<ModelPrivateFile>,
+    pages: u32,
+) -> (Arc<Machine>, impl Fn(u32, usize) -> VirtAddr + Clone) {
     let machine = machine(1, SOUND);
-    let file = Arc::new(ModelPrivateFile { pages });
     let start = machine.space.map_private_file(pages + 1, file).unwrap();
     let word = move |page: u32, nth: usize| {
         let offset = page as usize * pgmap_core::addr::PAGE_SIZE + nth * 8;
@@ -110,6 +116,40 @@ fn faults_against_forgetting() {
 #[test]
 fn faults_and_forgetting_leave_nothing_of_the_file() {
     explore(faults_against_forgetting);
+}
+
+/// FLT-1: a page that the program has dropped without our knowledge, and that the file has no more, is SIGBUS, whether it was
+/// changed or not, and its frame is free again.
+fn unseen_drops_of_a_file_that_is_cut() {
+    let file = Arc::new(ModelPrivateFile::new(2));
+    let (machine, word) = mapped_file(Arc::clone(&file), 2);
+    let mut cpu = machine.cpu();
+    assert_eq!(cpu.load(word(0, 0)), Ok(ModelPrivateFile::word(0)));
+    assert_eq!(cpu.store(word(1, 0), 1), Ok(()));
+    file.cut(0);
+    let reclaimer = reclaimer(&machine);
+    for page in [0, 1] {
+        if machine.mmu.drop_unseen(word(page, 0)) {
+            assert_eq!(cpu.load(word(page, 0)), Err(Signal::Bus), "no bytes");
+        }
+    }
+    reclaimer.join().unwrap();
+    for page in [0, 1] {
+        if machine.mmu.load(word(page, 0)) == Err(Fault::Poisoned) {
+            file.cut(2);
+            assert_eq!(cpu.load(word(page, 0)), Err(Signal::Bus), "no bytes");
+            assert_eq!(machine.space.discard(word(page, 0), 1), Ok(()));
+            let again = cpu.load(word(page, 0));
+            assert_eq!(again, Ok(ModelPrivateFile::word(page)), "the file's bytes");
+        }
+    }
+    drop(cpu);
+    machine.assert_empty();
+}
+
+#[test]
+fn an_unseen_drop_of_what_the_file_has_no_more_is_a_signal() {
+    explore(unseen_drops_of_a_file_that_is_cut);
 }
 
 /// A fork's child is given every page of the file that its parent has not touched, or not changed and dropped.

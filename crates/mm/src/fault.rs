@@ -145,7 +145,12 @@ impl AddressSpace {
         // Somebody was faster, or the program dropped the page with a system call that we do not see:
         // then it is as it was before its first touch, and the device's copy is out of date.
         let renewed = match self.file_behind(page) {
-            Some(file) => self.install_from(worker, page, &file),
+            Some(file) => {
+                let Some(renewed) = self.install_from(worker, page, &file) else {
+                    return self.beyond_the_end(cursor, page);
+                };
+                renewed
+            }
             None => self.mmu.install_zero(at, 1),
         };
         if renewed.done == 1 {

@@ -193,30 +193,30 @@ impl AddressSpace {
         self.settle(progress.stop, self.table.address(page))
     }
 
-    /// Maps the file's bytes once more where the machine has no page, as something that may be written.
+    /// Maps the file's bytes once more where the machine has no page, as something that may be written. `None` if the file has none.
     pub(crate) fn install_from(
         &self,
         worker: &mut Worker,
         page: PageIndex,
         file: &PrivateFile,
-    ) -> Progress {
+    ) -> Option<Progress> {
         let target = slice::from_mut(&mut worker.pages[0]);
         if file.read(page.0, target) == 0 {
-            return Progress {
-                done: 0,
-                stop: Some(Stop::Hole),
-            };
+            return None;
         }
         let at = self.table.address(page);
-        self.mmu.install_if_missing(at, &target[0])
+        Some(self.mmu.install_if_missing(at, &target[0]))
     }
 
-    /// There is nothing of the file: SIGBUS, as for every mapping of it.
-    fn beyond_the_end(&self, mut cursor: Cursor<'_>, page: PageIndex) -> Outcome {
+    /// There is nothing of the file: SIGBUS, as for every mapping of it. If the machine has a page it is a fault that is out of date.
+    pub(crate) fn beyond_the_end(&self, mut cursor: Cursor<'_>, page: PageIndex) -> Outcome {
         let at = self.table.address(page);
-        let progress = self.mmu.poison(at, 1);
-        if progress.done == 1 {
+        let progress = self.mmu.poison_if_missing(at);
+        // A frame that is pinned stays the page's until that is discarded.
+        if progress.done == 1 && self.claim_mapped(cursor.get(page)) {
+            let frame = self.forget(&mut cursor, page);
             cursor.set(page, Pte::Poisoned);
+            self.ram.free(frame.as_slice());
         }
         self.settle(progress.stop, at)
     }
