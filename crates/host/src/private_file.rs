@@ -9,7 +9,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 use pgmap_core::addr::{PAGE_SIZE, Page};
-use pgmap_mm::private_file::FilePages;
+use pgmap_mm::private_file::{FilePages, NotNow};
 use rustix::fs::{FileType, fstat, fstatfs};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, munmap};
@@ -85,10 +85,10 @@ impl PrivateFile {
 }
 
 impl FilePages for PrivateFile {
-    fn read(&self, first: u32, pages: &mut [Page]) -> usize {
+    fn read(&self, first: u32, pages: &mut [Page]) -> Result<usize, NotNow> {
         if self.made_here.is_forked() {
             // Whatever is there is not the file.
-            return 0;
+            return Err(NotNow);
         }
         let offset = first as usize * PAGE_SIZE;
         let there = self.len.saturating_sub(offset).div_ceil(PAGE_SIZE);
@@ -103,11 +103,14 @@ impl FilePages for PrivateFile {
             };
             // SAFETY: by the type invariant these addresses are the mapping's, of which nobody has a reference.
             match unsafe { mapped::load_pages(from, wanted) } {
-                Ok(0) | Err(_) => break,
+                Ok(0) | Err(Errno::FAULT) => break,
                 Ok(more) => read += more,
+                // The machine is short of memory, or does not let this thread copy.
+                Err(_) if read == 0 => return Err(NotNow),
+                Err(_) => break,
             }
         }
-        read
+        Ok(read)
     }
 }
 
@@ -145,16 +148,16 @@ mod tests {
         let offset = PAGE_SIZE as u64;
         let mapped = map(&file, offset, 7).unwrap();
         let mut pages = vec![Page::ZERO; 8];
-        assert_eq!(mapped.read(0, &mut pages), 4);
+        assert_eq!(mapped.read(0, &mut pages), Ok(4));
         let firsts: Vec<_> = pages.iter().map(|page| page.0[0]).collect();
         assert_eq!(firsts, [2, 3, 4, 5, 0, 0, 0, 0]);
         assert_eq!(pages[3].0[6..8], [5, 0]);
-        assert_eq!(mapped.read(4, &mut pages[..1]), 0);
+        assert_eq!(mapped.read(4, &mut pages[..1]), Ok(0));
         file.write_all_at(&[9], 8 * offset).unwrap();
-        assert_eq!(mapped.read(6, &mut pages), 1);
-        assert_eq!(mapped.read(7, &mut pages), 0);
+        assert_eq!(mapped.read(6, &mut pages), Ok(1));
+        assert_eq!(mapped.read(7, &mut pages), Ok(0));
         file.set_len(0).unwrap();
-        assert_eq!(mapped.read(0, &mut pages), 0);
+        assert_eq!(mapped.read(0, &mut pages), Ok(0));
     }
 
     /// A program may forbid writing to a file that we have mapped.
@@ -166,7 +169,7 @@ mod tests {
         let mapped = map(&file, 0, 1).unwrap();
         rustix::fs::fcntl_add_seals(&file, SealFlags::WRITE).unwrap();
         let mut pages = [Page::ZERO];
-        assert_eq!(mapped.read(0, &mut pages), 1);
+        assert_eq!(mapped.read(0, &mut pages), Ok(1));
         assert_eq!(pages[0].0[0], 3);
     }
 
@@ -191,7 +194,7 @@ mod tests {
             let good = own.is_ok_and(|own| {
                 // SAFETY: the child has just mapped it. If it is gone, the child dies.
                 unsafe { own.cast::<u64>().write_volatile(9) };
-                read == 0
+                read == Err(NotNow)
             });
             // SAFETY: it runs nothing of this process any more.
             unsafe { libc::_exit(i32::from(!good)) };
@@ -218,7 +221,7 @@ mod tests {
                     }
                 };
                 let read = mapped.map(|mapped| mapped.read(0, &mut [Page::ZERO]));
-                let good = gone.is_ok() && read == Ok(1);
+                let good = gone.is_ok() && read == Ok(Ok(1));
                 // SAFETY: it runs nothing of this process any more.
                 unsafe { libc::_exit(i32::from(!good)) };
             });
@@ -226,6 +229,64 @@ mod tests {
             unsafe { libc::syscall(libc::SYS_exit, 0) };
         }
         assert_eq!(status_of(child), 0);
+    }
+
+    /// What a thread may not ask is not the end of the file: another thread may.
+    #[test]
+    fn a_refused_read_is_not_the_end_of_the_file() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(PAGE_SIZE as u64).unwrap();
+        let mapped = map(&file, 0, 1).unwrap();
+        let read = || mapped.read(0, &mut [Page::ZERO]);
+        std::thread::scope(|scope| {
+            let confined = scope.spawn(|| {
+                forbid(libc::SYS_process_vm_writev);
+                read()
+            });
+            assert_eq!(confined.join().unwrap(), Err(NotNow));
+        });
+        assert_eq!(read(), Ok(1));
+    }
+
+    /// From now on a system call of this thread fails with EPERM.
+    fn forbid(call: libc::c_long) {
+        let step = |code: u32, jt, jf, k| libc::sock_filter {
+            code: u16::try_from(code).unwrap(),
+            jt,
+            jf,
+            k,
+        };
+        let mut steps = [
+            // The call's number is what its description begins with.
+            step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+            step(
+                libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K,
+                0,
+                1,
+                u32::try_from(call).unwrap(),
+            ),
+            step(
+                libc::BPF_RET | libc::BPF_K,
+                0,
+                0,
+                libc::SECCOMP_RET_ERRNO | libc::EPERM.cast_unsigned(),
+            ),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+        ];
+        let filter = libc::sock_fprog {
+            len: u16::try_from(steps.len()).unwrap(),
+            filter: steps.as_mut_ptr(),
+        };
+        rustix::thread::set_no_new_privs(true).unwrap();
+        // SAFETY: the filter and its steps live during the call, and it allows all that this thread still does.
+        let done = unsafe {
+            libc::prctl(
+                libc::PR_SET_SECCOMP,
+                libc::SECCOMP_MODE_FILTER,
+                &raw const filter,
+            )
+        };
+        assert_eq!(done, 0);
     }
 
     /// How a child has ended.

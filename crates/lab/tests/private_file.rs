@@ -152,6 +152,37 @@ fn an_unseen_drop_of_what_the_file_has_no_more_is_a_signal() {
     explore(unseen_drops_of_a_file_that_is_cut);
 }
 
+/// What cannot be read when it is touched is read later, whether it was there before or not; and a fork knows that its child would
+/// not have it.
+fn reads_that_are_not_possible_now() {
+    let file = Arc::new(ModelPrivateFile::new(2));
+    let (machine, word) = mapped_file(Arc::clone(&file), 2);
+    let reclaimer = reclaimer(&machine);
+    let mut cpu = machine.cpu();
+    for page in [0, 1] {
+        let files = Ok(ModelPrivateFile::word(page));
+        file.refuse(1);
+        assert!(!machine.space.before_fork(&mut cpu.worker));
+        machine.space.after_fork();
+        file.refuse(3);
+        assert_eq!(cpu.load(word(page, 0)), files, "the file's bytes");
+        file.refuse(3);
+        machine.mmu.drop_unseen(word(page, 0));
+        assert_eq!(cpu.load(word(page, 0)), files, "the file's bytes");
+        for page in [0, 1] {
+            assert_eq!(machine.space.discard(word(page, 0), 1), Ok(()));
+        }
+    }
+    reclaimer.join().unwrap();
+    drop(cpu);
+    machine.assert_empty();
+}
+
+#[test]
+fn a_read_that_is_not_possible_now_is_tried_again() {
+    explore(reads_that_are_not_possible_now);
+}
+
 /// A fork's child is given every page of the file that its parent has not touched, or not changed and dropped.
 fn forks_against_reclaim() {
     let (machine, word) = mapped(3);
