@@ -212,14 +212,7 @@ mod tests {
         if child == 0 {
             std::thread::spawn(move || {
                 let mapped = map(&file, 0, 1);
-                let is_first_gone =
-                    || Ok(std::fs::read_to_string("/proc/self/stat")?.contains(") Z "));
-                let gone: std::io::Result<bool> = loop {
-                    match is_first_gone() {
-                        Ok(false) => std::thread::yield_now(),
-                        answer => break answer,
-                    }
-                };
+                let gone = wait_for_the_first_thread();
                 let read = mapped.map(|mapped| mapped.read(0, &mut [Page::ZERO]));
                 let good = gone.is_ok() && read == Ok(Ok(1));
                 // SAFETY: it runs nothing of this process any more.
@@ -229,6 +222,14 @@ mod tests {
             unsafe { libc::syscall(libc::SYS_exit, 0) };
         }
         assert_eq!(status_of(child), 0);
+    }
+
+    /// Waits until the thread that the process is named after has ended.
+    fn wait_for_the_first_thread() -> std::io::Result<()> {
+        while !std::fs::read_to_string("/proc/self/stat")?.contains(") Z ") {
+            std::thread::yield_now();
+        }
+        Ok(())
     }
 
     /// What a thread may not ask is not the end of the file: another thread may.

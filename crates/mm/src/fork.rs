@@ -30,7 +30,8 @@ pub enum ChildPage<'a> {
 impl AddressSpace {
     /// Before a fork of which the machine will not tell: brings every page into RAM, whatever the limit, and keeps
     /// them all there until [`after_fork`](Self::after_fork), so that the child inherits them. False if a page could not be
-    /// had; then the child must not inherit any. To be called by a thread that serves no faults.
+    /// had; then the child must not inherit any. What others discard of a file, or map of one, before the fork is done is zeros in
+    /// the child. To be called by a thread that serves no faults.
     #[must_use]
     pub fn before_fork(&self, worker: &mut Worker) -> bool {
         self.note_fork();
