@@ -152,6 +152,29 @@ fn an_unseen_drop_of_what_the_file_has_no_more_is_a_signal() {
     explore(unseen_drops_of_a_file_that_is_cut);
 }
 
+/// A fault that comes too late finds a page that is mapped, and leaves it there, although the file has it no more.
+fn late_faults_against_a_cut() {
+    let file = Arc::new(ModelPrivateFile::new(1));
+    let (machine, word) = mapped_file(Arc::clone(&file), 1);
+    let files = Ok(ModelPrivateFile::word(0));
+    let late = {
+        let (machine, word) = (Arc::clone(&machine), word.clone());
+        thread::spawn(move || assert_eq!(machine.cpu().load(word(0, 0)), files))
+    };
+    let mut cpu = machine.cpu();
+    assert_eq!(cpu.load(word(0, 0)), files, "the file's bytes");
+    file.cut(0);
+    late.join().unwrap();
+    assert_eq!(cpu.load(word(0, 0)), files, "the file's bytes");
+    drop(cpu);
+    machine.assert_empty();
+}
+
+#[test]
+fn a_late_fault_leaves_the_page_of_a_file_that_is_cut() {
+    explore(late_faults_against_a_cut);
+}
+
 /// What cannot be read when it is touched is read later, whether it was there before or not; and a fork knows that its child would
 /// not have it.
 fn reads_that_are_not_possible_now() {
