@@ -269,6 +269,13 @@ fn announced_forks_have_every_page_of_the_file() {
     explore(announced_forks_against_reclaim);
 }
 
+#[test]
+#[should_panic = "a child inherits every page"]
+fn a_page_of_the_file_that_leaves_during_a_fork_is_found() {
+    seed(SeededBug::TakeOutIgnoresForks);
+    explore(announced_forks_against_reclaim);
+}
+
 /// What somebody else unmaps while a fork is announced is nothing that the child would miss.
 fn announced_forks_against_unmap() {
     let (machine, word) = mapped(1);
