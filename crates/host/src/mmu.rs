@@ -91,7 +91,7 @@ pub struct HostMmu {
     kick: OurFd,
     pub(crate) forks: Arc<Forks>,
     children: Children,
-    made_here: ForkMark,
+    pub(crate) made_here: Arc<ForkMark>,
     pub(crate) arena: Area,
     staging: Area,
     zeros: Area,
@@ -137,6 +137,7 @@ impl HostMmu {
         // A child has no use for slots; and pages that it does not share are never refused on their way back.
         let staging = reserve(slots as usize * PAGE_SIZE, read_write, OnFork::Wipe)?;
         let made_here = ForkMark::new().map_err(|errno| other("marking a page", errno))?;
+        let made_here = Arc::new(made_here);
         let zeros = reserve(ZEROS * PAGE_SIZE, ProtFlags::READ, OnFork::Inherit)?;
         let restricted =
             Restricted::new(&staging_uffd).map_err(|errno| other("reserving memory", errno))?;

@@ -18,6 +18,12 @@ use pgmap_sync::Mutex;
 /// What a dropped page holds.
 pub(crate) const JUNK: u8 = 0xdb;
 
+/// An operation on a page that found one.
+const EXISTS: Progress = Progress {
+    done: 0,
+    stop: Some(Stop::Exists),
+};
+
 /// What an access found instead of its word.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Fault {
@@ -254,6 +260,10 @@ impl ModelMmu {
             + memory.slots.iter().flatten().count()
     }
 
+    fn is_mapped(&self, at: VirtAddr) -> bool {
+        self.memory.lock().mapped.contains_key(&at)
+    }
+
     fn drop_late(&self) {
         if self.flaw == Flaw::DropsLate {
             let mut memory = self.memory.lock();
@@ -325,11 +335,8 @@ unsafe impl Mmu for ModelMmu {
 
     fn install_if_missing(&self, at: VirtAddr, page: &Page) -> Progress {
         self.drop_late();
-        if self.memory.lock().mapped.contains_key(&at) {
-            return Progress {
-                done: 0,
-                stop: Some(Stop::Exists),
-            };
+        if self.is_mapped(at) {
+            return EXISTS;
         }
         self.install(at, slice::from_ref(page), Protect::ReadWrite)
     }
@@ -442,6 +449,14 @@ unsafe impl Mmu for ModelMmu {
             );
             Ok(())
         })
+    }
+
+    fn poison_if_missing(&self, at: VirtAddr) -> Progress {
+        self.drop_late();
+        if self.is_mapped(at) {
+            return EXISTS;
+        }
+        self.poison(at, 1)
     }
 
     fn zap(&self, at: VirtAddr, count: usize) {

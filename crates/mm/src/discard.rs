@@ -128,7 +128,7 @@ impl AddressSpace {
     }
 
     /// Claims the frame of a page that is mapped. False if it is pinned. Nobody pins what is not mapped.
-    fn claim_mapped(&self, pte: Pte) -> bool {
+    pub(crate) fn claim_mapped(&self, pte: Pte) -> bool {
         let Pte::Present { frame, .. } = pte else {
             return true;
         };
@@ -149,7 +149,7 @@ impl AddressSpace {
     }
 
     /// Empties one entry. Answers the frame that accounted for the page.
-    fn forget(&self, cursor: &mut Cursor<'_>, page: PageIndex) -> Option<Pfn> {
+    pub(crate) fn forget(&self, cursor: &mut Cursor<'_>, page: PageIndex) -> Option<Pfn> {
         let pte = cursor.get(page);
         if pte != Pte::None {
             cursor.set(page, Pte::None);

@@ -14,7 +14,7 @@ use pgmap_core::memremap::PagePgmap;
 use crate::mmu::{Progress, Protect, Slot, Stop};
 use crate::page_table::{Cursor, PageIndex};
 use crate::policy::Class;
-use crate::private_file::Touch;
+use crate::private_file::{NotNow, Touch};
 use crate::pte::{Copy, Heat, Pte};
 use crate::readahead::Plan;
 use crate::reclaim::Caller;
@@ -40,7 +40,8 @@ pub enum Access {
 pub enum Outcome {
     /// The access is awake: it succeeds, or faults again, or gets SIGBUS because the bytes are lost.
     Resolved,
-    /// RAM and devices are full. The access still waits; try again when memory may have become free.
+    /// RAM and devices are full, or the machine cannot read a file now. The access still waits; try again when memory may have
+    /// become free.
     NoMemory,
     /// No area holds the address. The access still waits.
     BadAddress,
@@ -145,7 +146,11 @@ impl AddressSpace {
         // Somebody was faster, or the program dropped the page with a system call that we do not see:
         // then it is as it was before its first touch, and the device's copy is out of date.
         let renewed = match self.file_behind(page) {
-            Some(file) => self.install_from(worker, page, &file),
+            Some(file) => match self.install_from(worker, page, &file) {
+                Ok(Some(renewed)) => renewed,
+                Ok(None) => return self.beyond_the_end(cursor, page),
+                Err(NotNow) => return Outcome::NoMemory,
+            },
             None => self.mmu.install_zero(at, 1),
         };
         if renewed.done == 1 {

@@ -30,16 +30,14 @@ pub enum ChildPage<'a> {
 impl AddressSpace {
     /// Before a fork of which the machine will not tell: brings every page into RAM, whatever the limit, and keeps
     /// them all there until [`after_fork`](Self::after_fork), so that the child inherits them. False if a page could not be
-    /// had; then the child must not inherit any. To be called by a thread that serves no faults.
+    /// had; then the child must not inherit any. What others discard of a file, or map of one, before the fork is done is zeros in
+    /// the child. To be called by a thread that serves no faults.
     #[must_use]
     pub fn before_fork(&self, worker: &mut Worker) -> bool {
         self.note_fork();
         Stats::add(&self.stats.forks, 1);
         *self.forking.lock() += 1;
         self.ram.suspend_limit();
-        if !self.bring_in_files(worker) {
-            return false;
-        }
         let mut next = BlockIndex(0);
         while let Some(block) = self.table.next_used(next) {
             next = BlockIndex(block.0 + 1);
@@ -50,7 +48,8 @@ impl AddressSpace {
                 return false;
             }
         }
-        true
+        // Last, when nothing is on its way out any more: a page that only the file has now may have been until just now.
+        self.bring_in_files(worker)
     }
 
     /// The fork is done, or has failed: pages may leave again.
@@ -65,10 +64,16 @@ impl AddressSpace {
     /// Whether a page is where a child inherits it, or needs nothing.
     fn bring_in(&self, worker: &mut Worker, page: PageIndex) -> bool {
         let at = self.table.address(page);
-        let is_away = |pte| matches!(pte, Pte::Staged { .. } | Pte::Device { .. });
-        while is_away(self.table.lock(page.block()).get(page)) {
-            if self.fault(worker, at, Access::Read) != Outcome::Resolved {
-                return false;
+        let is_away = || {
+            let pte = self.table.lock(page.block()).get(page);
+            matches!(pte, Pte::Staged { .. } | Pte::Device { .. })
+        };
+        while is_away() {
+            match self.fault(worker, at, Access::Read) {
+                Outcome::Resolved => {}
+                // Somebody has unmapped it since.
+                Outcome::BadAddress => return !is_away(),
+                Outcome::NoMemory => return false,
             }
         }
         true

@@ -111,6 +111,11 @@ pub unsafe trait Mmu: Send + Sync + fmt::Debug {
     /// Makes missing pages answer with SIGBUS (FLT-1), and wakes who waits there.
     fn poison(&self, at: VirtAddr, count: usize) -> Progress;
 
+    /// As [`poison`](Self::poison) of one page, where there may be a page already ([`Stop::Exists`]).
+    fn poison_if_missing(&self, at: VirtAddr) -> Progress {
+        self.poison(at, 1)
+    }
+
     /// Drops the pages at these addresses, poison too. They are missing afterwards.
     fn zap(&self, at: VirtAddr, count: usize);
 

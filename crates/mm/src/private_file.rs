@@ -22,10 +22,19 @@ use crate::readahead::Plan;
 use crate::space::{AddressSpace, Worker};
 use crate::stats::Stats;
 
+/// A file cannot be read at this moment, which says nothing about its bytes: try again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("the file cannot be read now; try again")]
+pub struct NotNow;
+
 /// What is mapped of a file, in pages from the beginning of the mapping.
 pub trait FilePages: Send + Sync + fmt::Debug {
-    /// Reads the pages from `first` on. Says how many it read: fewer where the file has ended, or cannot be read.
-    fn read(&self, first: u32, pages: &mut [Page]) -> usize;
+    /// Reads the pages from `first` on. Says how many it read: fewer where the file has ended, or its bytes are lost.
+    ///
+    /// # Errors
+    ///
+    /// [`NotNow`] if it has read none and cannot say whether there are any.
+    fn read(&self, first: u32, pages: &mut [Page]) -> Result<usize, NotNow>;
 }
 
 /// Neighbouring pages of an address space that one file is behind.
@@ -39,7 +48,7 @@ pub(crate) struct PrivateFile {
 }
 
 impl PrivateFile {
-    fn read(&self, page: u32, pages: &mut [Page]) -> usize {
+    fn read(&self, page: u32, pages: &mut [Page]) -> Result<usize, NotNow> {
         self.file.read(page - self.pages.start + self.first, pages)
     }
 
@@ -171,8 +180,10 @@ impl AddressSpace {
                 (around(page.0, &run, most), Copy::File)
             }
         };
-        let Some(run) = read_around(file, worker, page.0, run) else {
-            return self.beyond_the_end(cursor, page);
+        let run = match read_around(file, worker, page.0, run) {
+            Ok(Some(run)) => run,
+            Ok(None) => return self.beyond_the_end(cursor, page),
+            Err(NotNow) => return Outcome::NoMemory,
         };
         let at = self.table.address(PageIndex(run.start));
         let pages = &worker.pages[..run.len()];
@@ -193,30 +204,30 @@ impl AddressSpace {
         self.settle(progress.stop, self.table.address(page))
     }
 
-    /// Maps the file's bytes once more where the machine has no page, as something that may be written.
+    /// Maps the file's bytes once more where the machine has no page, as something that may be written. `None` if the file has none.
     pub(crate) fn install_from(
         &self,
         worker: &mut Worker,
         page: PageIndex,
         file: &PrivateFile,
-    ) -> Progress {
+    ) -> Result<Option<Progress>, NotNow> {
         let target = slice::from_mut(&mut worker.pages[0]);
-        if file.read(page.0, target) == 0 {
-            return Progress {
-                done: 0,
-                stop: Some(Stop::Hole),
-            };
+        if file.read(page.0, target)? == 0 {
+            return Ok(None);
         }
         let at = self.table.address(page);
-        self.mmu.install_if_missing(at, &target[0])
+        Ok(Some(self.mmu.install_if_missing(at, &target[0])))
     }
 
-    /// There is nothing of the file: SIGBUS, as for every mapping of it.
-    fn beyond_the_end(&self, mut cursor: Cursor<'_>, page: PageIndex) -> Outcome {
+    /// There is nothing of the file: SIGBUS, as for every mapping of it. If the machine has a page it is a fault that is out of date.
+    pub(crate) fn beyond_the_end(&self, mut cursor: Cursor<'_>, page: PageIndex) -> Outcome {
         let at = self.table.address(page);
-        let progress = self.mmu.poison(at, 1);
-        if progress.done == 1 {
+        let progress = self.mmu.poison_if_missing(at);
+        // A frame that is pinned stays the page's until that is discarded.
+        if progress.done == 1 && self.claim_mapped(cursor.get(page)) {
+            let frame = self.forget(&mut cursor, page);
             cursor.set(page, Pte::Poisoned);
+            self.ram.free(frame.as_slice());
         }
         self.settle(progress.stop, at)
     }
@@ -238,7 +249,8 @@ impl AddressSpace {
             };
             if cursor.get(index) == Pte::None {
                 let read = file.read(page, slice::from_mut(&mut worker.pages[0]));
-                let bytes = (read == 1).then_some(&worker.pages[0]);
+                // The child cannot wait for what cannot be read now.
+                let bytes = (read == Ok(1)).then_some(&worker.pages[0]);
                 visit(self.table.address(index), bytes)?;
             }
         }
@@ -252,8 +264,9 @@ impl AddressSpace {
             next = page + 1;
             let page = PageIndex(page);
             let is_untouched = || self.table.lock(page.block()).get(page) == Pte::None;
+            // What somebody has unmapped since is not missed.
             if is_untouched()
-                && self.fault(worker, self.table.address(page), Access::Read) != Outcome::Resolved
+                && self.fault(worker, self.table.address(page), Access::Read) == Outcome::NoMemory
             {
                 return false;
             }
@@ -284,15 +297,15 @@ fn read_around(
     worker: &mut Worker,
     page: u32,
     run: Range<u32>,
-) -> Option<Range<u32>> {
-    let read = file.read(run.start, &mut worker.pages[..run.len()]);
+) -> Result<Option<Range<u32>>, NotNow> {
+    let read = file.read(run.start, &mut worker.pages[..run.len()])?;
     if (page - run.start) as usize >= read {
         // One that cannot be read may be before it.
-        let alone = file.read(page, slice::from_mut(&mut worker.pages[0]));
-        return (alone == 1).then_some(page..page + 1);
+        let alone = file.read(page, slice::from_mut(&mut worker.pages[0]))?;
+        return Ok((alone == 1).then_some(page..page + 1));
     }
     let end = run.start + u32::try_from(read).unwrap_or(0);
-    Some(run.start..end.min(run.end))
+    Ok(Some(run.start..end.min(run.end)))
 }
 
 #[cfg(test)]
@@ -305,11 +318,11 @@ mod tests {
     struct Numbered(u8);
 
     impl FilePages for Numbered {
-        fn read(&self, first: u32, pages: &mut [Page]) -> usize {
+        fn read(&self, first: u32, pages: &mut [Page]) -> Result<usize, NotNow> {
             for (page, nth) in pages.iter_mut().zip(first..) {
                 page.0[0] = self.0.wrapping_add(nth.to_le_bytes()[0]);
             }
-            pages.len()
+            Ok(pages.len())
         }
     }
 
@@ -334,7 +347,7 @@ mod tests {
                 for page in 0..80u32 {
                     let found = files.find(page).map(|file| {
                         let mut pages = [Page::ZERO];
-                        file.read(page, &mut pages);
+                        assert_eq!(file.read(page, &mut pages), Ok(1));
                         pages[0].0[0]
                     });
                     prop_assert_eq!(found, model[page as usize]);

@@ -156,7 +156,7 @@ impl AddressSpace {
             return Err(error);
         }
         let pages = u32::try_from(bytes.div_ceil(PAGE_SIZE)).map_err(|_| error)?;
-        let file = Arc::new(PrivateFile::map(file, offset, bytes)?);
+        let file = Arc::new(PrivateFile::map(&self.mmu, file, offset, bytes)?);
         let at = self.inner.map_private_file(pages, file);
         at.map(VirtAddr::get).ok_or(error)
     }

@@ -21,9 +21,9 @@ use super::last_errno;
 pub(crate) fn check() -> Result<(), Errno> {
     let none = core::ptr::null();
     // SAFETY: no part of memory is named.
-    let load = unsafe { libc::process_vm_writev(own_pid(), none, 0, none, 0, 0) };
+    let load = unsafe { libc::process_vm_writev(own_tid(), none, 0, none, 0, 0) };
     // SAFETY: as above.
-    let store = unsafe { libc::process_vm_readv(own_pid(), none, 0, none, 0, 0) };
+    let store = unsafe { libc::process_vm_readv(own_tid(), none, 0, none, 0, 0) };
     counted(load)
         .and(counted(store))
         .map_or(Err(Errno::NOSYS), |_| Ok(()))
@@ -42,7 +42,7 @@ pub(super) unsafe fn load(from: NonNull<u8>, to: &mut [u8]) -> Result<usize, Err
     // SAFETY: both parts are as long as they say, ours to be read and written for the time of the call, and bad ones
     // are an error; nobody has a reference to the mapping, and `to` is borrowed by us alone.
     let copied =
-        unsafe { libc::process_vm_writev(own_pid(), &raw const here, 1, &raw const there, 1, 0) };
+        unsafe { libc::process_vm_writev(own_tid(), &raw const here, 1, &raw const there, 1, 0) };
     counted(copied)
 }
 
@@ -58,7 +58,7 @@ pub(crate) unsafe fn load_pages(from: NonNull<u8>, to: &mut [Page]) -> Result<us
     );
     // SAFETY: as in `load`; a page is bytes, and has any.
     let copied =
-        unsafe { libc::process_vm_writev(own_pid(), &raw const here, 1, &raw const there, 1, 0) };
+        unsafe { libc::process_vm_writev(own_tid(), &raw const here, 1, &raw const there, 1, 0) };
     Ok(counted(copied)? / PAGE_SIZE)
 }
 
@@ -74,7 +74,7 @@ pub(super) unsafe fn store(to: NonNull<u8>, from: &[u8]) -> Result<usize, Errno>
     );
     // SAFETY: as above; `there` is read only.
     let copied =
-        unsafe { libc::process_vm_readv(own_pid(), &raw const here, 1, &raw const there, 1, 0) };
+        unsafe { libc::process_vm_readv(own_tid(), &raw const here, 1, &raw const there, 1, 0) };
     counted(copied)
 }
 
@@ -121,8 +121,9 @@ const fn part(start: *mut u8, len: usize) -> libc::iovec {
     }
 }
 
-fn own_pid() -> libc::pid_t {
-    std::process::id().cast_signed()
+/// Not the process's number: that is its first thread's, and when that one has ended it has no memory.
+fn own_tid() -> libc::pid_t {
+    rustix::thread::gettid().as_raw_pid()
 }
 
 fn counted(answer: libc::ssize_t) -> Result<usize, Errno> {
