@@ -136,9 +136,7 @@ impl FileBacking {
             let at = unsafe { span.at.add(start) };
             // SAFETY: the pages are some of the transfers', which live as long as the span.
             let from = unsafe { SharedPages::new(at, count) };
-            for (nth, page) in pages[..count].iter_mut().enumerate() {
-                from.copy_page(nth, page);
-            }
+            from.copy(0, &mut pages[..count]);
             self.transfer_one(&span.part(start, buffer.bytes()), Way::Write)?;
         }
         Ok(())
