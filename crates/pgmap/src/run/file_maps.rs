@@ -218,7 +218,10 @@ impl FileMaps {
             return;
         }
         self.looked_for = Some(Instant::now());
-        let found = file_maps(self.least_bytes);
+        // What was there is there still, as far as anybody knows.
+        let Ok(found) = file_maps(self.least_bytes) else {
+            return;
+        };
         self.maps.retain(|map| found.contains(&map.range));
         for range in found {
             if !self.maps.iter().any(|map| map.range == range) {
