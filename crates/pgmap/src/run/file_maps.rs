@@ -93,17 +93,21 @@ impl FileMaps {
         let over = all.saturating_sub(budget);
         // A little below: until the next look there will be more.
         let goal = budget - budget / 16;
+        let mut gone = 0;
         if all > goal && resident > 0 {
             let excess = (all - goal).min(resident);
             let part = (excess as u128 * resident as u128).div_ceil(all as u128);
             let floor = over.min(resident);
-            self.drop_pages(usize::try_from(part).unwrap_or(excess).max(floor));
+            gone = self.drop_pages(usize::try_from(part).unwrap_or(excess).max(floor));
         }
         let wait = if self.maps.is_empty() {
             MAPS
-        } else if over > 0 {
+        } else if over > 0 && others < budget && gone * 2 >= over {
             // A program reads on while we drop.
             Duration::ZERO
+        } else if over > 0 && gone == 0 {
+            // These pages cannot be dropped, or others have too much.
+            PRESSED.max(began.elapsed() * SHARE)
         } else if all > goal - goal / 4 {
             PRESSED.max(began.elapsed())
         } else {
@@ -137,8 +141,8 @@ impl FileMaps {
         }
     }
 
-    /// Drops at least `want` pages, if so many may go: at most in as many rounds as a chunk can be spared.
-    fn drop_pages(&mut self, want: usize) {
+    /// Drops at least `want` pages, if so many may go: at most in as many rounds as a chunk can be spared. Answers how many went.
+    fn drop_pages(&mut self, want: usize) -> usize {
         let chunks: usize = self.maps.iter().map(FileMap::chunks).sum();
         let mut dropped = 0;
         // Neighbours go in one call.
@@ -157,9 +161,7 @@ impl FileMaps {
         }
         page_out(&run);
         self.look();
-        for map in &mut self.maps {
-            map.note_drop();
-        }
+        self.maps.iter_mut().map(FileMap::note_drop).sum()
     }
 
     /// Moves the hand by one chunk. Answers which addresses are to be dropped, and how many pages are there.
@@ -177,5 +179,22 @@ impl FileMaps {
             (nth + 1, 0)
         };
         map.drop_chunk(at)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where others alone have more than there may be, or nothing that is too much can be dropped, files are not looked at all the
+    /// time.
+    #[test]
+    fn what_does_not_help_is_not_hurried() {
+        let mut files = FileMaps::new(1 << 40);
+        // Nothing is ever mapped here.
+        files.maps.push(FileMap::new(0..4096));
+        files.looked_for = Some(Instant::now());
+        let wait = files.follow(|_| (10, 20));
+        assert!(wait >= PRESSED, "{wait:?}");
     }
 }
