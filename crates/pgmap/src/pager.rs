@@ -2,7 +2,9 @@
 //!
 //! The fault thread follows the CPU of the thread that faults, because waking a thread on the same CPU is
 //! several times quicker than on another. The reclaimer frees frames ahead of need, on whatever CPU is idle.
-//! Neither ever touches managed memory, and neither allocates once it runs.
+//! Neither ever touches managed memory. The fault thread does not allocate once it runs: who forks holds the C library's
+//! allocator until this thread has read of the fork. The reclaimer does where the devices or the mapped files of a run
+//! change; a run's heap is its own.
 
 use core::mem;
 use core::ops::ControlFlow;
