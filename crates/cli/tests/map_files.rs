@@ -88,6 +88,81 @@ print(settle(), file=sys.stderr)
     assert!(peak > 16 * MIB, "mapped files count: {peak}");
 }
 
+/// What the scripts begin with that share pages with a child: the kernel drops no page that a second process has mapped. `hold` has the
+/// child touch so many bytes of the file.
+const SHARING: &str = r"
+import signal, sys
+m = mmap.mmap(os.open('data', os.O_RDWR), N, prot=mmap.PROT_READ)
+def touch(pages):
+    for at in pages: m[at << 12]
+def hold(bytes):
+    ready, tell = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        touch(range(bytes >> 12))
+        os.write(tell, b'.')
+        signal.pause()
+    os.read(ready, 1)
+    return pid
+def end(pid):
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+";
+
+/// A mapping whose pages could not be dropped for a while is within the budget once they can.
+#[test]
+fn pages_that_others_held_are_dropped_later() {
+    if !machine_can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let script = format!(
+        "{FILE}{SHARING}
+child = hold(N)
+touch(range(N >> 12))
+time.sleep(1)
+assert resident() == N >> 20, 'nobody can drop them'
+end(child)
+print(settle())
+"
+    );
+    let (output, _) = managed(directory.path(), &script);
+    assert_eq!(succeeded(&output), "fits\n");
+}
+
+/// Where more pages than the budget has cannot be dropped, those that can are, and trying does not cost a processor.
+#[test]
+fn pages_among_such_as_others_hold_are_dropped() {
+    if !machine_can_run() {
+        return;
+    }
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let script = format!(
+        "{FILE}{SHARING}
+def reclaimer():
+    for task in os.listdir('/proc/self/task'):
+        name, rest = open(f'/proc/self/task/{{task}}/stat').read().rsplit(')', 1)
+        if 'pgmap-reclaim' in name: return sum(map(int, rest.split()[11:13])) / os.sysconf('SC_CLK_TCK')
+held = N >> 14
+child = hold(held << 12)
+touch(range(held))
+before, samples = reclaimer(), []
+for _ in range(30):
+    until = time.monotonic() + 0.1
+    while time.monotonic() < until:
+        touch(random.sample(range(held, 4 * held), 64))
+    samples.append(resident())
+took, samples = reclaimer() - before, sorted(samples)
+# Others want the processors and the disk, too: not every sample fits.
+print('fits' if samples[7] <= 64 else f'{{samples}} MiB are in RAM')
+print('calm' if took < 1.5 else f'{{took}} s of 3 s')
+end(child)
+"
+    );
+    let (output, _) = managed(directory.path(), &script);
+    assert_eq!(succeeded(&output), "fits\ncalm\n");
+}
+
 /// Stores through a shared mapping and writes to the file see each other, and reach the file; private changes do not.
 #[test]
 fn a_mapped_file_is_the_file_that_everybody_sees() {

@@ -151,13 +151,17 @@ unsafe impl rustix::ioctl::Ioctl for Scan<'_> {
     }
 }
 
-/// This process's mappings of regular files with at least `least` bytes, in order of their addresses. None if the machine does
-/// not show them.
-#[must_use]
-pub fn file_maps(least: usize) -> Vec<Range<usize>> {
-    let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
+/// This process's mappings of regular files with at least `least` bytes, in order of their addresses.
+///
+/// # Errors
+///
+/// What the machine answers if it does not show them, `EMFILE` while the program has all descriptors that it may have.
+pub fn file_maps(least: usize) -> io::Result<Vec<Range<usize>>> {
+    let maps = fs::read("/proc/self/maps")?;
+    // Only how a path begins is looked at, so it does not matter what becomes of names that are no text.
+    let maps = String::from_utf8_lossy(&maps);
     let maps = maps.lines().filter_map(parse);
-    maps.filter(|range| range.len() >= least).collect()
+    Ok(maps.filter(|range| range.len() >= least).collect())
 }
 
 /// A line of `/proc/self/maps`, if it is a mapping of a file that somebody could have opened.
@@ -186,6 +190,31 @@ pub fn page_out(range: &Range<usize>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    use std::os::unix::ffi::OsStrExt;
+
+    use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+    /// The names of files are bytes, and one that is no text hides neither its own mapping nor the others.
+    #[test]
+    fn a_file_with_a_name_that_is_no_text_is_found() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory
+            .path()
+            .join(std::ffi::OsStr::from_bytes(b"caf\xe9 \xff"));
+        let file = File::create_new(path).unwrap();
+        let len: usize = 1 << 36;
+        file.set_len(len as u64).unwrap();
+        let (protection, flags) = (ProtFlags::empty(), MapFlags::SHARED);
+        // SAFETY: the kernel chooses an address that nobody has.
+        let at = unsafe { mmap(core::ptr::null_mut(), len, protection, flags, &file, 0) };
+        let at = at.unwrap();
+        let found = file_maps(len);
+        // SAFETY: nobody else knows of the mapping.
+        unsafe { munmap(at, len) }.unwrap();
+        let start = at.addr();
+        assert!(found.unwrap().contains(&(start..start + len)));
+    }
 
     /// Mappings of files are told from all others.
     #[test]

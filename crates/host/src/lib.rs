@@ -17,6 +17,7 @@ pub mod file_memory;
 mod forks;
 pub mod hugetlb;
 pub mod mmu;
+pub mod peer;
 pub mod platform;
 pub mod private_file;
 pub mod probe;

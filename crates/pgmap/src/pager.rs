@@ -2,7 +2,7 @@
 //!
 //! The fault thread follows the CPU of the thread that faults, because waking a thread on the same CPU is
 //! several times quicker than on another. The reclaimer frees frames ahead of need, on whatever CPU is idle.
-//! Neither ever touches managed memory, and neither allocates once it runs.
+//! Neither ever touches managed memory, and both allocate seldom: a run's heap is its own, and in the library there is a third.
 //!
 //! Who forks waits until somebody has read of it, and holds the locks of the C library's allocator meanwhile. The fault thread reads
 //! it, but it may be waiting for somebody who waits for the allocator, or run code of others that allocates, such as a file's

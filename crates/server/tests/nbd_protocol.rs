@@ -64,6 +64,24 @@ fn requests_may_be_sent_ahead() {
     thread.join().unwrap();
 }
 
+/// A request that waits for the disk keeps no reply back that was there before it.
+#[test]
+fn a_flush_does_not_hold_replies_up() {
+    let rig = Rig::new(MIB);
+    let mut client = rig.client(Replies::Simple);
+    let patience = Some(core::time::Duration::from_secs(10));
+    client.stream.set_read_timeout(patience).unwrap();
+    for (command, flags, len) in [(FLUSH, 0, 0), (WRITE_ZEROES, FUA, 4096)] {
+        let busy = rig.disk.busy.lock();
+        let mut both = common::request(READ, 0, 1000, 0, 512);
+        both.extend(common::request(command, flags, 2000, 0, len));
+        client.stream.write_all(&both).unwrap();
+        assert_eq!(client.reply(1000, 512).error, 0);
+        drop(busy);
+        assert_eq!(client.reply(2000, 0).error, 0);
+    }
+}
+
 /// Mistakes are answered with the errors that the protocol names, and the session goes on.
 #[test]
 fn mistakes_are_answered() {

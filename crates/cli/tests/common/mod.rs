@@ -5,19 +5,46 @@
     reason = "each test uses a part of this, and fails where it should"
 )]
 
+use std::io::{Write as _, stderr};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::LazyLock;
 
-/// The library that is preloaded. It lies beside the command: `cargo xtask test` builds both.
+/// The library that is preloaded. It lies beside the command; `cargo xtask test` builds both, `cargo test` alone only the command.
+/// Without the library that belongs to it nearly all tests would fail, and none would say why: the first that asks ends them all.
 pub(crate) fn library() -> PathBuf {
-    let command = PathBuf::from(env!("CARGO_BIN_EXE_pgmap"));
-    let library = command.with_file_name("libpgmap_preload.so");
-    assert!(
-        library.is_file(),
-        "{} is missing: run the tests with `cargo xtask test`",
-        library.display()
-    );
-    library
+    static LIBRARY: LazyLock<PathBuf> = LazyLock::new(|| {
+        let command = PathBuf::from(env!("CARGO_BIN_EXE_pgmap"));
+        let library = command.with_file_name("libpgmap_preload.so");
+        if is_built(&library) != Some(true) {
+            // Not as a test's output, which would be lost here.
+            let _ = writeln!(
+                stderr(),
+                "{} is missing, or older than its sources: run the tests with `cargo xtask test`, or `cargo build` \
+                 first, with `--release` if the tests are",
+                library.display()
+            );
+            std::process::exit(1);
+        }
+        library
+    });
+    LIBRARY.clone()
+}
+
+/// Whether a library is newer than all that cargo says it was made of, which is a rule as in a makefile. `None` if it, its rule or a
+/// source is not there.
+fn is_built(library: &Path) -> Option<bool> {
+    let time = |path: &Path| path.metadata().and_then(|file| file.modified()).ok();
+    let built = time(library)?;
+    let rule = std::fs::read_to_string(library.with_extension("d")).ok()?;
+    let (_, sources) = rule.split_once(": ")?;
+    let sources = sources.replace("\\ ", "\0");
+    for source in sources.split_whitespace() {
+        if time(Path::new(&source.replace('\0', " ")))? > built {
+            return Some(false);
+        }
+    }
+    Some(true)
 }
 
 /// The command under test.

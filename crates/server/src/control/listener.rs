@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
+use pgmap_host::peer::peer;
 use pgmap_sync::Mutex;
 use pgmap_sync::atomic::{AtomicBool, Ordering};
 
@@ -125,6 +126,5 @@ fn begin(stream: UnixStream, shared: &Shared, manager: &Arc<dyn Manager>) -> io:
 /// The owner may, and root.
 fn may_ask(stream: &UnixStream) -> bool {
     let owner = rustix::process::geteuid();
-    rustix::net::sockopt::socket_peercred(stream)
-        .is_ok_and(|peer| peer.uid == owner || peer.uid.is_root())
+    peer(stream).is_ok_and(|peer| peer.uid == owner || peer.uid.is_root())
 }

@@ -8,6 +8,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
+use pgmap_host::peer::peer;
+
 use super::protocol::{Answer, Code, Failure, Greeting, ManagerInfo, Reply, Request, VERSION};
 use super::wire::{MOST_REQUEST_BYTES, Wire};
 
@@ -48,17 +50,16 @@ const MOST_HELD: usize = 4096;
 
 impl Session {
     pub(super) fn new(stream: Arc<UnixStream>) -> io::Result<Self> {
-        let peer = rustix::net::sockopt::socket_peercred(&stream)?;
         Ok(Self {
+            pid: peer(&stream)?.pid,
             wire: Wire::new(stream, MOST_REQUEST_BYTES)?,
-            pid: u32::try_from(peer.pid.as_raw_nonzero().get()).ok(),
             next: 0,
             held: BTreeMap::new(),
             file: None,
         })
     }
 
-    /// The peer's process, as it was when it connected.
+    /// The peer's process, as it was when it connected; `None` if it has no number where we are.
     #[must_use]
     pub const fn pid(&self) -> Option<u32> {
         self.pid

@@ -58,9 +58,9 @@ impl Pace {
         self.held >= GROUP
     }
 
-    /// Whether more requests are likely to come within microseconds.
+    /// Whether more requests are likely to come within microseconds, for which replies may wait that are no group yet.
     pub(super) const fn is_worth_waiting(&self) -> bool {
-        self.is_pipelining() && self.held > 0 && self.held < GROUP && self.hopeless == 0
+        self.is_pipelining() && self.held > 0 && self.hopeless == 0
     }
 
     /// Notes that none came: the client waits for the replies that we hold.
@@ -102,7 +102,7 @@ mod tests {
         note(&mut pace, Behind::More, GROUP - 1);
         assert!(pace.is_worth_waiting() && !pace.is_group());
         pace.note(Behind::Nothing);
-        assert!(pace.is_group() && !pace.is_worth_waiting());
+        assert!(pace.is_group());
         pace.sent();
         assert!(!pace.is_group() && !pace.is_worth_waiting());
     }

@@ -12,11 +12,11 @@ use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Instant, SystemTime};
 
+use pgmap_host::peer::peer;
 use pgmap_sync::atomic::{AtomicBool, Ordering};
 use pgmap_sync::{Mutex, WaitQueue};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::io::Errno;
-use rustix::net::sockopt::socket_peercred;
 use rustix::net::{Shutdown, SocketFlags, accept_with, getpeername, shutdown};
 
 use super::credentials::Security;
@@ -68,7 +68,7 @@ impl Listener {
 /// A connected client.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Client {
-    /// Its process, if it is on this machine and came by a unix socket.
+    /// Its process, if it came by a unix socket, and has a number where we are: clients from outside of our container have none.
     pub pid: Option<u32>,
     /// The name of that process.
     pub process: Option<String>,
@@ -253,8 +253,7 @@ impl Shared {
     }
 
     fn admit_unix(self: &Arc<Self>, socket: OwnedFd) {
-        let peer = socket_peercred(&socket).ok();
-        let pid = peer.map(|peer| peer.pid.as_raw_nonzero().get().cast_unsigned());
+        let pid = peer(&socket).ok().and_then(|peer| peer.pid);
         self.admit(Socket::unix(socket), pid, None);
     }
 

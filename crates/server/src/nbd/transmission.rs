@@ -1,6 +1,6 @@
 //! The requests of one client, answered one after the other, in order.
 //!
-//! Replies are gathered, by groups that `pace` knows, and sent before we wait for a request. What must never
+//! Replies are gathered, by groups that `pace` knows, and sent before we wait for a request or for the disk. What must never
 //! happen here: waiting for the client with a request of the device under way, longer than `reading` allows.
 
 use core::time::Duration;
@@ -30,7 +30,8 @@ const FOLLOWED: usize = 32 << 10;
 const DIRECT: u64 = 32 << 10;
 /// A write's pieces end at multiples of this, so that blocks are written whole.
 const BLOCK: u64 = 4096;
-/// How long replies are held for more of them: what a client needs for two or three requests.
+/// How long replies are held when no more requests are here: what a client needs for two or three. While some are here, replies wait
+/// for a group of them, or for a request that has to wait itself.
 const HELD: Duration = Duration::from_micros(6);
 
 /// What became of a request; the session ends if the connection did.
@@ -109,6 +110,10 @@ impl<'a> Session<'a> {
 
     fn serve_one(&mut self) -> Result<(), End> {
         let request = self.next()?;
+        if request.command == Command::Flush || request.has(command_flag::FUA) {
+            // It waits for the disk: what is answered does not.
+            self.flush_replies()?;
+        }
         self.follow(&request);
         let refused = self.check(&request);
         let outcome = match (request.command, refused) {

@@ -7,6 +7,7 @@ use pgmap_core::queue::RequestQueue;
 use pgmap_drivers::block::{Access, BlockDevice, BlockError, Contents, Direct, Zeros};
 use pgmap_host::shared::{Extent, SharedFrames};
 use pgmap_server::nbd::{Export, Exports, Refused};
+use pgmap_sync::Mutex;
 use pgmap_sync::atomic::{AtomicU64, Ordering};
 use rustix::io::Errno;
 
@@ -21,6 +22,8 @@ pub(crate) struct MemoryDisk {
     pub(crate) queue: RequestQueue,
     /// The only byte that is lost, or [`NONE_BAD`]; a write of its whole block mends it.
     pub(crate) bad: AtomicU64,
+    /// Who holds it keeps flushes from ending, as a disk does that takes its time.
+    pub(crate) busy: Mutex<()>,
 }
 
 impl MemoryDisk {
@@ -30,6 +33,7 @@ impl MemoryDisk {
             frames: SharedFrames::memory(name, bytes)?,
             queue: RequestQueue::new(),
             bad: AtomicU64::new(NONE_BAD),
+            busy: Mutex::new(()),
         }))
     }
 
@@ -74,6 +78,7 @@ impl BlockDevice for MemoryDisk {
 
     fn flush(&self) -> Result<(), BlockError> {
         let _in_flight = self.queue.enter()?;
+        let _turn = self.busy.lock();
         Ok(self.frames.flush()?)
     }
 
