@@ -136,7 +136,9 @@ impl FileBacking {
             let at = unsafe { span.at.add(start) };
             // SAFETY: the pages are some of the transfers', which live as long as the span.
             let from = unsafe { SharedPages::new(at, count) };
-            from.copy(0, &mut pages[..count]);
+            for (nth, page) in pages[..count].iter_mut().enumerate() {
+                from.copy_page(nth, page);
+            }
             self.transfer_one(&span.part(start, buffer.bytes()), Way::Write)?;
         }
         Ok(())
