@@ -98,18 +98,6 @@ impl<H> Default for Registry<H> {
 }
 
 impl<H: Clone> Registry<H> {
-    /// Whether there is room for one more, perhaps in `room`, which is what was there before then.
-    fn has_room(&mut self, room: &mut Vec<Entry<H>>) -> bool {
-        if self.free.is_none() && self.places.len() == self.places.capacity() {
-            if room.capacity() <= self.places.len() {
-                return false;
-            }
-            room.append(&mut self.places);
-            mem::swap(room, &mut self.places);
-        }
-        true
-    }
-
     fn add(&mut self, holder: H) -> Place {
         self.next += 1;
         let number = self.next;
@@ -164,23 +152,6 @@ impl<H: Clone> Registry<H> {
     }
 }
 
-/// Adds who `holder` says, under the lock. Room is made without it: who waits for it may be waited for by a thread that forks, which
-/// has the allocator's locks.
-fn add<H: Clone>(registry: &Mutex<Registry<H>>, holder: impl FnOnce() -> H) -> Place {
-    let mut room = Vec::new();
-    loop {
-        let mut registry = registry.lock();
-        if registry.has_room(&mut room) {
-            let place = registry.add(holder());
-            drop(registry);
-            return place;
-        }
-        let more = registry.places.len() * 2 + 8;
-        drop(registry);
-        room = Vec::with_capacity(more);
-    }
-}
-
 /// Parts of the register of addresses; threads beyond this many share.
 const PARTS: usize = if cfg!(any(loom, shuttle)) { 2 } else { 16 };
 
@@ -223,10 +194,12 @@ pub struct FrameTicket(Place);
 
 impl Holders {
     /// Registers a holder until [`remove`](Self::remove). When this returns, everybody who asks finds it. `holder` is called under a
-    /// lock, so that in each part who comes later says a later time; it must not allocate.
+    /// lock, so that in each part who comes later says a later time.
     pub fn add(&self, holder: impl FnOnce() -> Holder) -> Ticket {
         let part = pgmap_sync::thread_number() % PARTS;
-        let place = add(&self.parts[part].0, holder);
+        let mut registry = self.parts[part].0.lock();
+        let place = registry.add(holder());
+        drop(registry);
         Ticket { part, place }
     }
 
@@ -281,7 +254,7 @@ impl Holders {
 
     /// Registers a holder of a device's pages until [`remove_frames`](Self::remove_frames).
     pub fn add_frames(&self, holder: FrameHolder) -> FrameTicket {
-        FrameTicket(add(&self.frames, || holder))
+        FrameTicket(self.frames.lock().add(holder))
     }
 
     /// Forgets a holder of a device's pages.

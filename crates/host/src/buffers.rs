@@ -2,29 +2,28 @@
 //!
 //! The pages of a memory file lie anywhere in the machine's memory, and a device that is given each of them by itself takes two
 //! to three times as long as with one long piece. So a buffer is a part of a huge page, where the machine has some. The copy is
-//! cheap: to read, it takes the place of filling a new page with zeros; and the buffer that was used last is used again, as it is in
+//! cheap: to read, it takes the place of filling a new page with zeros; and the same few buffers are used again and again, as they are in
 //! the CPU's cache. What must never happen here: waiting for a buffer, or allocating.
 
 use core::slice;
 
-use pgmap_core::addr::{PAGE_SIZE, Page};
 use pgmap_sync::atomic::{AtomicU32, Ordering};
 use rustix::io::Errno;
 use rustix::mm::ProtFlags;
 
 use crate::area::{Area, OnFork};
 
-/// Pages of a buffer: as many as are read ahead at once.
-const PAGES: usize = 256;
-const BYTES: usize = PAGES * PAGE_SIZE;
-/// Threads that may have one at a time: three that read ahead, two that write, and one that serves faults.
+/// Bytes of a buffer: as many as are read ahead at once.
+const BYTES: usize = 1 << 20;
+/// Threads that have one at a time: three that read ahead, two that write, and one that serves faults. Who finds none, as others sync or
+/// pin, makes its transfer without.
 const COUNT: u32 = 6;
 
 /// Buffers of one address space.
 ///
 /// # Invariants
 ///
-/// The pages of a buffer whose bit is set in `taken` are used through the [`Buffer`] that took it, and no others are used.
+/// The bytes of a buffer whose bit is set in `taken` are used through the [`Buffer`] that took it, and no others are used.
 #[derive(Debug)]
 pub(crate) struct Buffers {
     memory: Area,
@@ -49,7 +48,7 @@ impl Buffers {
 
     /// A buffer, if one is free.
     pub(crate) fn take(&self) -> Option<Buffer<'_>> {
-        // Acquire: pairs with the release in `Buffer::drop`, after which nobody uses the pages.
+        // Acquire: pairs with the release in `Buffer::drop`, after which nobody uses the bytes.
         let taken = self
             .taken
             .fetch_update(Ordering::Acquire, Ordering::Relaxed, |taken| {
@@ -70,24 +69,13 @@ pub(crate) struct Buffer<'a> {
 }
 
 impl Buffer<'_> {
-    /// Its pages, with whatever was there last.
-    pub(crate) fn pages(&mut self) -> &mut [Page] {
-        let start = self.start().cast();
-        // SAFETY: the pages are in the area, which is aligned, zeros at first, and lives as long as the borrow; by the type invariant
-        // they are this buffer's alone.
-        unsafe { slice::from_raw_parts_mut(start, PAGES) }
-    }
-
-    /// The same, as bytes.
+    /// Its bytes, with whatever was there last.
     pub(crate) fn bytes(&mut self) -> &mut [u8] {
-        let start = self.start();
-        // SAFETY: as above.
-        unsafe { slice::from_raw_parts_mut(start, BYTES) }
-    }
-
-    fn start(&self) -> *mut u8 {
         let area = self.all.memory.as_mut_ptr();
-        area.wrapping_add(self.nth as usize * BYTES)
+        let start = area.wrapping_add(self.nth as usize * BYTES);
+        // SAFETY: the bytes are in the area, which is zeros at first, and lives as long as the borrow; by the type invariant they are this
+        // buffer's alone.
+        unsafe { slice::from_raw_parts_mut(start, BYTES) }
     }
 }
 
@@ -111,13 +99,13 @@ mod tests {
         let buffers = Buffers::new().unwrap();
         let mut all: Vec<_> = core::iter::from_fn(|| buffers.take()).collect();
         for (buffer, nth) in all.iter_mut().zip(1..) {
-            buffer.pages().fill(Page([nth; PAGE_SIZE]));
+            buffer.bytes().fill(nth);
         }
         for (buffer, nth) in all.iter_mut().zip(1..) {
-            assert!(buffer.pages().iter().all(|page| page.0 == [nth; PAGE_SIZE]));
+            assert!(buffer.bytes().iter().all(|byte| *byte == nth));
         }
         assert_eq!(all.len(), COUNT as usize);
         drop(all.swap_remove(3));
-        assert_eq!(buffers.take().unwrap().pages()[0].0[0], 4);
+        assert_eq!(buffers.take().unwrap().bytes()[0], 4);
     }
 }

@@ -12,14 +12,12 @@ use std::sync::Arc;
 
 use pgmap_core::addr::PAGE_SIZE;
 use pgmap_mm::backing::{Backing, BackingError, Transfer};
-use pgmap_mm::shared_mmu::SharedPages;
 use rustix::fs::{self, FallocateFlags, FlockOperation, OFlags};
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
 use rustix::process::{Pid, getpid};
 
-use crate::buffers::Buffer;
-use crate::file_memory::{FileMemory, may_fill};
+use crate::file_memory::FileMemory;
 
 /// What direct transfers begin and end at, in bytes: every device's block.
 const BLOCK: usize = PAGE_SIZE;
@@ -91,57 +89,36 @@ impl FileBacking {
         let ours = ours.and_then(|memory| Some((memory, memory.place_of(span.at)?)));
         let buffer = ours.and_then(|(memory, _)| memory.buffers().take());
         match (ours, buffer, way) {
-            (Some((memory, place)), Some(buffer), Way::Read)
-                if may_fill(place + span.len_bytes.next_multiple_of(PAGE_SIZE) as u64) =>
+            (Some((memory, place)), Some(mut buffer), Way::Read)
+                if memory.may_fill(place + span.whole_pages() as u64) =>
             {
-                self.read_through(buffer, span, |bytes, at| {
-                    memory.fill(place + at as u64, bytes).map_err(error)
-                })
+                let bytes = buffer.bytes();
+                for start in (0..span.len_bytes).step_by(bytes.len()) {
+                    let part = span.part(start, bytes);
+                    self.transfer_one(&part, way)?;
+                    let whole = part.whole_pages();
+                    bytes[part.len_bytes..whole].fill(0);
+                    let filled = memory.fill(place + start as u64, &bytes[..whole]);
+                    filled.map_err(error)?;
+                }
+                Ok(())
             }
-            (Some(_), Some(buffer), Way::Write) => self.write_through(buffer, span),
+            (Some((memory, place)), Some(mut buffer), Way::Write) => {
+                let bytes = buffer.bytes();
+                for start in (0..span.len_bytes).step_by(bytes.len()) {
+                    let len = span.part(start, bytes).len_bytes;
+                    let copied = memory.copy_out(place + start as u64, &mut bytes[..len]);
+                    copied.map_err(error)?;
+                    self.transfer_one(&span.part(start, bytes), way)?;
+                }
+                Ok(())
+            }
             (_, _, Way::Read) => {
                 span.populate();
                 self.transfer_one(span, way)
             }
             (_, _, Way::Write) => self.transfer_one(span, way),
         }
-    }
-
-    /// Reads into a buffer, and gives `fill` whole pages, and where in the span they are.
-    fn read_through(
-        &self,
-        mut buffer: Buffer<'_>,
-        span: &Span,
-        fill: impl Fn(&[u8], usize) -> Result<(), BackingError>,
-    ) -> Result<(), BackingError> {
-        let bytes = buffer.bytes();
-        for start in (0..span.len_bytes).step_by(bytes.len()) {
-            let part = span.part(start, bytes);
-            self.transfer_one(&part, Way::Read)?;
-            let whole = part.len_bytes.next_multiple_of(PAGE_SIZE);
-            bytes[part.len_bytes..whole].fill(0);
-            fill(&bytes[..whole], start)?;
-        }
-        Ok(())
-    }
-
-    /// Copies to a buffer, and writes from there.
-    fn write_through(&self, mut buffer: Buffer<'_>, span: &Span) -> Result<(), BackingError> {
-        for start in (0..span.len_bytes).step_by(buffer.bytes().len()) {
-            let pages = buffer.pages();
-            let count = (span.len_bytes - start)
-                .div_ceil(PAGE_SIZE)
-                .min(pages.len());
-            // SAFETY: a multiple of a buffer's length, and less than the span's.
-            let at = unsafe { span.at.add(start) };
-            // SAFETY: the pages are some of the transfers', which live as long as the span.
-            let from = unsafe { SharedPages::new(at, count) };
-            for (nth, page) in pages[..count].iter_mut().enumerate() {
-                from.copy_page(nth, page);
-            }
-            self.transfer_one(&span.part(start, buffer.bytes()), Way::Write)?;
-        }
-        Ok(())
     }
 
     fn transfer_one(&self, span: &Span, way: Way) -> Result<(), BackingError> {
@@ -210,19 +187,17 @@ impl Span {
         }
     }
 
+    const fn whole_pages(&self) -> usize {
+        self.len_bytes.next_multiple_of(PAGE_SIZE)
+    }
+
     /// Finds memory for all pages at once: while the kernel has them pinned for a transfer, it does so one by one.
     fn populate(&self) {
         if self.len_bytes > PAGE_SIZE {
-            let (at, len) = (self.at.as_ptr().cast(), self.len_bytes);
+            let at = self.at.as_ptr().cast();
             // If it fails, the transfer says why.
             // SAFETY: the pages are memory that anybody may write at any time, and it changes none of their bytes.
-            let _ = unsafe {
-                madvise(
-                    at,
-                    len.next_multiple_of(PAGE_SIZE),
-                    Advice::LinuxPopulateWrite,
-                )
-            };
+            let _ = unsafe { madvise(at, self.whole_pages(), Advice::LinuxPopulateWrite) };
         }
     }
 }

@@ -32,6 +32,8 @@ pub struct FileMemory {
     fd: OurFd,
     start: NonNull<u8>,
     pages: u32,
+    /// Whether a page that is written by a system call gets a page of memory, and no huge one.
+    writes_small_pages: bool,
     mmu: Arc<HostMmu>,
 }
 
@@ -58,6 +60,9 @@ impl FileMemory {
     pub fn new(mmu: Arc<HostMmu>, pages: u32) -> Result<Self, Errno> {
         let fd = fs::memfd_create("pgmap-file", MemfdFlags::CLOEXEC)?;
         let bytes = pages as usize * PAGE_SIZE;
+        if bytes as u64 > most_bytes() {
+            return Err(Errno::FBIG);
+        }
         fs::ftruncate(&fd, bytes as u64)?;
         let start = map_shared(&fd, 0..bytes, Prot::ReadWrite)?;
         // INVARIANT: just mapped.
@@ -65,6 +70,7 @@ impl FileMemory {
             fd: OurFd::new(fd),
             start,
             pages,
+            writes_small_pages: writes_small_pages(),
             mmu,
         })
     }
@@ -81,7 +87,12 @@ impl FileMemory {
         (offset < self.pages as usize * PAGE_SIZE).then_some(offset as u64)
     }
 
-    /// Writes bytes to their place in the memory file, as [`may_fill`] says; a page that has no memory yet gets some.
+    /// Whether pages up to this place may be [filled](Self::fill).
+    pub(crate) fn may_fill(&self, end: u64) -> bool {
+        self.writes_small_pages && end <= most_bytes()
+    }
+
+    /// Writes bytes to their place in the memory file, below [`most_bytes`]; a page that has no memory yet gets some.
     ///
     /// # Errors
     ///
@@ -92,6 +103,26 @@ impl FileMemory {
                 Ok(written) => {
                     bytes = &bytes[written..];
                     place += written as u64;
+                }
+                Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno),
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads bytes from their place in the memory file. Bytes that the machine has lost are an error here; a load would end the process.
+    ///
+    /// # Errors
+    ///
+    /// What the machine answers.
+    pub(crate) fn copy_out(&self, mut place: u64, mut to: &mut [u8]) -> Result<(), Errno> {
+        while !to.is_empty() {
+            match rustix::io::pread(&self.fd, &mut *to, place) {
+                Ok(0) => return Err(Errno::IO),
+                Ok(read) => {
+                    to = &mut to[read..];
+                    place += read as u64;
                 }
                 Err(Errno::INTR) => {}
                 Err(errno) => return Err(errno),
@@ -166,11 +197,22 @@ impl FileMemory {
     }
 }
 
-/// Whether a memory file may be written up to this place. Behind the limit that a process has set itself for its files it would be
-/// killed (`SIGXFSZ`).
-pub(crate) fn may_fill(end: u64) -> bool {
-    let limit = getrlimit(Resource::Fsize).current;
-    limit.is_none_or(|limit| end <= limit)
+/// How long a memory file may be. Behind the limit that a process has set itself for its files (`RLIMIT_FSIZE`) it would be killed by
+/// SIGXFSZ.
+#[must_use]
+pub fn most_bytes() -> u64 {
+    getrlimit(Resource::Fsize).current.unwrap_or(u64::MAX)
+}
+
+/// Whether the machine gives memory files pages of their own where nobody has mapped them: what mappings are advised does not count there,
+/// and a huge page would cost RAM that nobody counts.
+fn writes_small_pages() -> bool {
+    let huge = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/shmem_enabled");
+    let gives_huge = |mode: String| {
+        let modes = ["[always]", "[within_size]", "[force]"];
+        modes.iter().any(|huge| mode.contains(huge))
+    };
+    !huge.is_ok_and(gives_huge)
 }
 
 /// A mapping of a part of a memory file, which children do not have.

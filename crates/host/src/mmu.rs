@@ -264,7 +264,7 @@ impl HostMmu {
     pub fn finish_forks(&self) {
         let (at, zeros) = (self.arena.address(), self.zeros.as_ptr());
         // While the message of a fork is unread the kernel refuses to copy, before it looks how much is to be copied.
-        // SAFETY: no byte is.
+        // SAFETY: none of the zeros is read, and nothing is written.
         let copy_nothing = || unsafe { self.uffd.copy(at, zeros, 0, Protect::ReadWrite) };
         while !self.is_foreign() && copy_nothing().error == Some(Errno::AGAIN) {
             self.drain();
@@ -465,7 +465,8 @@ unsafe impl Mmu for HostMmu {
 
     fn zap(&self, at: VirtAddr, count: usize) {
         self.check(at, count);
-        // SAFETY: mm has emptied the entries of these pages: nobody wants their bytes.
+        // SAFETY: mm has emptied the entries of these pages, or this is a child whose owner of the range has dropped it: nobody wants
+        // their bytes.
         unsafe {
             self.arena
                 .drop_pages(at.get() - self.arena.address(), count);

@@ -87,7 +87,13 @@ impl Files {
         }
     }
 
-    /// The open file that is `nth`, in no particular order.
+    /// How many files are open.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.open.lock().len()
+    }
+
+    /// The open file that is `nth`. They stay in order, but for the last one, which takes the place of one that is closed.
     #[must_use]
     pub fn get(&self, nth: usize) -> Option<Arc<PageCache>> {
         self.open.lock().get(nth).cloned()

@@ -4,6 +4,7 @@
 //! address are pins of the device's frames, so that taking the device away waits for them, or names them (MAP-6). Pages of which bytes
 //! are lost are taken out of the mapping for as long, so that who touches them gets SIGBUS (WB-6).
 
+use core::mem::ManuallyDrop;
 use core::ops::Range;
 use std::sync::Arc;
 
@@ -193,6 +194,11 @@ impl DaxMapping {
 
 impl Drop for DaxMapping {
     fn drop(&mut self) {
+        if self.space.is_inherited() {
+            // Whoever had one of the locks may not be here to let go of it: nothing is taken back.
+            let _kept = ManuallyDrop::new(Arc::clone(&self.mapped));
+            return;
+        }
         self.space.inner().dax().unmap(self.mapped.mapping.start());
     }
 }

@@ -32,7 +32,7 @@ use std::time::Instant;
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
 use pgmap_core::memcg::Memcg;
 use pgmap_host::file_backing::FileBacking;
-use pgmap_host::file_memory::{FileMemory, Prot};
+use pgmap_host::file_memory::{FileMemory, Prot, most_bytes};
 use pgmap_mm::backing::{Backing, BackingError};
 use pgmap_mm::errseq::Seen;
 use pgmap_mm::page_cache::{
@@ -192,8 +192,10 @@ impl Memory {
             Errno::WOULDBLOCK => OpenError::Locked(path.to_owned()),
             errno => failed(errno.into()),
         })?;
+        // It ends the lock if the rest fails.
+        let backing = FileBacking::new(file);
         let memory = self.file_memory(path, metadata.len())?;
-        let backing = Arc::new(FileBacking::new(file).with_memory(Arc::clone(&memory)));
+        let backing = Arc::new(backing.with_memory(Arc::clone(&memory)));
         self.open_in(path, memory, backing, metadata.len(), options)
     }
 
@@ -413,7 +415,8 @@ fn most_pages(size_bytes: u64) -> Option<u32> {
     };
     let least = pages(size_bytes)?;
     let wanted = size_bytes.saturating_mul(ROOM_FACTOR).max(ROOM_BYTES);
-    Some(pages(wanted).unwrap_or(least))
+    let wanted = wanted.min(most_bytes() / PAGE_SIZE as u64 * PAGE_SIZE as u64);
+    Some(pages(wanted).unwrap_or(least).max(least))
 }
 
 fn keep_waiting(began: Instant, patience: Duration) -> ControlFlow<()> {

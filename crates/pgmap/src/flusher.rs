@@ -61,8 +61,11 @@ fn flush(pager: &Pager, space: &AddressSpace, mut old_pins: Option<OldPins>) {
 
 /// Writes what is dirty in each file, pinned pages excepted. Says how many pages it wrote.
 fn write_all(space: &pgmap_mm::space::AddressSpace) -> u64 {
-    // One at a time: a file that is closed while another is written is not kept open by us.
-    let files = (0..).map_while(|nth| space.files().get(nth));
+    // One at a time: a file that is closed while another is written is not kept open by us. From the last one on: one that takes the
+    // place of a closed one has had its turn.
+    let files = (0..space.files().count())
+        .rev()
+        .filter_map(|nth| space.files().get(nth));
     let written = files.map(|cache| write_back(&cache, 0..u32::MAX, OnPinned::Skip).pages);
     written.sum()
 }

@@ -412,6 +412,42 @@ fn write_beyond_the_limit(path: &str) {
     assert_eq!(file.sync_all(), Ok(()));
 }
 
+/// A process that has set itself a limit for its files' length, below what files have room to grow to, opens, reads and writes those that
+/// are below it, and is not killed; others are refused.
+#[test]
+fn a_process_may_limit_the_length_of_its_files() {
+    if let Some(path) = told() {
+        return open_below_the_limit(&path);
+    }
+    if memory(8 * MIB).is_none() {
+        return;
+    }
+    let scratch = Scratch::new("limited", PAGES);
+    let test = child(
+        "a_process_may_limit_the_length_of_its_files",
+        scratch.0.to_str().unwrap(),
+    );
+    let output = { test }.output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    (0..PAGES).for_each(|page| check(&scratch.page(page), page, 3));
+}
+
+fn open_below_the_limit(path: &str) {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+    let maximum = getrlimit(Resource::Fsize).maximum;
+    let limit = |current| setrlimit(Resource::Fsize, Rlimit { current, maximum }).unwrap();
+    let memory = memory(8 * MIB).unwrap();
+    limit(Some((PAGES * PAGE / 2) as u64));
+    let refused = memory.open(path).unwrap_err();
+    assert!(refused.to_string().contains("too large"), "{refused}");
+    limit(Some((PAGES * PAGE + 1) as u64));
+    let file = memory.open(path).unwrap();
+    let map = map(&memory, &file);
+    (0..PAGES).for_each(|page| store(&map, page, 3));
+    file.sync_all().unwrap();
+}
+
 /// FLT-4: a file that others cut or delete is written as it is known here; nothing that is in RAM is lost.
 #[test]
 fn a_file_that_others_cut_and_delete_keeps_what_is_in_ram() {

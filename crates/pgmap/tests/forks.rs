@@ -32,6 +32,16 @@ fn alone() -> (MutexGuard<'static, ()>, Watchdog) {
     (alone, Watchdog::new(PATIENCE))
 }
 
+/// A memory whose forks somebody has to be told of, so that there is something to test; none, and a word why, where the machine does not tell.
+fn served(ram_bytes: usize) -> Option<Memory> {
+    let memory = memory(ram_bytes)?;
+    if memory.space().needs_announced_forks() {
+        eprintln!("SKIPPED: nobody is told of forks here, as that takes CAP_SYS_PTRACE");
+        return None;
+    }
+    Some(memory)
+}
+
 /// Forks again and again while other threads do `works` again and again.
 fn fork_during(works: &[&(dyn Fn() + Sync)]) {
     let end = Instant::now() + LENGTH;
@@ -65,7 +75,7 @@ fn byte_at(at: usize) -> u8 {
 #[test]
 fn copies_are_made_while_the_program_forks() {
     let _alone = alone();
-    let Some(memory) = memory(8 * MIB) else {
+    let Some(memory) = served(8 * MIB) else {
         return;
     };
     let scratch = Scratch::new("forks", 64);
@@ -85,7 +95,7 @@ fn copies_are_made_while_the_program_forks() {
 #[test]
 fn files_come_and_go_while_the_program_forks() {
     let _alone = alone();
-    let Some(memory) = memory(8 * MIB) else {
+    let Some(memory) = served(8 * MIB) else {
         return;
     };
     let scratches: Vec<_> = (0..8)
@@ -130,7 +140,7 @@ fn files_come_and_go_while_the_program_forks() {
 #[test]
 fn areas_come_and_go_while_the_program_forks() {
     let _alone = alone();
-    let Some(memory) = memory(8 * MIB) else {
+    let Some(memory) = served(8 * MIB) else {
         return;
     };
     let scratch = Scratch::new("forks-private", 4);
@@ -192,7 +202,7 @@ impl Backing for Allocating {
 #[test]
 fn a_backing_allocates_while_the_program_forks() {
     let _alone = alone();
-    let Some(memory) = memory(8 * MIB) else {
+    let Some(memory) = served(8 * MIB) else {
         return;
     };
     let bytes = 64 * PAGE as u64;
@@ -210,7 +220,7 @@ fn a_backing_allocates_while_the_program_forks() {
 #[test]
 fn two_memories_hear_of_each_fork() {
     let _alone = alone();
-    let Some((one, other)) = memory(8 * MIB).zip(memory(8 * MIB)) else {
+    let Some((one, other)) = served(8 * MIB).zip(memory(8 * MIB)) else {
         return;
     };
     let work = |memory: &Memory| {
@@ -243,7 +253,7 @@ fn memories_come_and_go_while_the_program_forks() {
 #[test]
 fn forks_go_on_after_the_memory_has_ended() {
     let _alone = alone();
-    let Some(memory) = memory(8 * MIB) else {
+    let Some(memory) = served(8 * MIB) else {
         return;
     };
     let scratch = Scratch::new("forks-after", 4);

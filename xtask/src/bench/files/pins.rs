@@ -24,7 +24,7 @@ const LONGER: usize = 40;
 const RANGES: [usize; 3] = [1, 16, 512];
 
 pub(super) fn measure(directory: &Path, effort: Effort) -> anyhow::Result<Table> {
-    // So large that the flusher leaves the pages alone that are pinned to be written.
+    // So large that the flusher is not called for the pages that are pinned to be written.
     let memory = memory(1024 * MIB)?;
     let scratch = Scratch::new(directory, (PAGES * PAGE_SIZE) as u64)?;
     let file = memory.open(&scratch.0)?;
