@@ -15,7 +15,7 @@ use pgmap_sync::{Mutex, WaitQueue};
 
 use crate::discard::Pinned;
 use crate::fault::{Access, Outcome};
-use crate::mapped::{MappedFile, MappedFiles};
+use crate::mapped::{Handles, MappedFile, MappedFiles};
 use crate::page_cache::{FileNumber, FileVma, PageCache, ReadAhead};
 use crate::reclaim::Caller;
 #[cfg(shuttle)]
@@ -32,7 +32,7 @@ const DIRTY_BLOCKS: u32 = 4;
 /// The files of one address space.
 #[derive(Debug, Default)]
 pub struct Files {
-    open: Mutex<Vec<Arc<PageCache>>>,
+    open: Mutex<Vec<(Arc<PageCache>, Handles)>>,
     ahead: ReadAhead,
     /// Who writes in the background waits here.
     dirtied: WaitQueue,
@@ -59,7 +59,8 @@ impl Files {
     #[must_use]
     pub fn of(&self, number: FileNumber) -> Option<Arc<PageCache>> {
         let open = self.open.lock();
-        open.iter().find(|cache| cache.number() == number).cloned()
+        let mut files = open.iter().map(|(cache, _)| cache);
+        files.find(|cache| cache.number() == number).cloned()
     }
 
     /// The file with this number, though only pins may keep it and its mappings.
@@ -69,14 +70,15 @@ impl Files {
 
     /// Adds a file: from now on its pages are reclaimed with all others.
     pub fn open(&self, cache: Arc<PageCache>) {
-        self.open.lock().push(cache);
+        let handles = Handles::new(&cache);
+        self.open.lock().push((cache, handles));
     }
 
     /// Forgets a file that nobody has open or mapped any more, and writes back what is dirty.
     pub fn close(&self, cache: &Arc<PageCache>) {
         cache.release();
         let mut open = self.open.lock();
-        let nth = open.iter().position(|other| Arc::ptr_eq(other, cache));
+        let nth = open.iter().position(|(other, _)| Arc::ptr_eq(other, cache));
         let closed = nth.map(|nth| open.swap_remove(nth));
         drop(open);
         // Not under the lock: it may be the last handle.
@@ -96,7 +98,8 @@ impl Files {
     /// The open file that is `nth`. They stay in order, but for the last one, which takes the place of one that is closed.
     #[must_use]
     pub fn get(&self, nth: usize) -> Option<Arc<PageCache>> {
-        self.open.lock().get(nth).cloned()
+        let open = self.open.lock();
+        open.get(nth).map(|(cache, _)| Arc::clone(cache))
     }
 
     /// All open files.
@@ -107,7 +110,7 @@ impl Files {
         loop {
             let open = self.open.lock();
             if open.len() <= all.capacity() {
-                all.extend(open.iter().cloned());
+                all.extend(open.iter().map(|(cache, _)| Arc::clone(cache)));
                 return all;
             }
             let len = open.len();
@@ -119,7 +122,12 @@ impl Files {
     /// Enters a mapping, before anybody touches it.
     pub fn map(&self, cache: &Arc<PageCache>, vma: FileVma) {
         cache.add_vma(vma);
-        self.mapped.insert(vma, cache);
+        let open = self.open.lock();
+        let file = open.iter().find(|(other, _)| Arc::ptr_eq(other, cache));
+        let handles = file.map(|(_, handles)| handles.clone());
+        drop(open);
+        let handles = handles.unwrap_or_else(|| Handles::new(cache));
+        self.mapped.insert(vma, handles);
     }
 
     /// Takes a mapping out: when this returns, nobody changes anything there. Its addresses are still the caller's.
@@ -179,7 +187,8 @@ impl Files {
     }
 
     fn sum(&self, of: impl Fn(&PageCache) -> u64) -> u64 {
-        self.open.lock().iter().map(|cache| of(cache)).sum()
+        let open = self.open.lock();
+        open.iter().map(|(cache, _)| of(cache)).sum()
     }
 
     /// Frees at least `want` frames that a group's pages have, if that is possible; says how many.

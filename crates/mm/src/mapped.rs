@@ -35,6 +35,18 @@ impl Deref for MappedFile {
     }
 }
 
+/// The handles of all copies on one file.
+#[derive(Clone, Debug)]
+pub(crate) struct Handles([MappedFile; COPIES]);
+
+impl Handles {
+    pub(crate) fn new(file: &Arc<PageCache>) -> Self {
+        Self(array::from_fn(|_| {
+            MappedFile(Arc::new(Counted(Arc::clone(file))))
+        }))
+    }
+}
+
 type List = BTreeMap<VirtAddr, (FileVma, MappedFile)>;
 
 #[derive(Debug, Default)]
@@ -47,9 +59,8 @@ pub(crate) struct MappedFiles([ListCopy; COPIES]);
 
 impl MappedFiles {
     /// Enters a mapping, before anybody touches it.
-    pub(crate) fn insert(&self, vma: FileVma, cache: &Arc<PageCache>) {
-        for copy in &self.0 {
-            let file = MappedFile(Arc::new(Counted(Arc::clone(cache))));
+    pub(crate) fn insert(&self, vma: FileVma, file: Handles) {
+        for (copy, file) in self.0.iter().zip(file.0) {
             copy.0.lock().insert(vma.at, (vma, file));
         }
     }
