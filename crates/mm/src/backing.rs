@@ -14,7 +14,9 @@ use crate::shared_mmu::SharedPages;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum BackingError {
     /// There is no room for the bytes (`ENOSPC`, `EDQUOT`, `EFBIG`).
-    #[error("there is no room left for the file (errno {0})")]
+    #[error(
+        "there is no room left for the file, or this process may not make files so long (errno {0})"
+    )]
     NoSpace(i32),
     /// The bytes are not there any more.
     #[error("somebody else has made the file shorter, while it was open as memory")]

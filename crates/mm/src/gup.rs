@@ -103,6 +103,9 @@ pub enum PinError {
     /// The range has no page.
     #[error("the range to be pinned is empty: pin a page at least")]
     Empty,
+    /// This is a fork's child: the memory is its parent's.
+    #[error("this is a fork's child, and the memory is its parent's: make a Memory here")]
+    Inherited,
     /// There is not enough RAM to have all the pages there at once, or the group of the file may not have more.
     #[error(
         "no RAM is left for the page at {at:?}; unpin something, or raise the budget, or the limit of the file's group"

@@ -18,6 +18,7 @@
 //! pgmaps away. What must never happen here: bytes that are only in RAM dropped because somebody lets go of a handle.
 
 mod errors;
+mod options;
 
 use core::marker::PhantomData;
 use core::ops::{ControlFlow, Range};
@@ -30,7 +31,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use pgmap_core::addr::{PAGE_SIZE, VirtAddr};
-use pgmap_core::memcg::Memcg;
 use pgmap_host::file_backing::FileBacking;
 use pgmap_host::file_memory::{FileMemory, Prot, most_bytes};
 use pgmap_mm::backing::{Backing, BackingError};
@@ -47,6 +47,7 @@ use crate::space::AddressSpace;
 use crate::writer::write_back;
 
 pub use errors::{MapFileError, OpenError, SyncError};
+pub use options::OpenOptions;
 
 /// How long a file may become while it is open: so many times as long as it is, and this many bytes at least. It costs
 /// addresses only.
@@ -114,40 +115,6 @@ pub struct File<'m> {
     memory: PhantomData<&'m Memory>,
 }
 
-/// How a file is opened.
-#[derive(Clone, Debug, Default)]
-pub struct OpenOptions {
-    prot: Option<Prot>,
-    memcg: Option<Arc<Memcg>>,
-}
-
-impl OpenOptions {
-    /// For reading and writing, within the whole budget.
-    #[must_use]
-    pub const fn new() -> Self {
-        Self {
-            prot: None,
-            memcg: None,
-        }
-    }
-
-    /// For reading only: several may have it open so.
-    #[must_use]
-    pub const fn read_only(mut self) -> Self {
-        self.prot = Some(Prot::Read);
-        self
-    }
-
-    /// Its pages in RAM are charged to a group, and give way to each other when the group is at its limit (HMM-8). The group is
-    /// the same for all files that are to share it. Who touches a page while none of the group can give way (all are pinned, or
-    /// cannot be written) waits some seconds; then the process is killed, as by a full machine.
-    #[must_use]
-    pub fn memcg(mut self, memcg: &Arc<Memcg>) -> Self {
-        self.memcg = Some(Arc::clone(memcg));
-        self
-    }
-}
-
 impl Memory {
     /// Opens a file that there is for reading and writing, to be mapped. It may be empty. An advisory lock (`flock`) keeps it from
     /// being opened once more, here or by another process: [`File::another`] gives further handles.
@@ -170,6 +137,9 @@ impl Memory {
         options: &OpenOptions,
     ) -> Result<File<'_>, OpenError> {
         let path = path.as_ref();
+        if self.space().is_inherited() {
+            return Err(OpenError::Inherited(path.to_owned()));
+        }
         let prot = options.prot.unwrap_or(Prot::ReadWrite);
         let writes = prot == Prot::ReadWrite;
         let failed = |error| OpenError::Open {
@@ -213,6 +183,9 @@ impl Memory {
         options: &OpenOptions,
     ) -> Result<File<'_>, OpenError> {
         let path = path.as_ref();
+        if self.space().is_inherited() {
+            return Err(OpenError::Inherited(path.to_owned()));
+        }
         let memory = self.file_memory(path, size_bytes)?;
         self.open_in(path, memory, backing, size_bytes, options)
     }
@@ -270,9 +243,14 @@ impl Memory {
 }
 
 fn no_memory(path: &Path, errno: Errno) -> OpenError {
-    OpenError::Memory {
-        path: path.to_owned(),
-        errno,
+    let path = path.to_owned();
+    match errno {
+        // The process may not have files that long (`RLIMIT_FSIZE`), which counts for their memory, too.
+        Errno::FBIG => OpenError::Open {
+            path,
+            error: errno.into(),
+        },
+        errno => OpenError::Memory { path, errno },
     }
 }
 
@@ -303,7 +281,7 @@ impl File<'_> {
     }
 
     /// Writes the dirty pages that hold any of these bytes. Unless it is background writeback, they are on the medium when this
-    /// returns, even if somebody has them pinned (PMEM-4, WB-2).
+    /// returns, even if somebody has them pinned (PMEM-4, WB-2). A range that ends before it begins has the page of its first byte at most.
     ///
     /// # Errors
     ///
@@ -313,6 +291,9 @@ impl File<'_> {
         bytes: Range<u64>,
         writeback: Writeback,
     ) -> Result<Written, SyncError> {
+        if self.inner.memory.is_inherited() {
+            return Err(SyncError::Inherited);
+        }
         let page = |bytes: u64| u32::try_from(bytes).unwrap_or(u32::MAX);
         let start = page(bytes.start / PAGE_SIZE as u64);
         let range = start..page(bytes.end.div_ceil(PAGE_SIZE as u64)).max(start);
@@ -344,7 +325,8 @@ impl File<'_> {
     }
 
     /// Makes the file shorter or longer: to sixteen GiB, or to four times what it had when it was opened, if that is more. Waits for
-    /// so long at most while somebody has a page pinned that would go. Who touches a mapping behind the new end gets SIGBUS.
+    /// so long at most while somebody has a page pinned that would go as a whole: in the page that the file ends in bytes become zeros
+    /// whoever has it pinned. Who touches a mapping behind the new end gets SIGBUS.
     /// [`sync_all`](Self::sync_all) makes the new length durable.
     ///
     /// # Errors
@@ -359,7 +341,7 @@ impl File<'_> {
     }
 
     /// Makes bytes of the file zeros, and gives their room back. Waits for so long at most while somebody has a page pinned that
-    /// lies in the range as a whole.
+    /// lies in the range as a whole. Nothing is done where the range has no bytes of the file, as when it ends before it begins.
     ///
     /// # Errors
     ///
@@ -373,6 +355,9 @@ impl File<'_> {
     }
 
     fn may_change(&self) -> Result<(), TruncateError> {
+        if self.inner.memory.is_inherited() {
+            return Err(TruncateError::Inherited);
+        }
         match self.inner.prot {
             Prot::ReadWrite => Ok(()),
             Prot::Read => Err(TruncateError::ReadOnly),
@@ -462,6 +447,9 @@ impl AddressSpace {
         let inner = Arc::clone(&file.inner);
         if !ptr::eq(self, Arc::as_ptr(&inner.space)) {
             return Err(MapFileError::OtherMemory);
+        }
+        if self.is_inherited() {
+            return Err(MapFileError::Inherited);
         }
         let most_bytes = inner.cache.most_bytes();
         let bad = MapFileError::BadRange { most_bytes };

@@ -301,8 +301,14 @@ impl Memory {
     ///
     /// # Errors
     ///
-    /// [`MapError::OutOfMemory`] for more than RAM and devices could ever hold.
+    /// [`MapError::OutOfMemory`] for more than RAM and devices could ever hold; [`MapError::Empty`] and [`MapError::Inherited`].
     pub fn map(&self, bytes: usize) -> Result<Mapping<'_>, MapError> {
+        if bytes == 0 {
+            return Err(MapError::Empty);
+        }
+        if self.space.is_inherited() {
+            return Err(MapError::Inherited);
+        }
         let at = self.space.map(bytes, PAGE_SIZE)?;
         // INVARIANT: fresh addresses, which nobody else has.
         Ok(Mapping {

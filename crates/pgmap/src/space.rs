@@ -43,6 +43,12 @@ pub enum MapError {
         /// What was asked for.
         bytes: usize,
     },
+    /// No byte was asked for.
+    #[error("nothing was asked for: map a byte at least")]
+    Empty,
+    /// This is a fork's child: the memory is its parent's.
+    #[error("this is a fork's child, and the memory is its parent's: make a Memory here")]
+    Inherited,
     /// The range is not in managed memory, or not aligned to pages.
     #[error("the range is not a range of managed pages")]
     BadRange,
@@ -467,6 +473,9 @@ impl AddressSpace {
         let pages = range.end.saturating_sub(start.get()).div_ceil(PAGE_SIZE);
         if pages == 0 {
             return Err(PinError::Empty);
+        }
+        if self.is_inherited() {
+            return Err(PinError::Inherited);
         }
         let pages = u32::try_from(pages).map_err(|_| PinError::BadAddress { at: start })?;
         if let Some(pinned) = pin_user_pages_fast(self.pinnings.mine(), start, pages, pin) {

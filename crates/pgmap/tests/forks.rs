@@ -18,7 +18,10 @@ use std::time::Instant;
 use common::fork::{Watchdog, fork, in_a_child, wait};
 use common::touch::can_read;
 use common::{MIB, PAGE, Scratch, memory};
-use pgmap::{Backing, BackingError, Memory, OpenOptions, Pin, Prot, Transfer};
+use pgmap::{
+    Backing, BackingError, MapError, MapFileError, Memory, OpenError, OpenOptions, Pin, PinError,
+    Prot, SyncError, Transfer, TruncateError,
+};
 
 /// How long a test forks.
 const LENGTH: Duration = Duration::from_secs(2);
@@ -378,4 +381,36 @@ fn a_child_may_end_pins() {
         }
     });
     drop(pins);
+}
+
+/// What a child has inherited is its parent's: it is refused there, and the parent's file stays as it is.
+#[test]
+fn a_child_may_not_change_what_it_has_inherited() {
+    let _alone = alone();
+    let Some(memory) = memory(8 * MIB) else {
+        return;
+    };
+    let scratch = Scratch::new("forks-inherited", 4);
+    let file = memory.open(&scratch.0).unwrap();
+    let space = memory.space();
+    let map = space.map_file(&file, 0..4 * PAGE as u64, Prot::ReadWrite);
+    let map = map.unwrap();
+    map.write(PAGE, &[8]);
+    let refused = in_a_child(|| {
+        let cut = file.set_len(0, Duration::ZERO);
+        let punched = file.punch(0..PAGE as u64, Duration::ZERO);
+        let mapped = space.map_file(&file, 0..PAGE as u64, Prot::Read);
+        let pinned = space.pin_user_pages(map.range(), &Pin::READ);
+        matches!(cut, Err(TruncateError::Inherited))
+            && matches!(punched, Err(TruncateError::Inherited))
+            && matches!(file.sync_all(), Err(SyncError::Inherited))
+            && matches!(mapped, Err(MapFileError::Inherited))
+            && matches!(pinned, Err(PinError::Inherited))
+            && matches!(memory.open(&scratch.0), Err(OpenError::Inherited(_)))
+            && matches!(memory.map(PAGE), Err(MapError::Inherited))
+    });
+    assert!(refused, "a child used what is its parent's");
+    file.sync_all().unwrap();
+    assert_eq!(file.len_bytes(), 4 * PAGE as u64);
+    assert_eq!(scratch.page(1)[0], 8);
 }

@@ -24,8 +24,8 @@ const HARMLESS: c_int = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORE
 /// Fails as the kernel would for the same reason.
 pub(crate) fn fail(error: MapError) -> c_int {
     let errno = match error {
-        MapError::OutOfMemory { .. } => libc::ENOMEM,
-        MapError::BadRange => libc::EINVAL,
+        MapError::OutOfMemory { .. } | MapError::Inherited => libc::ENOMEM,
+        MapError::BadRange | MapError::Empty => libc::EINVAL,
         MapError::Pinned(_) => libc::EBUSY,
         MapError::Refused(errno) => errno.raw_os_error(),
     };

@@ -456,9 +456,11 @@ impl FileHistory {
                 assert!(self.due || self.scarce, "what the file says agrees");
                 false
             }
-            Err(error @ (TruncateError::TooLong { .. } | TruncateError::ReadOnly)) => {
-                panic!("{error}")
-            }
+            Err(
+                error @ (TruncateError::TooLong { .. }
+                | TruncateError::ReadOnly
+                | TruncateError::Inherited),
+            ) => panic!("{error}"),
         }
     }
 

@@ -346,7 +346,7 @@ impl History {
         let (at, signal) = match error {
             PinError::Poisoned { at } => (at, Signal::Bus),
             PinError::BadAddress { at } => (at, Signal::Segv),
-            PinError::Empty => panic!("{error}"),
+            PinError::Empty | PinError::Inherited => panic!("{error}"),
             PinError::NoMemory { at } => (at, Signal::OutOfMemory),
             PinError::TooManyPins { at }
             | PinError::BeyondTheEnd { at }

@@ -33,6 +33,11 @@ pub enum TruncateError {
     /// It is open for reading only.
     #[error("the file is open to be read only: open it to be written")]
     ReadOnly,
+    /// The file is a fork's parent's.
+    #[error(
+        "the file was opened by the process that forked, which alone may change it: open it again here"
+    )]
+    Inherited,
     /// The file would be longer than its cache was made for.
     #[error("the file cannot become longer than {most_bytes} bytes while it is open")]
     TooLong {

@@ -26,7 +26,7 @@ pub enum OpenError {
         .0.display()
     )]
     Locked(PathBuf),
-    /// It is a directory, a pipe, a socket, a device.
+    /// It is a pipe, a socket, a device. (A directory cannot be opened to be written: [`Open`](Self::Open).)
     #[error("{}: not a regular file", .0.display())]
     NotRegular(PathBuf),
     /// It is longer than can be mapped.
@@ -37,6 +37,9 @@ pub enum OpenError {
         /// Its length.
         bytes: u64,
     },
+    /// The memory is a fork's parent's.
+    #[error("{}: the Memory is that of the process that forked, and has no pager here: make another", .0.display())]
+    Inherited(PathBuf),
     /// The machine has no room for the tables.
     #[error(transparent)]
     Tables(#[from] OutOfAddressSpace),
@@ -63,6 +66,9 @@ pub enum SyncError {
     /// file is opened again.
     #[error("the file could not be made durable: {0}; open it again, and look at what is there")]
     Flush(#[source] BackingError),
+    /// The file is a fork's parent's, and so is what is dirty.
+    #[error("the file was opened by the process that forked, which writes it: open it again here")]
+    Inherited,
 }
 
 /// Why a file could not be mapped.
@@ -83,6 +89,9 @@ pub enum MapFileError {
     /// Its pages are another memory's.
     #[error("the file was opened by another Memory, whose space has to map it")]
     OtherMemory,
+    /// The file is a fork's parent's.
+    #[error("the file was opened by the process that forked: open it again here")]
+    Inherited,
     /// The machine refused.
     #[error("the machine refused to map the file: {0}")]
     Refused(#[from] Errno),
