@@ -26,39 +26,22 @@ pub(super) fn measure(directory: &Path, effort: Effort) -> anyhow::Result<Table>
     let large = memory(16 * BYTES)?;
     let small = memory(BYTES / 4)?;
     let whole = usize::try_from(BYTES)?;
+    let one = "the same, beside one buffer of 1 MiB";
     let rows = vec![
-        cold(&large, "read, cold", REQUEST, &scratch, effort)?,
-        cold(
-            &large,
-            "the same, beside `O_DIRECT` into fresh memory",
-            whole,
-            &scratch,
-            effort,
-        )?,
+        cold(&large, "read, cold", whole, &scratch, effort)?,
+        cold(&large, one, REQUEST, &scratch, effort)?,
         kernel_cold(&large, &scratch, effort)?,
         cold(
             &small,
             "read, cold, 4 x the budget",
-            REQUEST,
+            whole / 4,
             &scratch,
             effort,
         )?,
         warm(&large, &scratch, effort)?,
-        writeback(
-            &large,
-            "dirty pages written back",
-            REQUEST,
-            &scratch,
-            effort,
-        )?,
-        writeback(
-            &large,
-            "the same, beside `O_DIRECT` from as much memory",
-            whole,
-            &scratch,
-            effort,
-        )?,
-        writer(&small, &scratch, effort)?,
+        writeback(&large, "dirty pages written back", whole, &scratch, effort)?,
+        writeback(&large, one, REQUEST, &scratch, effort)?,
+        writer(&small, whole / 4, &scratch, effort)?,
         pinned_sync(&large, &scratch, effort)?,
     ];
     Ok(Table {
@@ -67,8 +50,8 @@ pub(super) fn measure(directory: &Path, effort: Effort) -> anyhow::Result<Table>
         rows,
         notes: vec![format!(
             "A file of {} MiB; medians of {} rounds. The peers: `O_DIRECT` requests of 1 MiB, one at a time, for what is cold or \
-             written, into or from one buffer of 1 MiB if nothing else is said; the kernel's mapping of the cached file for what is warm; \
-             the same `fsync` without pins.",
+             written, into or from as much fresh memory as is used here, if nothing else is said; the kernel's mapping of the cached \
+             file for what is warm; the same `fsync` without pins.",
             BYTES / MIB,
             effort.rounds
         )],
@@ -213,7 +196,7 @@ fn writeback(
 }
 
 /// A program that writes to every page of a file that is larger than the budget, until all of it is in the file.
-fn writer(memory: &Memory, scratch: &Scratch, effort: Effort) -> anyhow::Result<Row> {
+fn writer(memory: &Memory, bytes: usize, scratch: &Scratch, effort: Effort) -> anyhow::Result<Row> {
     let direct = scratch.open_direct()?;
     let want = ("read and written, 4 x the budget", "ms", Want::AtMost(1.3));
     compared(effort, want, || {
@@ -223,7 +206,7 @@ fn writer(memory: &Memory, scratch: &Scratch, effort: Effort) -> anyhow::Result<
             dirty(&map, map.len_bytes() / PAGE_SIZE);
             Ok(file.sync_all()?)
         })?;
-        let theirs = read_direct(&direct, REQUEST)? + write_direct(&direct, REQUEST)?;
+        let theirs = read_direct(&direct, bytes)? + write_direct(&direct, bytes)?;
         Ok((ours, theirs + milliseconds(|| Ok(direct.sync_data()?))?))
     })
 }
