@@ -15,9 +15,9 @@ use crate::area::{Area, OnFork};
 
 /// Bytes of a buffer: as many as are read ahead at once.
 const BYTES: usize = 1 << 20;
-/// Threads that have one at a time: three that read ahead, two that write, and one that serves faults. Who finds none, as others sync or
+/// Threads that have one at a time: three that read ahead, three that write, one that serves faults, and one that pins. Who finds none, as others sync or
 /// pin, makes its transfer without.
-const COUNT: u32 = 6;
+const COUNT: u32 = 8;
 
 /// Buffers of one address space.
 ///

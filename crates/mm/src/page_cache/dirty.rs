@@ -45,15 +45,18 @@ impl DirtyBlocks {
         word.fetch_and(!bit, Ordering::Release);
     }
 
-    /// The dirty block in the middle of those of a range, if there are at least so many.
-    pub(super) fn middle(&self, range: &Range<u32>, least: usize) -> Option<BlockIndex> {
+    /// Where the second and the last third of the dirty blocks of a range begin, if there are at least so many.
+    pub(super) fn thirds(&self, range: &Range<u32>, least: usize) -> Option<[BlockIndex; 2]> {
         let first = self.next(BlockIndex(range.start));
         let dirty = || {
             core::iter::successors(first, |block| self.next(BlockIndex(block.0 + 1)))
                 .take_while(|block| block.0 < range.end)
         };
         let count = dirty().count();
-        (count >= least).then(|| dirty().nth(count / 2)).flatten()
+        if count < least {
+            return None;
+        }
+        Some([dirty().nth(count / 3)?, dirty().nth(count * 2 / 3)?])
     }
 
     /// The first block at or after `from` that may have dirty pages.

@@ -26,7 +26,7 @@ const RUNS: usize = 16;
 /// Copies of pinned pages that are written at once.
 const COPIES: usize = 64;
 
-/// Dirty blocks that two threads write faster than one: 16 MiB.
+/// Dirty blocks that three threads write faster than one: 16 MiB.
 const SHARED_BLOCKS: usize = 64;
 
 /// What becomes of pages that somebody has pinned, and that may change while they are written.
@@ -210,13 +210,14 @@ impl PageCache {
         batch.written
     }
 
-    /// The middle of the dirty pages of a range, if they are so many that two threads are faster than one to write them.
+    /// Where the second and the last third of the dirty pages of a range begin, if they are so many that three threads are faster than
+    /// one to write them.
     #[must_use]
-    pub fn dirty_middle(&self, range: &Range<u32>) -> Option<u32> {
+    pub fn dirty_thirds(&self, range: &Range<u32>) -> Option<[u32; 2]> {
         let end = range.end.min(self.size_pages());
         let blocks = range.start / BLOCK_PAGES..end.div_ceil(BLOCK_PAGES);
-        let middle = self.dirty_blocks.middle(&blocks, SHARED_BLOCKS)?;
-        Some(middle.pages().start)
+        let thirds = self.dirty_blocks.thirds(&blocks, SHARED_BLOCKS)?;
+        Some(thirds.map(|block| block.pages().start))
     }
 
     /// Writes the dirty pages of some blocks, those excepted that somebody has pinned (WB-1). The next call goes on where this one
